@@ -1,0 +1,207 @@
+"""The command ``edge-ssm``: it parses, calls one function, prints."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+import click
+
+import edge_ssm
+from edge_ssm import artifact, doctor, inspect
+from edge_ssm.engines import ENGINES, choose, create
+from edge_ssm.errors import EdgeSSMError, UsageError
+from edge_ssm.network import Network, at_sample_rate
+from edge_ssm.stream import frames, sinks
+from edge_ssm.stream.loop import GAP_POLICIES, Account, GapPolicy, Loop
+from edge_ssm.stream.source import ByteSource
+from edge_ssm.stream.stop import Stop
+from edge_ssm.stream.windows import Windows
+
+MAX_REPORTED = 20
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(edge_ssm.__version__, prog_name="edge-ssm")
+def cli() -> None:
+    """Run pruned S4 and S4D models on small devices, one sensor sample at a time."""
+
+
+@cli.command("run")
+@click.argument("model")
+@click.option(
+    "--stream",
+    is_flag=True,
+    help="Sample by sample, decisions as they fall due (the default, and so far the only way).",
+)
+@click.option("--input", "input_", default="-", metavar="FILE|-", help="Where samples come from.  [default: - (stdin)]")
+@click.option(
+    "--format",
+    "format_",
+    type=click.Choice(frames.FORMATS),
+    help="Of the input.  [default: by the file's name, else csv]",
+)
+@click.option(
+    "--scale", default="1", metavar="S[,S...]", help="i16le, f32le: factor to the model's units, one or one a channel."
+)
+@click.option("--output", default="-", metavar="FILE|-", help="Where decisions go.  [default: - (stdout)]")
+@click.option(
+    "--output-format",
+    type=click.Choice(sinks.FORMATS),
+    help="[default: text on a terminal, csv for *.csv, else ndjson]",
+)
+@click.option("--logits", is_flag=True, help="Add the logits to every decision.")
+@click.option(
+    "--truth",
+    is_flag=True,
+    help="Add the recording's own label (column `label`) to every decision; text shows it anyway.",
+)
+@click.option("--engine", default="auto", metavar="NAME", help=f"auto, {', '.join(ENGINES)}.  [default: auto]")
+@click.option(
+    "--hop",
+    type=int,
+    metavar="N",
+    help="Samples between decisions; less than the window makes windows overlap.  [default: the window]",
+)
+@click.option("--carry", is_flag=True, help="Keep the state across windows instead of starting each from zero.")
+@click.option(
+    "--sample-rate",
+    type=float,
+    metavar="HZ",
+    help="Of the stream, where it is not the trained one: the step size is rescaled.",
+)
+@click.option(
+    "--gap",
+    type=click.Choice(GAP_POLICIES),
+    default="hold",
+    show_default=True,
+    help="What stands in for missing samples.",
+)
+@click.option(
+    "--max-gap",
+    type=click.IntRange(min=0),
+    metavar="N",
+    help="Longest gap in samples; a longer one resets.  [default: the window]",
+)
+@click.option("--pace", is_flag=True, help="Replay a recording at its sample rate.")
+@click.option("--strict", is_flag=True, help="Stop at the first malformed row.")
+def run(model: str, stream: bool, **options: Any) -> None:
+    """Classify a sensor stream with MODEL, an artifact of edge-ssm-build."""
+    network = artifact.load(model).network
+    if (rate := options["sample_rate"]) is not None:
+        network = at_sample_rate(network, rate)
+    pace = network.input.sample_rate_hz
+    if options["pace"] and pace is None:
+        raise UsageError("--pace: the model states no sample rate; give --sample-rate")
+    windows = Windows(network, options["hop"], options["carry"])
+    chosen = choose(options["engine"])
+    source = ByteSource(options["input_"])
+    codec = options["format_"] or frames.guess_format(options["input_"])
+    decoder = frames.decoder(codec, network.input, _scale(options["scale"]))
+    engine = create(chosen, network, windows.lanes)
+    sink = sinks.open_sink(options["output"], options["output_format"], network, options["logits"], options["truth"])
+    gap: GapPolicy = options["gap"]
+    loop = Loop(engine, windows, sink, gap, options["max_gap"], options["strict"], _Reporter(source.name))
+    try:
+        with Stop() as stop:
+            account = loop.run(source, decoder, stop, pace if options["pace"] else None)
+    finally:
+        source.close()
+        sink.close()
+    click.echo(summary(account, network, chosen), err=True)
+    if account.malformed and not account.samples:
+        raise EdgeSSMError(
+            f"{source.name}: no valid sample among {account.malformed} rows; expected {codec} with "
+            f"{len(network.input.channels)} channels ({', '.join(network.input.channels)})"
+        )
+
+
+def _scale(text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise UsageError(f"--scale {text!r}: expected numbers separated by commas") from None
+
+
+class _Reporter:
+    """Malformed rows on stderr, the first ones only: a babbling sensor must not fill a log. All are counted."""
+
+    def __init__(self, source: str) -> None:
+        self._source = source
+        self._count = 0
+
+    def __call__(self, line: str) -> None:
+        self._count += 1
+        if self._count <= MAX_REPORTED:
+            click.echo(f"edge-ssm: {self._source}, {line}", err=True)
+        if self._count == MAX_REPORTED:
+            click.echo("edge-ssm: further malformed rows are counted, not shown", err=True)
+
+
+def summary(account: Account, network: Network, engine: str) -> str:
+    """The account of a run, for people."""
+    gaps = ", ".join(f"{n} {reason}" for reason, n in sorted(account.gaps.items())) or "0"
+    latency = account.latency
+    p50, p99, longest = (latency.percentile_ns(p) / 1e3 for p in (50, 99, 100))
+    lines = [
+        f"ended by {account.ended_by}; engine {engine}",
+        f"samples   {account.samples}, gaps {gaps}, malformed rows {account.malformed}",
+        f"decisions {account.decisions}, windows without one {account.undecided}, resets {account.resets}"
+        + (f" (gave up {account.discarded} samples)" if account.discarded else "")
+        + (f", last window unfinished with {account.unfinished} samples" if account.unfinished else ""),
+    ]
+    if latency.count:
+        speed = account.samples / account.seconds
+        real_time = (
+            f", {speed / network.input.sample_rate_hz:.0f} times real time" if network.input.sample_rate_hz else ""
+        )
+        lines.append(
+            f"step      p50 {p50:.1f} us, p99 {p99:.1f} us, max {longest:.1f} us; {speed:.0f} samples/s{real_time}"
+        )
+    if account.labelled:
+        share = account.correct / account.labelled
+        lines.append(
+            f"accuracy  {account.correct} of {account.labelled} decisions equal the true label ({100 * share:.1f} %)"
+        )
+    return "\n".join(lines)
+
+
+@cli.command("inspect")
+@click.argument("model")
+@click.option("--json", "as_json", is_flag=True, help="For programs.")
+def inspect_(model: str, as_json: bool) -> None:
+    """Show what MODEL holds: layers, channels, cost of a step, provenance."""
+    description = inspect.describe(artifact.load(model))
+    click.echo(json.dumps(description, indent=1) if as_json else inspect.render(description))
+
+
+@cli.command("doctor")
+@click.option("--json", "as_json", is_flag=True, help="For programs.")
+def doctor_(as_json: bool) -> None:
+    """Show what this machine has, what is missing, and the command that adds it."""
+    findings = doctor.examine()
+    click.echo(json.dumps(doctor.as_json(findings), indent=1) if as_json else doctor.render(findings))
+
+
+def run_command(command: click.Command, prog_name: str) -> int:
+    """Run a click command; errors become one line on stderr. Returns the exit status (edge_ssm.errors)."""
+    try:
+        status = command.main(prog_name=prog_name, standalone_mode=False)
+        return status if isinstance(status, int) else 0
+    except EdgeSSMError as error:
+        message, status = str(error), error.exit_status
+    except click.Abort:
+        message, status = "interrupted", 130
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message(), err=True)
+        return 2
+    except click.ClickException as error:
+        hint = f"; see {prog_name} --help" if isinstance(error, click.UsageError) else ""
+        message, status = error.format_message() + hint, 2
+    click.echo(f"{prog_name}: error: {' '.join(message.split())}", err=True)
+    return status
+
+
+def main() -> None:
+    sys.exit(run_command(cli, "edge-ssm"))

@@ -1,0 +1,139 @@
+"""What this machine has for edge-ssm, what is missing, and the command that adds it.
+
+Imports nothing heavy and probes nothing that could hang: packages are looked up, not imported, and devices are read
+from /dev and /sys.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+import edge_ssm
+from edge_ssm.profiles import board_name, matching
+
+OLDEST, NEWEST = (3, 10), (3, 12)
+
+
+@dataclass(frozen=True)
+class Finding:
+    name: str
+    ok: bool
+    found: str
+    add: str = ""
+    """What adds it, where it is missing; empty where nothing does."""
+
+
+def _package(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _first_package(label: str, names: tuple[str, ...], add: str) -> Finding:
+    for name in names:
+        if found := _package(name):
+            return Finding(label, True, f"{name} {found}")
+    return Finding(label, False, "not installed", add)
+
+
+def _python() -> Finding:
+    found = platform.python_version()
+    ok = OLDEST <= sys.version_info[:2] <= NEWEST
+    return Finding("python", ok, f"{found} on {platform.machine()}", "" if ok else "use Python 3.10, 3.11 or 3.12")
+
+
+def _board() -> Finding:
+    board = board_name()
+    if board is None:
+        return Finding("board", False, "not a Jetson (no device tree)")
+    profiles = ", ".join(p.name for p in matching(board))
+    return Finding("board", True, f"{board}; profiles: {profiles or 'none'}")
+
+
+def _cuda_driver() -> Finding:
+    nodes = [node for node in ("/dev/nvidiactl", "/dev/nvhost-gpu", "/dev/nvgpu") if os.path.exists(node)]
+    add = "" if nodes else "a GPU and its driver (JetPack on a Jetson)"
+    return Finding("cuda driver", bool(nodes), ", ".join(nodes) or "no device node", add)
+
+
+def _power_sensors() -> Finding:
+    found = []
+    for path in sorted(Path("/sys/class/hwmon").glob("hwmon*/name")):
+        if _read(path).startswith("ina3221"):
+            found.append(f"INA3221 ({path.parent.name})")
+    for path in sorted(Path("/sys/class/powercap").glob("intel-rapl:?")):
+        readable = os.access(path / "energy_uj", os.R_OK)
+        found.append(f"RAPL {_read(path / 'name')}{'' if readable else ' (not readable: needs root)'}")
+    for path in sorted(Path("/sys/class/power_supply").glob("*/power_now")):
+        found.append(f"battery {path.parent.name}")
+    return Finding("power sensors", bool(found), ", ".join(found) or "none: power can't be measured here")
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text().strip()
+    except OSError:
+        return ""
+
+
+def _jtop() -> Finding:
+    installed, socket = _package("jetson-stats"), os.path.exists("/run/jtop.sock")
+    if not installed:
+        return Finding("jtop", False, "not installed", "pip install 'edge-ssm[jetson]'")
+    if not socket:
+        return Finding("jtop", False, f"jetson-stats {installed}, service not running", "sudo systemctl start jtop")
+    return Finding("jtop", True, f"jetson-stats {installed}, service running")
+
+
+def _memory() -> Finding:
+    memory = psutil.virtual_memory()
+    cores = psutil.cpu_count(logical=False) or psutil.cpu_count() or 1
+    return Finding(
+        "cpu and memory", True, f"{cores} cores, {memory.total / 2**30:.1f} GiB ({memory.available / 2**30:.1f} free)"
+    )
+
+
+def _tflite_hint() -> str:
+    return "pip install 'edge-ssm[tflite]'"
+
+
+_CHECKS: tuple[Callable[[], Finding], ...] = (
+    _python,
+    _board,
+    _memory,
+    lambda: _first_package("numba (engine cpu)", ("numba",), "pip install numba"),
+    _cuda_driver,
+    lambda: _first_package("numba-cuda", ("numba-cuda",), "pip install 'edge-ssm[cuda]'"),
+    lambda: _first_package("onnx runtime", ("onnxruntime-gpu", "onnxruntime"), "pip install 'edge-ssm[onnx]'"),
+    lambda: _first_package("litert", ("ai-edge-litert", "tflite-runtime"), _tflite_hint()),
+    _jtop,
+    _power_sensors,
+    lambda: _first_package("torch (host tool)", ("torch",), "pip install 'edge-ssm[host]' (on the workstation only)"),
+)
+
+
+def examine() -> list[Finding]:
+    return [Finding("edge-ssm", True, edge_ssm.__version__), *(check() for check in _CHECKS)]
+
+
+def as_json(findings: list[Finding]) -> dict[str, Any]:
+    return {"version": 1, "findings": [asdict(finding) for finding in findings]}
+
+
+def render(findings: list[Finding]) -> str:
+    width = max(len(f.name) for f in findings)
+    lines = []
+    for f in findings:
+        add = f"\n{'':>{width + 6}}add: {f.add}" if f.add else ""
+        lines.append(f"{'ok' if f.ok else '--':>3} {f.name:<{width}}  {f.found}{add}")
+    return "\n".join(lines)

@@ -1,0 +1,329 @@
+"""What a network is: plain frozen dataclasses of arrays, and the checks that make one runnable.
+
+The words are those of the S4D paper (arXiv 2206.11893). A block computes, for a residual stream ``u`` of
+``H = d_model`` channels::
+
+    v = norm(u)             if prenorm, else u
+    y = SSM(v)              every active channel; a bypassed channel yields D * v
+    z = mixing(gelu(y))     Linear H -> 2H and GLU, or Linear H -> H
+    u = u + z
+    u = norm(u)             if not prenorm
+
+Arrays are read-only by convention: an engine packs its own copy, and nothing here is changed in place.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from edge_ssm.errors import NetworkError
+
+Array = npt.NDArray[Any]
+Discretization = Literal["zoh", "bilinear"]
+Pooling = Literal["mean", "last", "none"]
+Task = Literal["classification", "regression"]
+
+INPUT_LIMIT = 1e9
+"""Largest magnitude of a normalised input value. Past it, squares in LayerNorm could leave float32's range
+and the state would never recover, so such a sample is treated like a non-finite one."""
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """The sensor's side of the network: channels in order, and the normalisation (value - mean) / std."""
+
+    channels: tuple[str, ...]
+    """Names of the input channels, length d_input. A token stream has exactly one."""
+    mean: Array
+    """(d_input,) float64, in the sensor's units."""
+    std: Array
+    """(d_input,) float64, positive, in the sensor's units."""
+    units: tuple[str, ...] = ()
+    """Unit of every channel, length d_input, or empty when unknown."""
+    sample_rate_hz: float | None = None
+    """Samples a second at which the network was trained; None when there is no clock (text, pixels)."""
+
+
+@dataclass(frozen=True)
+class LinearEncoder:
+    weight: Array  # (H, d_input) float32
+    bias: Array  # (H,) float32
+
+
+@dataclass(frozen=True)
+class TokenEncoder:
+    embedding: Array  # (vocabulary, H) float32
+
+
+@dataclass(frozen=True)
+class SSM:
+    """The SSMs of one layer in continuous time; K active channels of M conjugate pairs each (M = N / 2).
+
+    x' = A x + B u,  y = 2 Re(C x) + D u  for an active channel (S4D, eq. 2 with conjugate pairs folded);
+    y = D u for a bypassed one, so that D holds its gain g.
+    """
+
+    active: Array  # (K,) int64, ascending, each in [0, H)
+    A: Array  # (K, M) complex128, Re A < 0, 1/s
+    B: Array  # (K, M) complex128
+    C: Array  # (K, M) complex128
+    D: Array  # (H,) float32: feed-through of an active channel, gain of a bypassed one
+    dt: Array  # (K,) float64, positive, the step size in the unit of 1/A
+
+
+@dataclass(frozen=True)
+class Norm:
+    """``layer``: LayerNorm over the H channels. ``affine``: u * weight + bias (BatchNorm, folded)."""
+
+    kind: Literal["layer", "affine"]
+    weight: Array  # (H,) float32
+    bias: Array  # (H,) float32
+    eps: float = 1e-5
+    """Added to the variance of ``layer``; unused by ``affine``."""
+
+
+@dataclass(frozen=True)
+class Mixing:
+    """The position-wise linear map after GELU. ``glu``: (2H, H), value rows first, gate rows second."""
+
+    kind: Literal["glu", "plain"]
+    weight: Array  # (2H, H) for glu, (H, H) for plain; float32
+    bias: Array  # (2H,) or (H,) float32
+
+
+@dataclass(frozen=True)
+class Block:
+    ssm: SSM
+    mixing: Mixing
+    norm: Norm | None = None
+
+
+@dataclass(frozen=True)
+class Decoder:
+    weight: Array  # (d_output, H) float32
+    bias: Array  # (d_output,) float32
+
+
+@dataclass(frozen=True)
+class Network:
+    input: InputSpec
+    encoder: LinearEncoder | TokenEncoder
+    blocks: tuple[Block, ...]
+    decoder: Decoder
+    prenorm: bool
+    discretization: Discretization
+    pooling: Pooling
+    window: int
+    """Samples that one decision pools over; 1 when pooling is "none"."""
+    task: Task = "classification"
+    labels: tuple[str, ...] = ()
+    """Names of the classes, or of the regression outputs; length d_output, or empty."""
+
+    @property
+    def d_input(self) -> int:
+        return len(self.input.channels)
+
+    @property
+    def d_model(self) -> int:
+        return int(self.decoder.weight.shape[1])
+
+    @property
+    def d_output(self) -> int:
+        return int(self.decoder.weight.shape[0])
+
+    @property
+    def labelled(self) -> tuple[str, ...]:
+        """One name an output: the labels, or "0", "1", ... where the network has none."""
+        return self.labels or tuple(str(i) for i in range(self.d_output))
+
+
+def _expect(condition: bool, where: str, problem: str) -> None:
+    if not condition:
+        raise NetworkError(f"{where}: {problem}")
+
+
+def _check_array(array: Array, where: str, shape: tuple[int, ...]) -> None:
+    _expect(array.shape == shape, where, f"shape {array.shape}, expected {shape}")
+    _expect(bool(np.isfinite(array).all()), where, "holds a non-finite value (NaN or infinity)")
+
+
+def _check_ssm(ssm: SSM, where: str, h: int) -> None:
+    _expect(ssm.active.ndim == 1, f"{where}.active", f"shape {ssm.active.shape}, expected one axis")
+    k = len(ssm.active)
+    if k:
+        low, high = int(ssm.active.min()), int(ssm.active.max())
+        out = low if low < 0 else high
+        _expect(low >= 0 and high < h, f"{where}.active", f"index {out} is out of range, expected 0 to {h - 1}")
+        ascending = bool((np.diff(ssm.active) > 0).all())
+        _expect(ascending, f"{where}.active", "indices are repeated or not ascending")
+    _expect(ssm.A.ndim == 2 and ssm.A.shape[1] >= 1, f"{where}.A", f"shape {ssm.A.shape}, expected ({k}, N/2)")
+    for name in ("A", "B", "C"):
+        _check_array(getattr(ssm, name), f"{where}.{name}", (k, ssm.A.shape[1]))
+    _check_array(ssm.D, f"{where}.D", (h,))
+    _check_array(ssm.dt, f"{where}.dt", (k,))
+    _expect(bool((ssm.dt > 0).all()), f"{where}.dt", "a step size is not positive")
+    unstable = np.argwhere(ssm.A.real >= 0)
+    if len(unstable):
+        row, n = unstable[0]
+        problem = f"unstable: Re A = {ssm.A.real[row, n]:.3g} at channel {ssm.active[row]}, state {n}; expected < 0"
+        raise NetworkError(f"{where}.A: {problem}")
+
+
+def check(network: Network) -> None:
+    """Raise NetworkError, naming the part, unless all shapes fit, all values are finite and every SSM is stable."""
+    h, d_input, d_output = network.d_model, network.d_input, network.d_output
+    _expect(d_input >= 1 and h >= 1 and d_output >= 1, "network", "d_input, d_model and d_output must be positive")
+    _expect(len(set(network.input.channels)) == d_input, "input.channels", "names are repeated")
+    units = network.input.units
+    _expect(len(units) in (0, d_input), "input.units", f"{len(units)} given, expected {d_input} or none")
+    _check_array(network.input.mean, "input.mean", (d_input,))
+    _check_array(network.input.std, "input.std", (d_input,))
+    _expect(bool((network.input.std > 0).all()), "input.std", "a value is not positive")
+    rate = network.input.sample_rate_hz
+    _expect(rate is None or (np.isfinite(rate) and rate > 0), "input.sample_rate_hz", f"{rate}, expected positive")
+    if isinstance(network.encoder, TokenEncoder):
+        _expect(d_input == 1, "input.channels", f"a token encoder reads 1 channel, not {d_input}")
+        vocabulary = network.encoder.embedding.shape[0]
+        _expect(vocabulary >= 1, "encoder.embedding", "the vocabulary is empty")
+        _check_array(network.encoder.embedding, "encoder.embedding", (vocabulary, h))
+    else:
+        _check_array(network.encoder.weight, "encoder.weight", (h, d_input))
+        _check_array(network.encoder.bias, "encoder.bias", (h,))
+    for i, block in enumerate(network.blocks):
+        where = f"blocks.{i}"
+        _check_ssm(block.ssm, f"{where}.ssm", h)
+        rows = 2 * h if block.mixing.kind == "glu" else h
+        _check_array(block.mixing.weight, f"{where}.mixing.weight", (rows, h))
+        _check_array(block.mixing.bias, f"{where}.mixing.bias", (rows,))
+        if block.norm is not None:
+            _check_array(block.norm.weight, f"{where}.norm.weight", (h,))
+            _check_array(block.norm.bias, f"{where}.norm.bias", (h,))
+            _expect(block.norm.eps > 0 and np.isfinite(block.norm.eps), f"{where}.norm.eps", "not positive")
+    _check_array(network.decoder.weight, "decoder.weight", (d_output, h))
+    _check_array(network.decoder.bias, "decoder.bias", (d_output,))
+    _expect(network.window >= 1, "window", f"{network.window} samples, expected 1 or more")
+    _expect(network.pooling != "none" or network.window == 1, "window", "a network without pooling has window 1")
+    n_labels = len(network.labels)
+    _expect(n_labels in (0, d_output), "labels", f"{n_labels} given, expected {d_output} (one an output) or none")
+    _expect(len(set(network.labels)) == n_labels, "labels", "names are repeated")
+
+
+@dataclass(frozen=True)
+class InputRange:
+    """The values that may reach an engine's state; all else is a gap."""
+
+    low: Array  # (d_input,) float64, in the sensor's units
+    high: Array  # (d_input,) float64
+    whole: bool
+    """Whether only whole numbers are meant: tokens."""
+
+    def bad(self, values: Array) -> Array:
+        """Which of ``values`` (..., d_input) must not be stepped, as bool. NaN is always among them."""
+        bad: Array = ~((values >= self.low) & (values <= self.high))
+        return bad | (values != np.floor(values)) if self.whole else bad
+
+
+def input_range(network: Network) -> InputRange:
+    """Tokens of the vocabulary, or values within INPUT_LIMIT standard deviations of the mean."""
+    if isinstance(network.encoder, TokenEncoder):
+        last = len(network.encoder.embedding) - 1
+        return InputRange(np.zeros(1), np.full(1, float(last)), True)
+    spread = INPUT_LIMIT * network.input.std
+    return InputRange(network.input.mean - spread, network.input.mean + spread, False)
+
+
+def at_sample_rate(network: Network, hz: float) -> Network:
+    """The same continuous-time network for a stream at ``hz`` samples a second: dt and window are rescaled.
+
+    Raises NetworkError if the network has no sample rate of its own or ``hz`` is not positive and finite.
+    """
+    trained = network.input.sample_rate_hz
+    if trained is None:
+        raise NetworkError("sample rate: the network states none of its own, so it can't be moved to another one")
+    if not (np.isfinite(hz) and hz > 0):
+        raise NetworkError(f"sample rate: {hz} Hz, expected a positive number")
+    if hz == trained:
+        return network
+    ratio = trained / hz
+    blocks = tuple(replace(b, ssm=replace(b.ssm, dt=b.ssm.dt * ratio)) for b in network.blocks)
+    window = 1 if network.pooling == "none" else max(1, round(network.window / ratio))
+    return replace(network, blocks=blocks, window=window, input=replace(network.input, sample_rate_hz=float(hz)))
+
+
+@dataclass(frozen=True)
+class BlockCost:
+    """What one block keeps and does. Multiply-adds are real, for one sample."""
+
+    active: int
+    bypassed: int
+    pairs: int
+    """Conjugate pairs an active channel, N / 2."""
+    parameters: int
+    multiply_adds: int
+
+
+@dataclass(frozen=True)
+class Cost:
+    blocks: tuple[BlockCost, ...]
+    parameters: int
+    """Real numbers that a step reads, counting a complex one as two."""
+    state_values: int
+    """Real numbers of recurrent state a lane."""
+    multiply_adds: int
+    """Real multiply-adds of one sample through the whole network, without activations and norms."""
+
+
+def cost(network: Network) -> Cost:
+    h = network.d_model
+    blocks = []
+    for block in network.blocks:
+        k, m = block.ssm.A.shape
+        # A step of one pair: complex times complex (4), and the real part of another such product (2).
+        ssm_macs = 6 * k * m + h
+        mixing = block.mixing.weight.size + block.mixing.bias.size
+        # B is folded into C, so that the step reads (Abar, C): 4 numbers a pair.
+        parameters = 4 * k * m + h + mixing + (2 * h if block.norm else 0)
+        blocks.append(BlockCost(k, h - k, m, parameters, ssm_macs + block.mixing.weight.size))
+    encoder = network.encoder
+    token = isinstance(encoder, TokenEncoder)
+    encoder_size = encoder.embedding.size if isinstance(encoder, TokenEncoder) else encoder.weight.size + h
+    decoder_size = network.decoder.weight.size + network.d_output
+    return Cost(
+        blocks=tuple(blocks),
+        parameters=encoder_size + decoder_size + sum(b.parameters for b in blocks),
+        state_values=sum(2 * b.active * b.pairs for b in blocks),
+        multiply_adds=(0 if token else h * network.d_input)
+        + network.decoder.weight.size
+        + sum(b.multiply_adds for b in blocks),
+    )
+
+
+def _leaves(value: Any, path: str) -> Iterator[tuple[str, Any]]:
+    if is_dataclass(value):
+        yield path, type(value).__name__
+        for field in fields(value):
+            yield from _leaves(getattr(value, field.name), f"{path}.{field.name}")
+    elif isinstance(value, tuple):
+        yield path, len(value)
+        for i, item in enumerate(value):
+            yield from _leaves(item, f"{path}.{i}")
+    else:
+        yield path, value
+
+
+def fingerprint(network: Network) -> str:
+    """SHA-256 (hex) of every value and array of the network: what a state snapshot is tied to."""
+    digest = hashlib.sha256()
+    for path, value in _leaves(network, "network"):
+        if isinstance(value, np.ndarray):
+            digest.update(f"{path}={value.dtype.str}{value.shape}".encode())
+            digest.update(np.ascontiguousarray(value).tobytes())
+        else:
+            digest.update(f"{path}={value!r}".encode())
+    return digest.hexdigest()

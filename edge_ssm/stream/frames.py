@@ -1,0 +1,282 @@
+"""Codecs: bytes to frames. A decoder is fed whatever bytes there are and yields frames and reports of malformed ones.
+
+Bytes from outside are not trusted: a line has a longest length, numbers are parsed by float() alone, and whatever
+can't be a frame becomes a ``Malformed`` that says where and why; a decoder never raises for it. It raises FrameError
+only for a CSV header that lacks a channel, since then no row can be right.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from edge_ssm.errors import FrameError, UsageError
+from edge_ssm.network import Array, InputSpec
+
+MAX_LINE = 1 << 16
+LABEL_COLUMN = "label"
+TIME_COLUMNS = ("time", "timestamp", "t")
+_MISSING = {"", "nan", "na", "n/a", "null", "none"}
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """One sample of all channels."""
+
+    values: Array
+    """(d_input,) float64 in the sensor's units, NaN where a value is missing."""
+    time: float | str | None = None
+    """The source's own time stamp, as it stands there."""
+    label: str | None = None
+    """The true label, where a recording carries one. Never shown to the model."""
+
+
+@dataclass(frozen=True, slots=True)
+class Malformed:
+    """Input that is no frame: what was wrong, and where (a line or a byte offset)."""
+
+    where: str
+    problem: str
+
+
+class FrameDecoder(ABC):
+    def __init__(self, spec: InputSpec) -> None:
+        self.channels = spec.channels
+
+    @abstractmethod
+    def feed(self, data: bytes) -> Iterator[Frame | Malformed]:
+        """Frames that are complete with ``data``."""
+
+    @abstractmethod
+    def finish(self) -> Iterator[Frame | Malformed]:
+        """What is left when the source has ended."""
+
+
+class _LineDecoder(FrameDecoder):
+    """Splits bytes into lines (\\n or \\r\\n, UTF-8) and keeps no more than MAX_LINE bytes of an unfinished one."""
+
+    def __init__(self, spec: InputSpec) -> None:
+        super().__init__(spec)
+        self.line = 0
+        self._tail = b""
+        self._discarding = False
+
+    def feed(self, data: bytes) -> Iterator[Frame | Malformed]:
+        *lines, tail = (self._tail + data).split(b"\n")
+        self._tail = tail
+        for line in lines:
+            yield from self._one(line)
+        if len(self._tail) > MAX_LINE and not self._discarding:
+            self._discarding = True
+            yield self._malformed(f"longer than {MAX_LINE} bytes", self.line + 1)
+        if self._discarding:
+            self._tail = b""
+
+    def finish(self) -> Iterator[Frame | Malformed]:
+        tail, self._tail = self._tail, b""
+        if tail.strip() or self._discarding:
+            yield from self._one(tail)
+
+    def _one(self, line: bytes) -> Iterator[Frame | Malformed]:
+        self.line += 1
+        if self._discarding:
+            self._discarding = False
+            return
+        if len(line) > MAX_LINE:
+            yield self._malformed(f"longer than {MAX_LINE} bytes")
+            return
+        try:
+            text = line.decode().strip()
+        except UnicodeDecodeError:
+            yield self._malformed("not UTF-8 text")
+            return
+        if self.line == 1:
+            text = text.removeprefix("\ufeff")
+        if text:
+            item = self._parse(text)
+            if item is not None:
+                yield item
+
+    def _malformed(self, problem: str, line: int | None = None) -> Malformed:
+        return Malformed(f"line {self.line if line is None else line}", problem)
+
+    @abstractmethod
+    def _parse(self, text: str) -> Frame | Malformed | None:
+        """One line that is not empty; None for a header."""
+
+
+def _number(field: str) -> float | None:
+    """A CSV field as a number, NaN for a missing value, None for neither."""
+    text = field.strip()
+    if text.lower() in _MISSING:
+        return math.nan
+    if "_" in text:  # float() reads 1_000, which no sensor means
+        return None
+    try:
+        return float(text)
+    except ValueError:
+        return None
+
+
+def _time_stamp(field: str) -> float | str | None:
+    try:
+        value = float(field)
+    except ValueError:
+        return field.strip() or None
+    return value if math.isfinite(value) else None
+
+
+class CsvDecoder(_LineDecoder):
+    """Comma-separated values, with a header (columns in any order, others ignored) or without (channels in order).
+
+    A field in quotes may hold commas, not line breaks. The first row is a header if none of its fields is a number
+    or missing.
+    """
+
+    def __init__(self, spec: InputSpec) -> None:
+        super().__init__(spec)
+        self._columns: list[int] | None = None
+        self._width = len(self.channels)
+        self._label: int | None = None
+        self._time: int | None = None
+
+    def _parse(self, text: str) -> Frame | Malformed | None:
+        try:
+            row = next(csv.reader([text])) if '"' in text else text.split(",")
+        except (csv.Error, StopIteration):
+            return self._malformed("not a CSV row")
+        if self._columns is None:
+            if all(_number(field) is None for field in row):
+                self._read_header([field.strip() for field in row])
+                return None
+            self._columns = list(range(self._width))
+        if len(row) != self._width:
+            return self._malformed(f"{len(row)} fields, expected {self._width}")
+        values = np.empty(len(self._columns))
+        for i, column in enumerate(self._columns):
+            value = _number(row[column])
+            if value is None:
+                return self._malformed(f"channel {self.channels[i]!r}: {row[column].strip()[:40]!r} is not a number")
+            values[i] = value
+        time = None if self._time is None else _time_stamp(row[self._time])
+        label = None if self._label is None else row[self._label].strip() or None
+        return Frame(values, time, label)
+
+    def _read_header(self, header: list[str]) -> None:
+        for name in self.channels:
+            if header.count(name) != 1:
+                found = "no column" if name not in header else "more than one column"
+                raise FrameError(
+                    f"line {self.line}: {found} for channel {name!r}; expected a header with "
+                    f"{', '.join(self.channels)} (found {', '.join(header)[:200]})"
+                )
+        self._columns = [header.index(name) for name in self.channels]
+        self._width = len(header)
+        spare = {name: i for i, name in enumerate(header) if name not in self.channels}
+        self._label = spare.get(LABEL_COLUMN)
+        self._time = next((spare[name] for name in TIME_COLUMNS if name in spare), None)
+
+
+class NdjsonDecoder(_LineDecoder):
+    """One JSON value a line: an array of the channels in order, or an object with a member a channel (or ``values``).
+
+    ``null`` and an absent channel are missing values; ``time`` and ``label`` are read from an object.
+    """
+
+    def _parse(self, text: str) -> Frame | Malformed | None:
+        try:
+            document = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            return self._malformed(f"not JSON ({' '.join(str(error).split())[:80]})")
+        time = label = None
+        if isinstance(document, dict):
+            if not any(name in document for name in self.channels):
+                document.setdefault("values", None)
+                items = document["values"]
+            else:
+                items = [document.get(name) for name in self.channels]
+            time, label = document.get("time"), document.get("label")
+        else:
+            items = document
+        if not isinstance(items, list) or len(items) != len(self.channels):
+            return self._malformed(
+                f"expected an array of {len(self.channels)} numbers or an object with {', '.join(self.channels)}"
+            )
+        values = np.empty(len(items))
+        for i, item in enumerate(items):
+            if item is None:
+                values[i] = math.nan
+            elif isinstance(item, (int, float)) and not isinstance(item, bool):
+                try:
+                    values[i] = item
+                except OverflowError:
+                    values[i] = math.inf
+            else:
+                return self._malformed(f"channel {self.channels[i]!r}: {str(item)[:40]!r} is not a number")
+        return Frame(
+            values,
+            time if isinstance(time, (int, float, str)) and not isinstance(time, bool) else None,
+            str(label) if isinstance(label, (str, int, float)) else None,
+        )
+
+
+class BinaryDecoder(FrameDecoder):
+    """Frames of d_input numbers, back to back, little-endian: float32 as they are, int16 times a scale a channel."""
+
+    dtypes: ClassVar[dict[str, str]] = {"f32le": "<f4", "i16le": "<i2"}
+
+    def __init__(self, spec: InputSpec, codec: str, scale: Sequence[float] = (1.0,)) -> None:
+        super().__init__(spec)
+        if len(scale) not in (1, len(self.channels)) or not all(math.isfinite(s) and s for s in scale):
+            raise UsageError(
+                f"scale: expected 1 or {len(self.channels)} finite numbers other than 0, got {list(scale)}"
+            )
+        self._dtype = np.dtype(self.dtypes[codec])
+        self._scale = np.array(scale, dtype=np.float64)
+        self._size = self._dtype.itemsize * len(self.channels)
+        self._tail = b""
+        self._offset = 0
+
+    def feed(self, data: bytes) -> Iterator[Frame | Malformed]:
+        data = self._tail + data
+        whole = len(data) - len(data) % self._size
+        self._tail = data[whole:]
+        self._offset += whole
+        rows = np.frombuffer(data[:whole], dtype=self._dtype).reshape(-1, len(self.channels))
+        with np.errstate(invalid="ignore", over="ignore"):
+            values = rows.astype(np.float64) * self._scale
+        for row in values:
+            yield Frame(row)
+
+    def finish(self) -> Iterator[Frame | Malformed]:
+        if self._tail:
+            yield Malformed(f"byte {self._offset}", f"{len(self._tail)} bytes at the end, a frame has {self._size}")
+            self._tail = b""
+
+
+FORMATS = ("csv", "ndjson", *BinaryDecoder.dtypes)
+_SUFFIXES = {".csv": "csv", ".ndjson": "ndjson", ".jsonl": "ndjson", ".f32": "f32le", ".i16": "i16le"}
+
+
+def guess_format(path: str) -> str:
+    """The format that a file's name ends in; csv where it tells nothing, as for stdin."""
+    suffix = path[path.rfind(".") :].lower() if "." in path else ""
+    return _SUFFIXES.get(suffix, "csv")
+
+
+def decoder(codec: str, spec: InputSpec, scale: Sequence[float] = (1.0,)) -> FrameDecoder:
+    """The decoder for one of FORMATS. Raises UsageError for another, or a scale that does not fit."""
+    if codec == "csv":
+        return CsvDecoder(spec)
+    if codec == "ndjson":
+        return NdjsonDecoder(spec)
+    if codec in BinaryDecoder.dtypes:
+        return BinaryDecoder(spec, codec, scale)
+    raise UsageError(f"format {codec!r}: unknown, expected {', '.join(FORMATS)}")

@@ -1,0 +1,160 @@
+"""Where decisions go: NDJSON for programs, CSV for tables, text for people. Every line is written out at once."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import sys
+from abc import ABC, abstractmethod
+from typing import Any, TextIO
+
+from edge_ssm.errors import UsageError
+from edge_ssm.network import Network
+from edge_ssm.stream.decisions import Decision, Event
+
+
+class SinkClosed(Exception):
+    """The reader of the output has gone away."""
+
+
+class Sink(ABC):
+    def __init__(self, file: TextIO, network: Network, logits: bool, truth: bool) -> None:
+        self._file = file
+        self._names = network.labelled
+        self._logits = logits
+        self._truth = truth
+        self._regression = network.task == "regression"
+
+    def decision(self, decision: Decision) -> None:
+        self._write(self._decision(decision))
+
+    def event(self, event: Event) -> None:
+        self._write(self._event(event))
+
+    @abstractmethod
+    def _decision(self, decision: Decision) -> str:
+        """The decision as lines, each with its newline."""
+
+    @abstractmethod
+    def _event(self, event: Event) -> str: ...
+
+    def _write(self, text: str) -> None:
+        try:
+            self._file.write(text)
+            self._file.flush()
+        except BrokenPipeError:
+            # What is left in Python's buffer would fail again at exit, with a traceback.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self._file.fileno())
+            raise SinkClosed from None
+
+    def close(self) -> None:
+        if self._file is not sys.stdout:
+            self._file.close()
+
+
+class NdjsonSink(Sink):
+    def _decision(self, d: Decision) -> str:
+        document: dict[str, Any] = {"index": d.index, "start": d.start, "end": d.end}
+        if d.time is not None:
+            document["time"] = d.time
+        if self._regression:
+            document["value"] = [float(v) for v in d.outputs]
+        else:
+            document |= {"label": d.label, "score": d.score}
+        if d.gaps:
+            document["gaps"] = d.gaps
+        if self._truth:
+            document["truth"] = d.truth
+        if self._logits and not self._regression:
+            document["logits"] = [float(v) for v in d.outputs]
+        return json.dumps(document, separators=(",", ":")) + "\n"
+
+    def _event(self, e: Event) -> str:
+        return json.dumps({"event": e.event, "sample": e.sample, **e.details}, separators=(",", ":")) + "\n"
+
+
+class CsvSink(Sink):
+    """Events have no place in a table of decisions and go to stderr."""
+
+    _header_written = False
+
+    def _decision(self, d: Decision) -> str:
+        row: dict[str, Any] = {"index": d.index, "start": d.start, "end": d.end, "time": d.time}
+        if not self._regression:
+            row |= {"label": d.label, "score": d.score}
+        row["gaps"] = d.gaps
+        if self._truth:
+            row["truth"] = d.truth
+        if self._logits or self._regression:
+            prefix = "" if self._regression else "logit_"
+            row |= {f"{prefix}{name}": float(v) for name, v in zip(self._names, d.outputs, strict=True)}
+        text = io.StringIO()
+        writer = csv.DictWriter(text, list(row), lineterminator="\n")
+        if not self._header_written:
+            writer.writeheader()
+            self._header_written = True
+        writer.writerow(row)
+        return text.getvalue()
+
+    def _event(self, e: Event) -> str:
+        print(_in_words(e), file=sys.stderr)
+        return ""
+
+
+class TextSink(Sink):
+    _header_written = False
+
+    def _decision(self, d: Decision) -> str:
+        width = max(5, *(len(name) for name in self._names))
+        line = f"{d.index:>6}  {d.start:>9} - {d.end:<9}"
+        header = f"{'#':>6}  {'samples':^21}"
+        if self._regression:
+            header += "  " + "  ".join(f"{name:>10}" for name in self._names)
+            line += "  " + "  ".join(f"{v:>10.4g}" for v in d.outputs)
+        else:
+            header += f"  {'label':<{width}}  score"
+            line += f"  {d.label:<{width}}  {d.score:.3f}"
+        if d.truth is not None:
+            header += f"  {'truth':<{width}}"
+            line += f"  {d.truth:<{width}}"
+            if d.label is not None:
+                line += "  ok" if d.label == d.truth else "  wrong"
+        if d.gaps:
+            line += f"  ({d.gaps} gap samples)"
+        if self._logits and not self._regression:
+            line += "  [" + " ".join(f"{v:.4f}" for v in d.outputs) + "]"
+        if not self._header_written:
+            self._header_written = True
+            line = f"{header.rstrip()}\n{line}"
+        return line.rstrip() + "\n"
+
+    def _event(self, e: Event) -> str:
+        return f"-- {_in_words(e)}\n"
+
+
+def _in_words(e: Event) -> str:
+    details = ", ".join(f"{name} {value}" for name, value in e.details.items())
+    return f"{e.event.replace('_', ' ')} at sample {e.sample}" + (f" ({details})" if details else "")
+
+
+_SINKS: dict[str, type[Sink]] = {"ndjson": NdjsonSink, "csv": CsvSink, "text": TextSink}
+FORMATS = tuple(_SINKS)
+
+
+def open_sink(path: str, form: str | None, network: Network, logits: bool, truth: bool) -> Sink:
+    """A sink on a file, or on standard output for "-". ``form`` None: text on a terminal, csv for *.csv, else ndjson.
+
+    Raises UsageError if the file can't be written.
+    """
+    if path == "-":
+        file: TextIO = sys.stdout
+        default = "text" if file.isatty() else "ndjson"
+    else:
+        default = "csv" if path.endswith(".csv") else "ndjson"
+        try:
+            file = open(path, "w", encoding="utf-8")  # noqa: SIM115  closed by Sink.close
+        except OSError as error:
+            raise UsageError(f"{path}: can't be written ({error.strerror})") from None
+    return _SINKS[form or default](file, network, logits, truth)

@@ -1,0 +1,56 @@
+"""SIGINT and SIGTERM as a flag and a file descriptor: no wait outlives them, no sample is torn by an exception."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+from types import FrameType, TracebackType
+from typing import Any
+
+
+class Stop:
+    """While entered, the two signals set ``requested`` instead of ending the process; a second one ends it.
+
+    For the main thread only.
+    """
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._reader, self._writer = os.pipe()
+        os.set_blocking(self._writer, False)
+        os.set_blocking(self._reader, False)
+        self._previous: dict[int, Any] = {}
+        self._wakeup = -1
+
+    def __enter__(self) -> Stop:
+        self._wakeup = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._previous[number] = signal.signal(number, self._on_signal)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(self._wakeup)
+        os.close(self._reader)
+        os.close(self._writer)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self.requested:  # asked twice: something is stuck, let the signal do what it does
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        self.requested = True
+
+    def wait(self, fd: int | None = None, seconds: float | None = None) -> bool:
+        """Wait until ``fd`` can be read (or has ended), at most ``seconds``. False: stopped, or time ran out."""
+        poll = select.poll()
+        poll.register(self._reader, select.POLLIN)
+        if fd is not None:
+            poll.register(fd, select.POLLIN)
+        if self.requested:
+            return False
+        ready = poll.poll(None if seconds is None else max(0.0, seconds) * 1000)
+        return not self.requested and any(descriptor == fd for descriptor, _ in ready)

@@ -1,0 +1,116 @@
+"""Windows over a stream of outputs: which lane runs which window, what is pooled, when a decision falls due.
+
+Tumbling windows need one lane, reset at each window's start, and so give exactly the offline result of that window.
+Overlapping ones (hop < window) are exact too: ceil(window / hop) lanes see every sample, each is reset at the start
+of its own windows. With ``carry`` one lane is never reset, and each window pools its own span of the one output.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from dataclasses import dataclass
+
+import numpy as np
+
+from edge_ssm.errors import UsageError
+from edge_ssm.network import Array, Network
+
+
+@dataclass(frozen=True, slots=True)
+class Closed:
+    """A window that has ended: samples [start, end) of the stream."""
+
+    start: int
+    end: int
+    outputs: Array | None
+    """(d_output,) float64, pooled; None if every sample of the window was skipped."""
+    gaps: int
+    """Samples of the window that were filled or skipped."""
+    truth: str | None
+    """The commonest true label within the window, where the source carries labels."""
+
+
+class Windows:
+    def __init__(self, network: Network, hop: int | None = None, carry: bool = False) -> None:
+        self.window = network.window
+        self.hop = network.window if hop is None else hop
+        self._every = 1
+        if network.pooling == "none":
+            # An output a sample: the state is carried and hop only thins the outputs.
+            self._every, self.hop, carry = self.hop, 1, True
+        if self._every < 1 or not 1 <= self.hop <= self.window:
+            raise UsageError(f"hop: {hop} samples, expected 1 to the window's {self.window}")
+        self.carry = carry
+        self._mean = network.pooling == "mean"
+        slots = -(-self.window // self.hop)
+        self.lanes = 1 if carry else slots
+        self._sums = np.zeros((slots, network.d_output))
+        self._pooled = np.zeros(slots, dtype=np.int64)
+        self._gaps = np.zeros(slots, dtype=np.int64)
+        self._starts: deque[tuple[int, int]] = deque()  # (start, slot) of the open windows, oldest first
+        self._truth: deque[str | None] = deque(maxlen=self.window)
+        self.sample = 0
+        """Number of the next sample; skipped ones count."""
+        self._origin = 0
+        self._opened = 0
+
+    def begin(self) -> int | None:
+        """Before a sample is stepped: open the window that starts with it. Returns the lane to reset, if any."""
+        if (self.sample - self._origin) % self.hop:
+            return None
+        slot = self._opened % len(self._sums)
+        self._opened += 1
+        self._starts.append((self.sample, slot))
+        self._sums[slot] = 0
+        self._pooled[slot] = self._gaps[slot] = 0
+        return None if self.carry else slot
+
+    def end(self, outputs: Array | None, gap: bool = False, truth: str | None = None) -> Closed | None:
+        """After a sample: pool its outputs (lanes, d_output), or None if it was skipped; the window it ends, if any."""
+        if outputs is not None:
+            if self._mean:
+                self._sums += outputs
+                self._pooled += 1
+            else:
+                self._sums[:] = outputs
+                self._pooled[:] = 1
+        if gap:
+            self._gaps += 1
+        self._truth.append(truth)
+        self.sample += 1
+        if not self._starts or self.sample - self._starts[0][0] < self.window:
+            return None
+        start, slot = self._starts.popleft()
+        if (start - self._origin + 1) % self._every:
+            return None
+        pooled = int(self._pooled[slot])
+        return Closed(
+            start,
+            self.sample,
+            self._sums[slot] / pooled if pooled else None,
+            int(self._gaps[slot]),
+            self._majority(),
+        )
+
+    def _majority(self) -> str | None:
+        counts = Counter(label for label in self._truth if label is not None)
+        return counts.most_common(1)[0][0] if counts else None
+
+    def pass_over(self) -> None:
+        """A sample between a reset and the next good one: it has a number and belongs to no window."""
+        self.sample += 1
+        self._origin = self.sample
+
+    def restart(self) -> int:
+        """Give up all open windows; the next one starts with the next sample. Returns how many samples that loses."""
+        lost = self.unfinished
+        self._starts.clear()
+        self._truth.clear()
+        self._origin = self.sample
+        self._opened = 0
+        return lost
+
+    @property
+    def unfinished(self) -> int:
+        """Samples since the start of the oldest open window."""
+        return self.sample - self._starts[0][0] if self._starts else 0

@@ -1,0 +1,271 @@
+"""The command ``edge-ssm-build``: it parses, calls one function, prints. torch is imported where a command needs it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import click
+
+import edge_ssm
+from edge_ssm.cli import run_command
+from edge_ssm.errors import UsageError
+
+OUT_OF_PACKAGE = "watch, digits, forda, ecg5000, or a .npz file of your own (docs/build.md)"
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(edge_ssm.__version__, prog_name="edge-ssm-build")
+def cli() -> None:
+    """Train, prune and export S4D models for edge-ssm."""
+
+
+def _need_torch() -> None:
+    try:
+        import torch
+        import tqdm  # noqa: F401
+    except ImportError as error:
+        raise UsageError(f"{error.name} is missing; pip install 'edge-ssm[host]' on the workstation") from None
+    torch.set_num_threads(max(1, min(4, torch.get_num_threads())))
+    torch.use_deterministic_algorithms(True)
+
+
+def _numbers(text: str, kind: type[int] | type[float], option: str) -> list[Any]:
+    try:
+        return [kind(part) for part in text.split(",")]
+    except ValueError:
+        raise UsageError(f"{option} {text!r}: expected numbers separated by commas") from None
+
+
+def _folder(path: str) -> Path:
+    folder = Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"{folder}: can't be made ({error.strerror})") from None
+    return folder
+
+
+@cli.command()
+@click.argument("name")
+def data(name: str) -> None:
+    """Fetch data set NAME into the cache and show its splits."""
+    from edge_ssm_build import datasets
+
+    found = datasets.load(name)
+    click.echo(
+        f"{found.name}: {len(found.channels)} channels ({', '.join(found.channels)}), classes {', '.join(found.labels)}"
+    )
+    for split, recordings in found.splits.items():
+        lengths = [len(r) for r in recordings.x]
+        click.echo(f"  {split:<10} {len(lengths):>5} recordings of {min(lengths)} to {max(lengths)} samples")
+    click.echo(f"  {found.source}")
+
+
+@cli.command()
+@click.option("--data", "name", required=True, metavar="NAME", help=f"Data set: {OUT_OF_PACKAGE}.")
+@click.option(
+    "--output",
+    required=True,
+    metavar="DIR",
+    help="Gets checkpoint.pt and scores.json; the same command goes on after a kill.",
+)
+@click.option("--window", type=click.IntRange(min=1), required=True, help="Samples that one decision pools over.")
+@click.option("--epochs", type=click.IntRange(min=1), default=40, show_default=True)
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
+@click.option("--d-model", type=click.IntRange(min=1), default=64, show_default=True, help="H, channels.")
+@click.option(
+    "--d-state", type=click.IntRange(min=2), default=32, show_default=True, help="N, states a channel (even)."
+)
+@click.option("--n-layers", type=click.IntRange(min=1), default=2, show_default=True)
+@click.option("--dropout", type=click.FloatRange(0, 0.9), default=0.1, show_default=True)
+@click.option("--prenorm/--postnorm", default=False, show_default=True)
+@click.option("--norm", type=click.Choice(["layer", "batch"]), default="layer", show_default=True)
+@click.option("--mixing", type=click.Choice(["glu", "plain"]), default="glu", show_default=True)
+@click.option("--pooling", type=click.Choice(["mean", "last"]), default="mean", show_default=True)
+@click.option("--discretization", type=click.Choice(["zoh", "bilinear"]), default="zoh", show_default=True)
+@click.option("--init", type=click.Choice(["lin", "inv", "legs"]), default="lin", show_default=True)
+@click.option("--batch", type=click.IntRange(min=2), default=32, show_default=True)
+@click.option("--lr", type=float, default=4e-3, show_default=True)
+@click.option(
+    "--ssm-lr",
+    type=float,
+    default=1e-3,
+    show_default=True,
+    help="Learning rate of A, C and dt; they have no weight decay.",
+)
+@click.option("--weight-decay", type=float, default=0.01, show_default=True)
+@click.option(
+    "--noise",
+    type=click.FloatRange(min=0),
+    default=0.0,
+    show_default=True,
+    help="Noise on normalised training windows.",
+)
+@click.option(
+    "--scaling",
+    type=click.FloatRange(min=0),
+    default=0.0,
+    show_default=True,
+    help="Spread of a random gain a window and channel.",
+)
+def train(name: str, output: str, **options: Any) -> None:
+    """Train an S4D network in convolution mode; the best validation epoch is kept."""
+    _need_torch()
+    from edge_ssm_build import datasets, training
+    from edge_ssm_build.model import Config
+
+    dataset = datasets.load(name)
+    folder = _folder(output)
+    config_names, recipe_names = ({f.name for f in fields(kind)} for kind in (Config, training.Recipe))
+    options["prenorm"] = bool(options["prenorm"])
+    config = Config(
+        d_input=len(dataset.channels),
+        d_output=len(dataset.labels),
+        **{key: value for key, value in options.items() if key in config_names},
+    )
+    recipe = training.Recipe(**{key: value for key, value in options.items() if key in recipe_names})
+    checkpoint = training.new_checkpoint(dataset, name, config, recipe)
+    reached = training.fit(checkpoint, dataset, recipe, folder / "resume.pt", progress="training")
+    checkpoint.history.append(
+        {"stage": "train", "seed": recipe.seed, "epochs": recipe.epochs, "validation": asdict(reached)}
+    )
+    training.save_checkpoint(folder / "checkpoint.pt", checkpoint)
+    (folder / "scores.json").write_text(json.dumps({"validation": asdict(reached)}, indent=1) + "\n")
+    (folder / "resume.pt").unlink(missing_ok=True)
+    click.echo(
+        f"{folder / 'checkpoint.pt'}: validation accuracy {reached.accuracy:.4f}, "
+        f"balanced {reached.balanced_accuracy:.4f}"
+    )
+
+
+@cli.command()
+@click.argument("model")
+@click.option("--data", "name", metavar="NAME", help="[default: the one it was trained on]")
+@click.option("--split", type=click.Choice(["train", "validation", "test"]), default="test", show_default=True)
+@click.option("--engine", metavar="NAME", help="Stream through this engine and compare with torch's convolution mode.")
+def evaluate(model: str, name: str | None, split: Any, engine: str | None) -> None:
+    """Score MODEL, a checkpoint (.pt) or an artifact (.safetensors), on a split's tumbling windows."""
+    _need_torch()
+    import torch
+
+    from edge_ssm import artifact
+    from edge_ssm_build import convert, datasets, exporting, training
+
+    if model.endswith(".safetensors"):
+        loaded = artifact.load(model)
+        network, known = loaded.network, loaded.provenance.get("data", {}).get("name")
+        network_model, window = convert.to_model(network), network.window
+    else:
+        checkpoint = training.load_checkpoint(Path(model))
+        known, network_model, window = checkpoint.data, checkpoint.model, checkpoint.recipe.window
+        network = convert.to_network(network_model, checkpoint.spec, window, checkpoint.labels)
+    chosen = name or known
+    if chosen is None:
+        raise UsageError(f"{model}: does not say which data set it was trained on; give --data")
+    dataset = datasets.load(chosen)
+    if dataset.channels != network.input.channels or len(dataset.labels) != network.d_output:
+        raise UsageError(
+            f"{model}: made for channels {', '.join(network.input.channels)}; "
+            f"{chosen} has {', '.join(dataset.channels)}"
+        )
+    x, y = training.split_windows(dataset, split, window)
+    reached = training.score(network_model, training.as_input(x, network.input), torch.from_numpy(y))
+    click.echo(
+        f"{split}: {reached.windows} windows, accuracy {reached.accuracy:.4f}, balanced {reached.balanced_accuracy:.4f}"
+    )
+    if engine:
+        agreement = exporting.compare(network_model, network, engine, x)
+        click.echo(
+            f"engine {engine}: {agreement.labels_differing} labels differ from torch's, "
+            f"largest difference of a logit {agreement.max_error:.1e}"
+        )
+
+
+@cli.command()
+@click.argument("checkpoint")
+@click.option(
+    "--output",
+    required=True,
+    metavar="DIR",
+    help="Gets rate-R.pt a rate and family.json; the same command goes on after a kill.",
+)
+@click.option(
+    "--rates", default="0.1,0.3,0.5,0.7,0.9", show_default=True, help="Shares of all operators removed, ascending."
+)
+@click.option("--seeds", default="0,1,2", show_default=True, help="One candidate a seed and rate.")
+@click.option("--method", default="s4op", show_default=True, help="How channels are chosen: s4op (at random).")
+@click.option(
+    "--budget",
+    type=click.Choice(["depth", "uniform"]),
+    default="depth",
+    show_default=True,
+    help="How a rate is shared out over layers.",
+)
+def prune(checkpoint: str, output: str, rates: str, seeds: str, method: str, budget: Any) -> None:
+    """Prune whole SSM operators of CHECKPOINT step by step, with fine-tuning (S4oP)."""
+    _need_torch()
+    from edge_ssm_build import datasets, pruning, training
+
+    start = training.load_checkpoint(Path(checkpoint))
+    todo = pruning.plan(start, _numbers(rates, float, "--rates"), _numbers(seeds, int, "--seeds"), method, budget)
+    members = pruning.prune(start, datasets.load(start.data), todo, _folder(output))
+    click.echo(
+        "rate  seed  accuracy  balanced  parameters  multiply-adds  active channels a layer   (validation split)"
+    )
+    for m in members:
+        click.echo(
+            f"{m.rate:>4g}  {m.seed:>4}  {m.validation.accuracy:>8.4f}  {m.validation.balanced_accuracy:>8.4f}  "
+            f"{m.parameters:>10,}  {m.multiply_adds:>13,}  {m.active}"
+        )
+
+
+@cli.command()
+@click.argument("checkpoint")
+@click.option("--output", required=True, metavar="FILE", help="The artifact, *.safetensors.")
+def export(checkpoint: str, output: str) -> None:
+    """Write CHECKPOINT as an artifact, after its stream was compared with torch on the whole test split."""
+    _need_torch()
+    from edge_ssm_build import datasets, exporting, training
+
+    loaded = training.load_checkpoint(Path(checkpoint))
+    agreements, made_by = exporting.export(loaded, datasets.load(loaded.data), Path(output))
+    for engine, agreement in agreements.items():
+        click.echo(
+            f"{engine}: {agreement.windows} test windows, every label equal, "
+            f"largest error of a logit {agreement.max_error:.1e}"
+        )
+    reached = made_by["scores"]["test"]
+    click.echo(
+        f"{output}: {Path(output).stat().st_size:,} bytes, test accuracy {reached['accuracy']:.4f}, "
+        f"balanced {reached['balanced_accuracy']:.4f}"
+    )
+
+
+@cli.command()
+@click.option("--data", "name", required=True, metavar="NAME", help=f"Data set: {OUT_OF_PACKAGE}.")
+@click.option("--output", required=True, metavar="FILE", help="The recording, *.csv.")
+@click.option("--split", type=click.Choice(["train", "validation", "test"]), default="test", show_default=True)
+@click.option(
+    "--window",
+    type=click.IntRange(min=1),
+    required=True,
+    help="Every recording is cut to whole windows of so many samples.",
+)
+@click.option(
+    "--windows-each", type=click.IntRange(min=1), help="At most so many windows of every recording, from its middle."
+)
+@click.option("--decimals", type=click.IntRange(0, 12), help="Round values.  [default: as they are]")
+def record(name: str, output: str, split: Any, window: int, windows_each: int | None, decimals: int | None) -> None:
+    """Write a split as a CSV stream with a label column, for edge-ssm run."""
+    from edge_ssm_build import datasets, recording
+
+    samples = recording.record(datasets.load(name), split, Path(output), window, windows_each, decimals)
+    click.echo(f"{output}: {samples} samples, {Path(output).stat().st_size:,} bytes")
+
+
+def main() -> None:
+    sys.exit(run_command(cli, "edge-ssm-build"))

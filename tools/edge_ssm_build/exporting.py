@@ -1,0 +1,91 @@
+"""From a checkpoint to an artifact, which is written only if its stream says what the torch network says."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import edge_ssm
+from edge_ssm import artifact
+from edge_ssm.engines import create
+from edge_ssm.errors import RunFailed
+from edge_ssm.network import Network
+from edge_ssm_build.convert import to_network
+from edge_ssm_build.datasets import Array, Dataset
+from edge_ssm_build.model import S4DNetwork
+from edge_ssm_build.training import Checkpoint, as_input, predict, score, split_windows
+
+BOUND = 1e-4
+"""Largest difference of a logit between the torch network and a stream of the artifact."""
+
+
+@dataclass(frozen=True)
+class Agreement:
+    windows: int
+    labels_differing: int
+    max_error: float
+
+
+def stream_windows(network: Network, engine: str, x: Array) -> Array:
+    """Windows in the sensor's units (n, window, d_input), each streamed from zero state: (n, d_output) float64."""
+    runner = create(engine, network, lanes=1)
+    pooled = []
+    for window in x:
+        runner.reset()
+        outputs = runner.chunk(window).astype(np.float64)
+        pooled.append(outputs.mean(axis=0) if network.pooling == "mean" else outputs[-1])
+    return np.stack(pooled)
+
+
+def compare(model: S4DNetwork, network: Network, engine: str, x: Array) -> Agreement:
+    """The torch network's convolution mode against an engine's stream on the same windows, (n, window, d_input)."""
+    expected = predict(model, as_input(x, network.input)).numpy()
+    if network.pooling == "none":
+        expected = expected[:, -1]
+    found = stream_windows(network, engine, x)
+    differing = int((expected.argmax(axis=1) != found.argmax(axis=1)).sum())
+    return Agreement(len(x), differing, float(np.abs(expected - found).max()))
+
+
+def provenance(checkpoint: Checkpoint, data: Dataset) -> dict[str, Any]:
+    """What made the artifact. No time and no path of a machine: the same run gives the same bytes."""
+    reached = {}
+    for split in ("validation", "test"):
+        x, y = split_windows(data, split, checkpoint.recipe.window)
+        reached[split] = asdict(score(checkpoint.model, as_input(x, checkpoint.spec), torch.from_numpy(y)))
+    return {
+        "tool": f"edge-ssm-build {edge_ssm.__version__}, torch {torch.__version__.split('+')[0]}",
+        "data": {"name": data.name, "source": data.source},
+        "recipe": asdict(checkpoint.recipe),
+        "history": checkpoint.history,
+        "scores": reached,
+    }
+
+
+def export(checkpoint: Checkpoint, data: Dataset, path: Path) -> tuple[dict[str, Agreement], dict[str, Any]]:
+    """Write the artifact to ``path`` and return, an engine, how it agrees with torch on the test split, and provenance.
+
+    What is compared is the artifact as read back from disk. Raises RunFailed, and writes nothing, if one label differs
+    or one logit is off by more than BOUND.
+    """
+    network = to_network(checkpoint.model, checkpoint.spec, checkpoint.recipe.window, checkpoint.labels)
+    made_by = provenance(checkpoint, data)
+    x, _ = split_windows(data, "test", checkpoint.recipe.window)
+    with tempfile.TemporaryDirectory() as folder:
+        artifact.save(Path(folder) / "trial.safetensors", network, made_by)
+        shipped = artifact.load(Path(folder) / "trial.safetensors").network
+        agreements = {engine: compare(checkpoint.model, shipped, engine, x) for engine in ("reference", "cpu")}
+    for engine, agreement in agreements.items():
+        if agreement.labels_differing or not agreement.max_error <= BOUND:
+            raise RunFailed(
+                f"export: the {engine} engine's stream differs from torch on {agreement.labels_differing} of "
+                f"{agreement.windows} windows, largest error of a logit {agreement.max_error:.1e}, bound {BOUND:g}; "
+                "nothing was written"
+            )
+    artifact.save(path, network, made_by)
+    return agreements, made_by
