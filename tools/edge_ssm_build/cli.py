@@ -112,6 +112,13 @@ def data(name: str) -> None:
     show_default=True,
     help="Spread of a random gain a window and channel.",
 )
+@click.option(
+    "--rotation",
+    type=click.FloatRange(0, 180),
+    default=0.0,
+    show_default=True,
+    help="Spread in degrees of random rotations of training windows; channels are vectors of three.",
+)
 def train(name: str, output: str, **options: Any) -> None:
     """Train an S4D network in convolution mode; the best validation epoch is kept."""
     _need_torch()

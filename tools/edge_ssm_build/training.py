@@ -22,6 +22,7 @@ from edge_ssm.errors import InputRefused, RunFailed
 from edge_ssm.network import InputSpec
 from edge_ssm_build.datasets import Array, Dataset, SplitName, windows
 from edge_ssm_build.model import Config, S4DNetwork
+from edge_ssm_build.rotation import rotate
 
 CHECKPOINT_VERSION = 1
 
@@ -46,6 +47,8 @@ class Recipe:
     """Standard deviation of noise added to normalised training windows."""
     scaling: float = 0.0
     """Standard deviation of the log of a factor a training window and channel."""
+    rotation: float = 0.0
+    """Standard deviation, in degrees, of a random rotation of training windows (``rotation.rotate``)."""
 
 
 @dataclass
@@ -211,10 +214,13 @@ def _rate(step: int, steps: int, warmup: float) -> float:
 
 def _epoch_windows(data: Dataset, recipe: Recipe, rng: np.random.Generator) -> tuple[Array, Array]:
     """Half-overlapping windows of the training split, their phase drawn anew when ``jitter``."""
-    if not recipe.jitter:
-        return windows(data.splits["train"], recipe.window, recipe.window)
-    hop = max(1, recipe.window // 2)
-    return windows(data.splits["train"], recipe.window, hop, lambda spare: int(rng.integers(spare + 1)))
+    train = data.splits["train"]
+    if recipe.jitter:
+        hop = max(1, recipe.window // 2)
+        x, y = windows(train, recipe.window, hop, lambda spare: int(rng.integers(spare + 1)))
+    else:
+        x, y = windows(train, recipe.window, recipe.window)
+    return (rotate(x, recipe.rotation, rng) if recipe.rotation else x), y
 
 
 def _batches(x: Tensor, y: Tensor, recipe: Recipe, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:

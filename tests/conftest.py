@@ -1,0 +1,23 @@
+"""Fixtures build the real thing; hypothesis is derandomised, so that a failure here fails everywhere."""
+
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+settings.register_profile(
+    "edge", derandomize=True, deadline=None, max_examples=40, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("edge")
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="session")
+def demo_model() -> Path:
+    return ROOT / "examples" / "demo.safetensors"
+
+
+@pytest.fixture(scope="session")
+def demo_stream() -> Path:
+    return ROOT / "examples" / "demo.csv"

@@ -1,0 +1,62 @@
+"""The network in convolution mode, computed from the continuous parameters with none of the package's own formulas.
+
+y = K * v + D v,   K[l] = 2 Re(sum_n C_n Bbar_n Abar_n^l)
+"""
+
+import math
+from typing import Any
+
+import numpy as np
+
+from edge_ssm.network import SSM, Block, Network, Norm, TokenEncoder
+
+
+def kernel(ssm: SSM, discretization: str, length: int) -> Any:
+    """(K, length) float64."""
+    dt = ssm.dt[:, None]
+    if discretization == "zoh":
+        Abar = np.exp(dt * ssm.A)
+        Bbar = (Abar - 1) / ssm.A * ssm.B
+    else:
+        Abar = (1 + dt * ssm.A / 2) / (1 - dt * ssm.A / 2)
+        Bbar = dt * ssm.B / (1 - dt * ssm.A / 2)
+    powers = Abar[..., None] ** np.arange(length)
+    return 2 * ((ssm.C * Bbar)[..., None] * powers).sum(axis=1).real
+
+
+def _norm(norm: Norm, u: Any) -> Any:
+    if norm.kind == "layer":
+        u = (u - u.mean(axis=1, keepdims=True)) / np.sqrt(u.var(axis=1, keepdims=True) + norm.eps)
+    return u * norm.weight + norm.bias
+
+
+def _block(block: Block, network: Network, u: Any) -> Any:
+    v = _norm(block.norm, u) if block.norm and network.prenorm else u
+    y = v * block.ssm.D
+    for row, channel in zip(kernel(block.ssm, network.discretization, len(u)), block.ssm.active, strict=True):
+        y[:, channel] += np.convolve(row, v[:, channel])[: len(u)]
+    g = np.array([[0.5 * x * (1 + math.erf(x / math.sqrt(2))) for x in row] for row in y])
+    z = g @ block.mixing.weight.T.astype(np.float64) + block.mixing.bias
+    if block.mixing.kind == "glu":
+        h = u.shape[1]
+        z = z[:, :h] / (1 + np.exp(-z[:, h:]))
+    u = u + z
+    return _norm(block.norm, u) if block.norm and not network.prenorm else u
+
+
+def outputs(network: Network, samples: Any) -> Any:
+    """(T, d_input) in the sensor's units -> (T, d_output): the decoder's output for every sample."""
+    if isinstance(network.encoder, TokenEncoder):
+        u = network.encoder.embedding[samples[:, 0].astype(int)].astype(np.float64)
+    else:
+        z = (samples - network.input.mean) / network.input.std
+        u = z @ network.encoder.weight.T.astype(np.float64) + network.encoder.bias
+    for block in network.blocks:
+        u = _block(block, network, u)
+    return u @ network.decoder.weight.T.astype(np.float64) + network.decoder.bias
+
+
+def pooled(network: Network, samples: Any) -> Any:
+    """One window's output, (d_output,)."""
+    per_sample = outputs(network, samples)
+    return per_sample.mean(axis=0) if network.pooling == "mean" else per_sample[-1]
