@@ -258,7 +258,7 @@ def test_a_network_that_is_wrong_is_not_written(tmp_path):
     with pytest.raises(EdgeSSMError, match="provenance"):
         artifact.save(path, network, {"a": object()})
     network.decoder.bias[0] = np.nan
-    with pytest.raises(EdgeSSMError, match="decoder.bias"):
+    with pytest.raises(EdgeSSMError, match=r"decoder\.bias"):
         artifact.save(path, network, {})
     assert os.listdir(tmp_path) == []
     with pytest.raises(ArtifactError, match="can't be written"):

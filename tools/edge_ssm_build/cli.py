@@ -171,8 +171,8 @@ def evaluate(model: str, name: str | None, split: Any, engine: str | None) -> No
         known, network_model, window = checkpoint.data, checkpoint.model, checkpoint.recipe.window
         network = convert.to_network(network_model, checkpoint.spec, window, checkpoint.labels)
     chosen = name or known
-    if chosen is None:
-        raise UsageError(f"{model}: does not say which data set it was trained on; give --data")
+    if chosen is None or (name is None and chosen not in datasets.BUILTIN and not Path(chosen).exists()):
+        raise UsageError(f"{model}: trained on {chosen or 'an unknown data set'}, which is not at hand; give --data")
     dataset = datasets.load(chosen)
     if dataset.channels != network.input.channels or len(dataset.labels) != network.d_output:
         raise UsageError(

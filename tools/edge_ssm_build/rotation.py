@@ -26,4 +26,5 @@ def rotate(x: Array, degrees: float, rng: np.random.Generator) -> Array:
     sine, versine = np.sin(angle)[:, None, None], (1 - np.cos(angle))[:, None, None]
     turn = np.eye(3) + sine * cross + versine * cross @ cross
     vectors = x.reshape(n, -1, d_input // 3, 3)
-    return np.einsum("nij,ntvj->ntvi", turn, vectors).reshape(x.shape)
+    turned: Array = np.einsum("nij,ntvj->ntvi", turn, vectors).reshape(x.shape)
+    return turned
