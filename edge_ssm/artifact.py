@@ -47,13 +47,14 @@ MAX_SIZE = 1 << 20
 
 Size = Annotated[int, msgspec.Meta(ge=1, le=MAX_SIZE)]
 Count = Annotated[int, msgspec.Meta(ge=0, le=MAX_SIZE)]
-Name = Annotated[str, msgspec.Meta(min_length=1, max_length=200)]
+Name = Annotated[str, msgspec.Meta(min_length=1, max_length=200, pattern=r"^[^\x00-\x1f\x7f-\x9f]*\Z")]
+"""Names are printed on terminals: no control characters."""
 Positive = Annotated[float, msgspec.Meta(gt=0)]
 
 
 class InputDocument(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     channels: Annotated[list[Name], msgspec.Meta(min_length=1, max_length=MAX_SIZE)]
-    units: list[str]
+    units: list[Annotated[str, msgspec.Meta(max_length=200, pattern=r"^[^\x00-\x1f\x7f-\x9f]*\Z")]]
     sample_rate_hz: Positive | None
 
 

@@ -10,7 +10,7 @@ import click
 
 import edge_ssm
 from edge_ssm import artifact, doctor, inspect
-from edge_ssm.engines import ENGINES, choose, create
+from edge_ssm.engines import ENGINES, create
 from edge_ssm.errors import EdgeSSMError, UsageError
 from edge_ssm.network import Network, at_sample_rate
 from edge_ssm.stream import frames, sinks
@@ -95,11 +95,12 @@ def run(model: str, stream: bool, **options: Any) -> None:
     if options["pace"] and pace is None:
         raise UsageError("--pace: the model states no sample rate; give --sample-rate")
     windows = Windows(network, options["hop"], options["carry"])
-    chosen = choose(options["engine"])
     source = ByteSource(options["input_"])
+    if options["input_"] == "-" and sys.stdin.isatty():
+        click.echo("edge-ssm: reading samples from the terminal, Ctrl-D ends", err=True)
     codec = options["format_"] or frames.guess_format(options["input_"])
     decoder = frames.decoder(codec, network.input, _scale(options["scale"]))
-    engine = create(chosen, network, windows.lanes)
+    engine = create(options["engine"], network, windows.lanes)
     sink = sinks.open_sink(options["output"], options["output_format"], network, options["logits"], options["truth"])
     gap: GapPolicy = options["gap"]
     loop = Loop(engine, windows, sink, gap, options["max_gap"], options["strict"], _Reporter(source.name))
@@ -109,7 +110,7 @@ def run(model: str, stream: bool, **options: Any) -> None:
     finally:
         source.close()
         sink.close()
-    click.echo(summary(account, network, chosen), err=True)
+    click.echo(summary(account, network, engine.name), err=True)
     if account.malformed and not account.samples:
         raise EdgeSSMError(
             f"{source.name}: no valid sample among {account.malformed} rows; expected {codec} with "
@@ -191,6 +192,8 @@ def run_command(command: click.Command, prog_name: str) -> int:
         return status if isinstance(status, int) else 0
     except EdgeSSMError as error:
         message, status = str(error), error.exit_status
+    except SystemExit:  # click's way out where the reader of stdout or stderr has gone away, as `| head` does
+        return 0
     except click.Abort:
         message, status = "interrupted", 130
     except click.exceptions.NoArgsIsHelpError as error:

@@ -103,10 +103,6 @@ def _memory() -> Finding:
     )
 
 
-def _tflite_hint() -> str:
-    return "pip install 'edge-ssm[tflite]'"
-
-
 _CHECKS: tuple[Callable[[], Finding], ...] = (
     _python,
     _board,
@@ -115,7 +111,7 @@ _CHECKS: tuple[Callable[[], Finding], ...] = (
     _cuda_driver,
     lambda: _first_package("numba-cuda", ("numba-cuda",), "pip install 'edge-ssm[cuda]'"),
     lambda: _first_package("onnx runtime", ("onnxruntime-gpu", "onnxruntime"), "pip install 'edge-ssm[onnx]'"),
-    lambda: _first_package("litert", ("ai-edge-litert", "tflite-runtime"), _tflite_hint()),
+    lambda: _first_package("litert", ("ai-edge-litert", "tflite-runtime"), "pip install 'edge-ssm[tflite]'"),
     _jtop,
     _power_sensors,
     lambda: _first_package("torch (host tool)", ("torch",), "pip install 'edge-ssm[host]' (on the workstation only)"),

@@ -183,6 +183,8 @@ def test_deep_or_foreign_documents(tmp_path, parts):
         ({"discretization": "euler"}, r"document: .*discretization"),
         ({"surprise": 1}, r"document: .*surprise"),
         ({"labels": ["a", "a", "b"]}, r"labels: names are repeated"),
+        ({"labels": ["a", "b\n", "c"]}, r"document: .*labels"),
+        ({"labels": ["a", "\x1b[2J", "c"]}, r"document: .*labels"),
         ({"labels": ["a"]}, r"labels: 1 given, expected 3"),
         ({"encoder": "token", "vocabulary": 4}, r"tensor encoder.embedding: missing"),
         ({"blocks": []}, r"tensor .* not called for"),

@@ -254,6 +254,31 @@ def test_doctor_does_not_import_what_it_looks_for():
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "set()"
 
 
+def test_a_full_disk_is_one_clear_error(folder):
+    done = stream(folder, "--engine", "reference", "--input", folder / "s.csv", "--output", "/dev/full")
+    one_line(done, 1, "output: can't be written (No space left on device)")
+    with open("/dev/full", "w") as full:
+        command = [*COMMAND, "run", str(folder / "m.safetensors"), "--stream", "--engine", "reference"]
+        done = subprocess.run([*command, "--input", str(folder / "s.csv")], stdout=full, stderr=subprocess.PIPE)
+    assert done.returncode == 1
+    assert b"Traceback" not in done.stderr
+
+
+def test_a_reader_that_leaves_is_no_error(folder):
+    shell = f"{shutil.which('bash')} -o pipefail -c"
+    line = " ".join([f'"{part}"' for part in [*COMMAND, "inspect", str(folder / "m.safetensors")]])
+    done = subprocess.run([*shell.split(), f"{line} | true"], capture_output=True)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
+def test_recorded_labels_can_not_write_to_the_terminal(folder):
+    rows = (folder / "bare.csv").read_text().splitlines()
+    content = "c0,c1,label\n" + "".join(f"{row},\x1b[2Jx\n" for row in rows)
+    done = stream(folder, "--engine", "reference", "--output-format", "text", stdin=content.encode())
+    assert b"?[2Jx" in done.stdout
+    assert b"\x1b" not in done.stdout + done.stderr
+
+
 def test_a_read_only_home_only_costs_the_compile_cache(folder, tmp_path):
     package = tmp_path / "copy"
     shutil.copytree(

@@ -12,9 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from networks import networks, random_network, samples_for
 
+from edge_ssm import engines
 from edge_ssm.discretize import gap_power, step_parameters
-from edge_ssm.engines import ENGINES, choose, create
-from edge_ssm.errors import NetworkError, SampleError, SnapshotError, UsageError
+from edge_ssm.engines import ENGINES, create
+from edge_ssm.errors import EngineUnavailable, NetworkError, SampleError, SnapshotError, UsageError
 from edge_ssm.network import at_sample_rate, cost
 
 NAMES = sorted(ENGINES)
@@ -257,7 +258,7 @@ def test_cost_counts_what_is_left():
 
 
 def test_the_registry_names_what_it_has():
-    assert choose("auto") == "cpu"
+    assert create("auto", random_network()).name == "cpu"
     with pytest.raises(UsageError, match="engine 'gpu9': unknown, expected auto"):
         create("gpu9", random_network())
 
@@ -266,3 +267,15 @@ def test_importing_the_package_imports_neither_numba_nor_torch():
     code = "import sys, edge_ssm; print(sorted({'numba', 'torch', 'llvmlite'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_auto_falls_back_where_an_engine_does_not_load(monkeypatch):
+    broken = replace(ENGINES["cpu"], requires=("no_such_package",))
+    monkeypatch.setitem(engines.ENGINES, "cpu", broken)
+    assert create("auto", random_network()).name == "reference"
+    with pytest.raises(EngineUnavailable, match="package no_such_package is missing; pip install numba"):
+        create("cpu", random_network())
+    monkeypatch.setitem(engines.ENGINES, "cpu", replace(broken, module="edge_ssm.engines.none", requires=()))
+    assert create("auto", random_network()).name == "reference"
+    with pytest.raises(EngineUnavailable, match="does not load"):
+        create("cpu", random_network())

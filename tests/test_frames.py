@@ -93,6 +93,7 @@ def test_ndjson_forms():
         '{"ax": 1}',
         "[1, null]",
         '{"values": [5, 6], "time": "noon"}',
+        '{"ax": 1, "ay": 1, "time": 1e999}',
         "[NaN, 1e999]",
         "[1" + "0" * 400 + ", 2]",
     ]
@@ -102,6 +103,7 @@ def test_ndjson_forms():
         ([1, None], None, None),
         ([1, None], None, None),
         ([5, 6], "noon", None),
+        ([1, 1], None, None),
         ([None, math.inf], None, None),
         ([math.inf, 2], None, None),
     ]

@@ -101,6 +101,11 @@ def test_the_cpu_engine_streams_the_same_overlapping_windows():
     assert all(np.allclose(logits(a), logits(b), atol=1e-4) for a, b in zip(found, expected, strict=True))
 
 
+def test_more_overlap_than_there_are_lanes_for_is_refused():
+    with pytest.raises(UsageError, match="make 100000 windows overlap"):
+        Windows(random_network(window=100_000), 1)
+
+
 @pytest.mark.parametrize("hop", [0, -3, 21])
 def test_a_hop_outside_the_window_is_refused(hop):
     with pytest.raises(UsageError, match="hop"):

@@ -10,7 +10,7 @@ from edge_ssm.engines.base import Engine, Snapshot
 from edge_ssm.errors import EngineUnavailable, UsageError
 from edge_ssm.network import Network
 
-__all__ = ["ENGINES", "Engine", "EngineEntry", "Snapshot", "choose", "create"]
+__all__ = ["ENGINES", "Engine", "EngineEntry", "Snapshot", "create"]
 
 
 @dataclass(frozen=True)
@@ -30,31 +30,31 @@ ENGINES: dict[str, EngineEntry] = {
 }
 
 
-def missing(name: str) -> list[str]:
-    """Packages that the engine needs and this Python lacks."""
-    return [package for package in ENGINES[name].requires if find_spec(package) is None]
-
-
-def choose(name: str) -> str:
-    """The engine that ``name`` stands for here: itself, or for "auto" the first whose packages are installed."""
-    if name == "auto":
-        return next(candidate for candidate in ENGINES if not missing(candidate))
-    if name not in ENGINES:
-        raise UsageError(f"engine {name!r}: unknown, expected auto, {', '.join(ENGINES)}")
-    return name
-
-
 def create(name: str, network: Network, lanes: int = 1) -> Engine:
-    """An engine for ``lanes`` streams, all states zero.
+    """An engine for ``lanes`` streams, all states zero; "auto" takes the first of ENGINES that loads here.
 
     Raises UsageError for an unknown name, EngineUnavailable if its package is missing or does not load.
     """
-    chosen = choose(name)
-    entry = ENGINES[chosen]
-    if absent := missing(chosen):
-        raise EngineUnavailable(f"engine {chosen!r}: package {absent[0]} is missing; {entry.hint}")
+    if name == "auto":
+        *preferred, last = ENGINES
+        for candidate in preferred:
+            try:
+                return _load(candidate)(network, lanes)
+            except EngineUnavailable:
+                continue
+        name = last
+    if name not in ENGINES:
+        raise UsageError(f"engine {name!r}: unknown, expected auto, {', '.join(ENGINES)}")
+    return _load(name)(network, lanes)
+
+
+def _load(name: str) -> type[Engine]:
+    entry = ENGINES[name]
+    absent = [package for package in entry.requires if find_spec(package) is None]
+    if absent:
+        raise EngineUnavailable(f"engine {name!r}: package {absent[0]} is missing; {entry.hint}")
     try:
         cls: type[Engine] = getattr(import_module(entry.module), entry.cls)
     except ImportError as error:
-        raise EngineUnavailable(f"engine {chosen!r}: does not load ({error}); {entry.hint}") from None
-    return cls(network, lanes)
+        raise EngineUnavailable(f"engine {name!r}: does not load ({error}); {entry.hint}") from None
+    return cls

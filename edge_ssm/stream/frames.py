@@ -175,7 +175,7 @@ class CsvDecoder(_LineDecoder):
                 found = "no column" if name not in header else "more than one column"
                 raise FrameError(
                     f"line {self.line}: {found} for channel {name!r}; expected a header with "
-                    f"{', '.join(self.channels)} (found {', '.join(header)[:200]})"
+                    f"{', '.join(self.channels)} (found {', '.join(header)[:200]!r})"
                 )
         self._columns = [header.index(name) for name in self.channels]
         self._width = len(header)
@@ -220,9 +220,16 @@ class NdjsonDecoder(_LineDecoder):
                     values[i] = math.inf
             else:
                 return self._malformed(f"channel {self.channels[i]!r}: {str(item)[:40]!r} is not a number")
+        if (
+            isinstance(time, bool)
+            or not isinstance(time, (int, float, str))
+            or time in (math.inf, -math.inf)
+            or time != time
+        ):
+            time = None  # what JSON can't hold can't be passed on
         return Frame(
             values,
-            time if isinstance(time, (int, float, str)) and not isinstance(time, bool) else None,
+            time,
             str(label) if isinstance(label, (str, int, float)) else None,
         )
 

@@ -10,9 +10,14 @@ import sys
 from abc import ABC, abstractmethod
 from typing import Any, TextIO
 
-from edge_ssm.errors import UsageError
+from edge_ssm.errors import RunFailed, UsageError
 from edge_ssm.network import Network
 from edge_ssm.stream.decisions import Decision, Event
+
+
+def discard(file: TextIO) -> None:
+    """Let a dead file swallow what Python still holds for it, which would fail again at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
 
 
 class SinkClosed(Exception):
@@ -44,10 +49,11 @@ class Sink(ABC):
         try:
             self._file.write(text)
             self._file.flush()
-        except BrokenPipeError:
-            # What is left in Python's buffer would fail again at exit, with a traceback.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self._file.fileno())
-            raise SinkClosed from None
+        except OSError as error:
+            discard(self._file)
+            if isinstance(error, BrokenPipeError):
+                raise SinkClosed from None
+            raise RunFailed(f"output: can't be written ({error.strerror}); decisions from here on are lost") from None
 
     def close(self) -> None:
         if self._file is not sys.stdout:
@@ -118,7 +124,9 @@ class TextSink(Sink):
             line += f"  {d.label:<{width}}  {d.score:.3f}"
         if d.truth is not None:
             header += f"  {'truth':<{width}}"
-            line += f"  {d.truth:<{width}}"
+            # A recording's labels are somebody else's text: no control characters for the terminal.
+            truth = "".join(c if c.isprintable() else "?" for c in d.truth)
+            line += f"  {truth:<{width}}"
             if d.label is not None:
                 line += "  ok" if d.label == d.truth else "  wrong"
         if d.gaps:
@@ -151,6 +159,8 @@ def open_sink(path: str, form: str | None, network: Network, logits: bool, truth
     if path == "-":
         file: TextIO = sys.stdout
         default = "text" if file.isatty() else "ndjson"
+        if isinstance(file, io.TextIOWrapper):
+            file.reconfigure(errors="backslashreplace")  # a label may not exist in the terminal's encoding
     else:
         default = "csv" if path.endswith(".csv") else "ndjson"
         try:

@@ -15,6 +15,9 @@ import numpy as np
 from edge_ssm.errors import UsageError
 from edge_ssm.network import Array, Network
 
+MAX_OVERLAP = 4096
+"""Windows open at a time: each needs a lane's state."""
+
 
 @dataclass(frozen=True, slots=True)
 class Closed:
@@ -43,12 +46,14 @@ class Windows:
         self.carry = carry
         self._mean = network.pooling == "mean"
         slots = -(-self.window // self.hop)
+        if slots > MAX_OVERLAP:
+            raise UsageError(f"hop: {self.hop} samples make {slots} windows overlap, expected {MAX_OVERLAP} at most")
         self.lanes = 1 if carry else slots
         self._sums = np.zeros((slots, network.d_output))
         self._pooled = np.zeros(slots, dtype=np.int64)
         self._gaps = np.zeros(slots, dtype=np.int64)
         self._starts: deque[tuple[int, int]] = deque()  # (start, slot) of the open windows, oldest first
-        self._truth: deque[str | None] = deque(maxlen=self.window)
+        self._truth: list[Counter[str]] = [Counter() for _ in range(slots)]
         self.sample = 0
         """Number of the next sample; skipped ones count."""
         self._origin = 0
@@ -63,6 +68,7 @@ class Windows:
         self._starts.append((self.sample, slot))
         self._sums[slot] = 0
         self._pooled[slot] = self._gaps[slot] = 0
+        self._truth[slot].clear()
         return None if self.carry else slot
 
     def end(self, outputs: Array | None, gap: bool = False, truth: str | None = None) -> Closed | None:
@@ -76,7 +82,9 @@ class Windows:
                 self._pooled[:] = 1
         if gap:
             self._gaps += 1
-        self._truth.append(truth)
+        if truth is not None:
+            for _, open_slot in self._starts:
+                self._truth[open_slot][truth] += 1
         self.sample += 1
         if not self._starts or self.sample - self._starts[0][0] < self.window:
             return None
@@ -89,12 +97,8 @@ class Windows:
             self.sample,
             self._sums[slot] / pooled if pooled else None,
             int(self._gaps[slot]),
-            self._majority(),
+            self._truth[slot].most_common(1)[0][0] if self._truth[slot] else None,
         )
-
-    def _majority(self) -> str | None:
-        counts = Counter(label for label in self._truth if label is not None)
-        return counts.most_common(1)[0][0] if counts else None
 
     def pass_over(self) -> None:
         """A sample between a reset and the next good one: it has a number and belongs to no window."""
@@ -105,7 +109,6 @@ class Windows:
         """Give up all open windows; the next one starts with the next sample. Returns how many samples that loses."""
         lost = self.unfinished
         self._starts.clear()
-        self._truth.clear()
         self._origin = self.sample
         self._opened = 0
         return lost
