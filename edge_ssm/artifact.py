@@ -10,7 +10,6 @@ import hashlib
 import os
 import stat
 import struct
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -21,6 +20,7 @@ import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as to_safetensors
 
+from edge_ssm import atomic
 from edge_ssm.errors import ArtifactError, NetworkError
 from edge_ssm.network import (
     SSM,
@@ -250,21 +250,11 @@ def to_bytes(network: Network, provenance: dict[str, Any]) -> tuple[bytes, str]:
 
 
 def save(path: str | os.PathLike[str], network: Network, provenance: dict[str, Any]) -> str:
-    """Write the artifact atomically (temporary file, fsync, rename) and return its digest."""
+    """Write the artifact, whole or not at all, and return its digest."""
     content, digest = to_bytes(network, provenance)
     target = Path(path)
     try:
-        descriptor, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-        try:
-            with os.fdopen(descriptor, "wb") as file:
-                os.fchmod(file.fileno(), 0o644)
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, target)
-        except BaseException:
-            os.unlink(temporary)
-            raise
+        atomic.write(target, content)
     except OSError as error:
         raise ArtifactError(f"{target}: can't be written ({error.strerror})") from None
     return digest

@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 import edge_ssm
+from edge_ssm import atomic
 from edge_ssm.cli import run_command
 from edge_ssm.errors import UsageError
 
@@ -141,7 +142,8 @@ def train(name: str, output: str, **options: Any) -> None:
         {"stage": "train", "seed": recipe.seed, "epochs": recipe.epochs, "validation": asdict(reached)}
     )
     training.save_checkpoint(folder / "checkpoint.pt", checkpoint)
-    (folder / "scores.json").write_text(json.dumps({"validation": asdict(reached)}, indent=1) + "\n")
+    scores = json.dumps({"validation": asdict(reached)}, indent=1) + "\n"
+    atomic.write(folder / "scores.json", scores.encode())
     (folder / "resume.pt").unlink(missing_ok=True)
     click.echo(
         f"{folder / 'checkpoint.pt'}: validation accuracy {reached.accuracy:.4f}, "

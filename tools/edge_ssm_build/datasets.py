@@ -22,6 +22,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from edge_ssm import atomic
 from edge_ssm.errors import InputRefused, RunFailed, UsageError
 
 Array = npt.NDArray[Any]
@@ -104,9 +105,9 @@ def _cached(name: str, make: Callable[[], dict[str, Array]]) -> dict[str, Array]
     if not path.exists():
         arrays = make()
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".npz", delete=False) as file:
-            np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
-        os.replace(file.name, path)
+        buffer = io.BytesIO()
+        np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]
+        atomic.write(path, buffer.getvalue())
     return _read_npz(path)
 
 

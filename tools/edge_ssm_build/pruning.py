@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from edge_ssm import atomic
 from edge_ssm.errors import UsageError
 from edge_ssm.network import cost
 from edge_ssm_build.convert import to_network
@@ -174,7 +174,7 @@ def prune(start: Checkpoint, data: Dataset, todo: Plan, output: Path) -> list[Me
         save_checkpoint(output / name, current)
         members.append(_member(current, rate, seed, name, reached))
     family = {"version": 1, "method": todo.method, "budget": todo.budget, "members": [asdict(m) for m in members]}
-    (output / "family.json").write_text(json.dumps(family, indent=1) + "\n")
+    atomic.write(output / "family.json", (json.dumps(family, indent=1) + "\n").encode())
     return members
 
 
@@ -184,6 +184,4 @@ def _claim(path: Path, content: dict[str, Any]) -> None:
         raise UsageError(
             f"{path.parent}: holds a search with another plan or checkpoint; use another --output or delete it"
         )
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
+    atomic.write(path, text.encode())

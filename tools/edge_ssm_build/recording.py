@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import csv
-import os
+import io
 from pathlib import Path
 
+from edge_ssm import atomic
 from edge_ssm.errors import InputRefused, UsageError
 from edge_ssm_build.datasets import Array, Dataset, SplitName
 
@@ -32,17 +33,15 @@ def record(
     samples = sum(len(recording) for recording, _ in chosen)
     if not samples:
         raise InputRefused(f"record: no recording of {data.name} {split} holds a window of {window} samples")
-    temporary = path.with_name(f".{path.name}.tmp")
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow([*data.channels, "label"])
+    for recording, label in chosen:
+        for row in recording:
+            values = (repr(float(v)) if decimals is None else f"{v:.{decimals}f}" for v in row)
+            writer.writerow([*values, label])
     try:
-        with open(temporary, "w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            writer.writerow([*data.channels, "label"])
-            for recording, label in chosen:
-                for row in recording:
-                    writer.writerow(
-                        [*(repr(float(v)) if decimals is None else f"{v:.{decimals}f}" for v in row), label]
-                    )
-        os.replace(temporary, path)
+        atomic.write(path, text.getvalue().encode())
     except OSError as error:
         raise UsageError(f"{path}: can't be written ({error.strerror})") from None
     return samples

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import copy
+import io
 import math
-import os
-import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from edge_ssm import atomic
 from edge_ssm.errors import InputRefused, RunFailed
 from edge_ssm.network import InputSpec
 from edge_ssm_build.datasets import Array, Dataset, SplitName, windows
@@ -114,19 +114,12 @@ def score(model: S4DNetwork, x: Tensor, y: Tensor) -> Score:
 # --- checkpoints -----------------------------------------------------------------------------------------------
 
 
-def write_atomically(path: Path, content: Any) -> None:
-    """torch.save by way of a temporary file, so that a kill leaves the old file or the new one."""
+def write_torch(path: Path, content: Any) -> None:
+    """torch.save, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    atomic.write(path, buffer.getvalue())
 
 
 def read_torch(path: Path) -> Any:
@@ -142,7 +135,7 @@ def read_torch(path: Path) -> Any:
 
 def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     spec = checkpoint.spec
-    write_atomically(
+    write_torch(
         path,
         {
             "edge_ssm_checkpoint": CHECKPOINT_VERSION,
@@ -288,7 +281,7 @@ def fit(
             best=f"{best.balanced_accuracy:.3f}",
         )
         if resume is not None:
-            write_atomically(
+            write_torch(
                 resume,
                 {
                     "recipe": asdict(recipe),
