@@ -1,0 +1,72 @@
+"""edge-ssm-build from end to end on real recordings, and its refusals."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from edge_ssm.cli import run_command
+
+torch = pytest.importorskip("torch", reason="the host tool needs torch: pip install 'edge-ssm[host]'")
+
+from edge_ssm_build.cli import cli  # noqa: E402
+
+BUILD = [sys.executable, "-c", "from edge_ssm_build.cli import main; main()"]
+RUN = [sys.executable, "-c", "from edge_ssm.cli import main; main()"]
+
+
+def call(command, *arguments):
+    return subprocess.run([*command, *map(str, arguments)], capture_output=True, text=True, timeout=300)
+
+
+def build(*arguments):
+    done = call(BUILD, *arguments)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_train_prune_export_record_and_stream(recordings, tmp_path):
+    small = ["--d-model", 8, "--d-state", 4, "--epochs", 8, "--batch", 16]
+    build("train", "--data", recordings, "--output", tmp_path / "t", "--window", 50, *small)
+    table = build(
+        "prune", tmp_path / "t" / "checkpoint.pt", "--output", tmp_path / "p", "--rates", "0.5", "--seeds", "3"
+    )
+    assert " 0.5     3" in table
+    model = tmp_path / "m.safetensors"
+    assert "every label equal" in build("export", tmp_path / "p" / "rate-0.5.pt", "--output", model)
+    exported = build("evaluate", model, "--data", recordings)
+    assert exported == build("evaluate", tmp_path / "p" / "rate-0.5.pt")
+    assert "0 labels differ" in build(
+        "evaluate", model, "--data", recordings, "--engine", "cpu", "--split", "validation"
+    )
+    build("record", "--data", recordings, "--output", tmp_path / "s.csv", "--window", 50)
+    done = call(RUN, "run", model, "--stream", "--input", tmp_path / "s.csv", "--truth")
+    decisions = [json.loads(line) for line in done.stdout.splitlines()]
+    right = sum(d["label"] == d["truth"] for d in decisions)
+    assert f"test: {len(decisions)} windows, accuracy {right / len(decisions):.4f}" in exported
+
+
+def test_refusals_are_one_line(tmp_path, recordings, demo_model, capsys, monkeypatch):
+    (tmp_path / "bad.pt").write_bytes(b"garbage")
+    file = tmp_path / "file"
+    file.touch()
+    train = ["train", "--data", recordings, "--window", 50, "--output"]
+    for arguments, status, text in (
+        (["train", "--data", "mars", "--window", 5, "--output", tmp_path], 2, "data set 'mars': unknown"),
+        ([*train, file], 2, "can't be made"),
+        ([*train, tmp_path / "x", "--d-state", 3], 2, "d_state: 3, expected an even number"),
+        ([*train, tmp_path / "x", "--epochs", 0], 2, "--epochs"),
+        (["prune", tmp_path / "bad.pt", "--output", tmp_path], 2, "damaged, or not a checkpoint"),
+        (["export", tmp_path / "none.pt", "--output", tmp_path / "m"], 2, "no such file"),
+        (["evaluate", tmp_path / "none.safetensors"], 2, "can't be read"),
+        (["evaluate", demo_model.with_name("demo.csv")], 2, "damaged, or not a checkpoint"),
+        (["record", "--data", recordings, "--window", 999, "--output", tmp_path / "s"], 2, "holds a window of 999"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["edge-ssm-build", *map(str, arguments)])
+        assert run_command(cli, "edge-ssm-build") == status, arguments
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("edge-ssm-build: error: ")
+        assert text in line
+    assert not (tmp_path / "m").exists()

@@ -1,0 +1,50 @@
+"""The shipped demo: what it streams is what torch says, and what its page states."""
+
+import json
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from edge_ssm import load
+
+torch = pytest.importorskip("torch", reason="the host tool needs torch: pip install 'edge-ssm[host]'")
+
+from edge_ssm_build import convert, training  # noqa: E402
+
+
+def test_the_demo_streams_what_torch_computes(demo_model, demo_stream):
+    artifact = load(demo_model)
+    network = artifact.network
+    rows = np.genfromtxt(demo_stream, delimiter=",", skip_header=1, dtype=str)
+    x = rows[:, :-1].astype(float).reshape(-1, network.window, network.d_input)
+    truth = rows[:: network.window, -1]
+    logits = training.predict(convert.to_model(network), training.as_input(x, network.input)).numpy()
+    labels = [network.labels[i] for i in logits.argmax(axis=1)]
+    command = [sys.executable, "-c", "from edge_ssm.cli import main; main()", "run", str(demo_model), "--stream"]
+    done = subprocess.run(
+        [*command, "--input", str(demo_stream), "--logits"], capture_output=True, text=True, check=True
+    )
+    decisions = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [d["label"] for d in decisions] == labels
+    assert np.abs(np.array([d["logits"] for d in decisions]) - logits).max() <= 1e-4
+    right = int((np.array(labels) == truth).sum())
+    stated = f"{right} of {len(truth)} decisions equal the true label"
+    assert stated in done.stderr
+    root = demo_model.parent.parent
+    assert stated in (root / "README.md").read_text()
+    test = artifact.provenance["scores"]["test"]
+    page = (root / "examples" / "README.md").read_text()
+    assert re.search(rf"complete test split[^|]*\| {test['windows']} windows \| {100 * test['accuracy']:.1f} %", page)
+
+
+def test_the_demo_is_pruned_and_says_where_it_comes_from(demo_model):
+    artifact = load(demo_model)
+    bypassed = sum(
+        network_block.ssm.D.size - len(network_block.ssm.active) for network_block in artifact.network.blocks
+    )
+    assert bypassed > 0
+    assert "BSD-3-Clause" in artifact.provenance["data"]["source"]
+    assert artifact.provenance["history"][-1]["method"] == "s4op"
