@@ -79,9 +79,10 @@ def test_checkpoints_come_back_as_they_were_and_damaged_ones_are_refused(fresh, 
     assert loaded.model.active() == checkpoint.model.active()
     assert loaded.recipe == checkpoint.recipe
     content = path.read_bytes()
-    for i, bad in enumerate((content[:300], content[: len(content) // 2], b"", b"garbage", pickle.dumps(pytest.fail))):
+    code = pickle.dumps(pytest.fail, protocol=2)
+    for i, bad in enumerate((content[:300], content[: len(content) // 2], b"", b"garbage", code)):
         path.write_bytes(bad)
-        with pytest.raises(InputRefused, match="c.pt: ") as caught:
+        with pytest.raises(InputRefused, match=r"c\.pt: ") as caught:
             training.load_checkpoint(path)
         assert "\n" not in str(caught.value), i
     torch.save({"edge_ssm_checkpoint": 1, "config": {}}, path)
@@ -219,7 +220,7 @@ def test_a_user_s_file_is_checked(recordings, tmp_path):
         with pytest.raises(InputRefused, match=message):
             datasets.load(str(path))
     path.write_bytes(b"PK garbage")
-    with pytest.raises(InputRefused, match="can't be read as .npz"):
+    with pytest.raises(InputRefused, match=r"can't be read as \.npz"):
         datasets.load(str(path))
     with pytest.raises(UsageError, match="data set 'nothing': unknown"):
         datasets.load("nothing")
@@ -234,4 +235,4 @@ def test_digits_are_split_without_overlap():
     data = datasets.load("digits")
     rows = [{r.tobytes() for r in data.splits[split].x} for split in datasets.SPLITS]
     assert [len(data.splits[split].x) for split in datasets.SPLITS] == [1079, 359, 359]
-    assert not (rows[0] & rows[2] or rows[0] & rows[1] or rows[1] & rows[2])
+    assert len(rows[0] | rows[1] | rows[2]) == sum(map(len, rows))
