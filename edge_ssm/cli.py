@@ -155,7 +155,7 @@ def summary(account: Account, network: Network, engine: str) -> str:
     if latency.count:
         speed = account.samples / account.seconds
         real_time = (
-            f", {speed / network.input.sample_rate_hz:.0f} times real time" if network.input.sample_rate_hz else ""
+            f", {speed / network.input.sample_rate_hz:.3g} times real time" if network.input.sample_rate_hz else ""
         )
         lines.append(
             f"step      p50 {p50:.1f} us, p99 {p99:.1f} us, max {longest:.1f} us; {speed:.0f} samples/s{real_time}"

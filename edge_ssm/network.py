@@ -34,6 +34,10 @@ INPUT_LIMIT = 1e9
 and the state would never recover, so such a sample is treated like a non-finite one."""
 
 
+MAX_RATE_CHANGE = 1000.0
+"""Largest factor between a stream's sample rate and the trained one; past it a unit was mistaken."""
+
+
 @dataclass(frozen=True)
 class InputSpec:
     """The sensor's side of the network: channels in order, and the normalisation (value - mean) / std."""
@@ -241,13 +245,16 @@ def input_range(network: Network) -> InputRange:
 def at_sample_rate(network: Network, hz: float) -> Network:
     """The same continuous-time network for a stream at ``hz`` samples a second: dt and window are rescaled.
 
-    Raises NetworkError if the network has no sample rate of its own or ``hz`` is not positive and finite.
+    Raises NetworkError if the network has no sample rate of its own or ``hz`` is too far from it.
     """
     trained = network.input.sample_rate_hz
     if trained is None:
         raise NetworkError("sample rate: the network states none of its own, so it can't be moved to another one")
-    if not (np.isfinite(hz) and hz > 0):
-        raise NetworkError(f"sample rate: {hz} Hz, expected a positive number")
+    if not trained / MAX_RATE_CHANGE <= hz <= trained * MAX_RATE_CHANGE:
+        raise NetworkError(
+            f"sample rate: {hz:g} Hz, expected {trained / MAX_RATE_CHANGE:g} to {trained * MAX_RATE_CHANGE:g} "
+            f"(the network was trained at {trained:g} Hz)"
+        )
     if hz == trained:
         return network
     ratio = trained / hz

@@ -214,7 +214,7 @@ def test_wrong_use_is_one_line_and_status_2(folder, tmp_path):
     one_line(stream(folder, "--input", tmp_path), 2, "it is a directory")
     one_line(stream(folder, "--output", tmp_path / "no" / "x"), 2, "can't be written")
     one_line(stream(folder, "--scale", "x"), 2, "--scale 'x': expected numbers")
-    one_line(stream(folder, "--sample-rate", "-1"), 2, "sample rate: -1.0 Hz")
+    one_line(stream(folder, "--sample-rate", "-1"), 2, "sample rate: -1 Hz, expected 0.05 to 50000")
     one_line(stream(folder, "--gap", "fill"), 2, "'fill' is not one of 'hold', 'skip', 'reset'")
     one_line(stream(folder, "--format", "xml"), 2, "'xml' is not one of")
     one_line(run("run"), 2, "Missing argument 'MODEL'")

@@ -243,7 +243,7 @@ def test_half_the_sample_rate_doubles_the_step_and_keeps_the_window_s_time():
     assert np.allclose(fast, slow, atol=1e-2 * np.abs(fast).max())
     with pytest.raises(NetworkError, match="sample rate"):
         at_sample_rate(random_network(rate=None), 10.0)
-    for hz in (0.0, -1.0, math.nan, math.inf):
+    for hz in (0.0, -1.0, math.nan, math.inf, 1e6, 1e-3):
         with pytest.raises(NetworkError, match="sample rate"):
             at_sample_rate(network, hz)
 
