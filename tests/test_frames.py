@@ -73,6 +73,17 @@ def test_a_header_without_a_channel_is_refused(header, problem):
         decode("csv", f"{header}\n1,2,3\n".encode())
 
 
+def test_a_trailing_comma_is_a_column_without_a_name():
+    assert plain(decode("csv", b"ax,ay,\n1,2,\n")) == [([1, 2], None, None)]
+
+
+def test_a_device_s_greeting_is_no_header():
+    items = decode("csv", b"SensorTag ready\n1,2\nax\n")
+    assert [type(i) for i in items] == [Malformed, Frame, Malformed]
+    with pytest.raises(FrameError, match="no column for channel 'ax'"):
+        decode("csv", b"ax;ay\n1;2\n")
+
+
 @pytest.mark.parametrize("codec", ["csv", "ndjson"])
 def test_an_endless_line_takes_bounded_memory_and_costs_one_report(codec):
     reader = decoder(codec, SPEC)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -136,8 +137,8 @@ def _time_stamp(field: str) -> float | str | None:
 class CsvDecoder(_LineDecoder):
     """Comma-separated values, with a header (columns in any order, others ignored) or without (channels in order).
 
-    A field in quotes may hold commas, not line breaks. The first row is a header if none of its fields is a number
-    or missing.
+    A field in quotes may hold commas, not line breaks. A row before the first sample is a header if it has text and no
+    number.
     """
 
     def __init__(self, spec: InputSpec) -> None:
@@ -153,9 +154,9 @@ class CsvDecoder(_LineDecoder):
         except (csv.Error, StopIteration):
             return self._malformed("not a CSV row")
         if self._columns is None:
-            if all(_number(field) is None for field in row):
-                self._read_header([field.strip() for field in row])
-                return None
+            numbers = [_number(field) for field in row]
+            if None in numbers and all(n is None or math.isnan(n) for n in numbers):
+                return self._read_header(text, [field.strip() for field in row])
             self._columns = list(range(self._width))
         if len(row) != self._width:
             return self._malformed(f"{len(row)} fields, expected {self._width}")
@@ -169,7 +170,10 @@ class CsvDecoder(_LineDecoder):
         label = None if self._label is None else row[self._label].strip() or None
         return Frame(values, time, label)
 
-    def _read_header(self, header: list[str]) -> None:
+    def _read_header(self, text: str, header: list[str]) -> Malformed | None:
+        named = set(re.split(r"[,;\s]+", text)) & set(self.channels)
+        if not named and len(header) < len(self.channels):
+            return self._malformed(f"{text[:40]!r} is neither a header nor a row")  # a device's greeting, say
         for name in self.channels:
             if header.count(name) != 1:
                 found = "no column" if name not in header else "more than one column"
@@ -182,6 +186,7 @@ class CsvDecoder(_LineDecoder):
         spare = {name: i for i, name in enumerate(header) if name not in self.channels}
         self._label = spare.get(LABEL_COLUMN)
         self._time = next((spare[name] for name in TIME_COLUMNS if name in spare), None)
+        return None
 
 
 class NdjsonDecoder(_LineDecoder):
