@@ -82,7 +82,7 @@ def cli() -> None:
     "--max-gap",
     type=click.IntRange(min=0),
     metavar="N",
-    help="Longest gap in samples; a longer one resets.  [default: the window]",
+    help="Longest gap in samples; a longer one resets.  [default: the window; 100 without pooling]",
 )
 @click.option("--pace", is_flag=True, help="Replay a recording at its sample rate.")
 @click.option("--strict", is_flag=True, help="Stop at the first malformed row.")

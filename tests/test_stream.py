@@ -179,6 +179,17 @@ def test_a_gap_longer_than_allowed_resets_once(policy):
     assert stream.account.discarded == 12
 
 
+def test_without_pooling_a_short_gap_is_bridged():
+    network = random_network(pooling="none")
+    samples, holed = gapped(network, [3, 4, 5], 12)
+    filled = samples.copy()
+    filled[3:6] = samples[2]
+    stream = Stream(network).feed(holed)
+    assert stream.events == []
+    expected = convolution.outputs(network, filled)
+    assert all(np.allclose(logits(d), expected[d["end"] - 1], atol=1e-9) for d in stream.decisions)
+
+
 def test_before_the_first_good_sample_there_is_nothing_to_hold():
     network = random_network(window=20)
     samples, holed = gapped(network, [0, 1], 20)

@@ -72,7 +72,7 @@ class Loop:
         self._windows = windows
         self._sink = sink
         self._gap_policy = gap
-        self._max_gap = windows.window if max_gap is None else max_gap
+        self._max_gap = windows.longest_gap if max_gap is None else max_gap
         self._strict = strict
         self._report = report
         self.account = Account()

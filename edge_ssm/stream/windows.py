@@ -15,6 +15,9 @@ import numpy as np
 from edge_ssm.errors import UsageError
 from edge_ssm.network import Array, Network
 
+UNPOOLED_GAP = 100
+"""Longest gap where there is no window to measure it by."""
+
 MAX_OVERLAP = 4096
 """Windows open at a time: each needs a lane's state."""
 
@@ -37,8 +40,11 @@ class Windows:
     def __init__(self, network: Network, hop: int | None = None, carry: bool = False) -> None:
         self.window = network.window
         self.hop = network.window if hop is None else hop
+        self.longest_gap = network.window
+        """Samples of a gap after which a stream resets, unless told otherwise."""
         self._every = 1
         if network.pooling == "none":
+            self.longest_gap = UNPOOLED_GAP
             # An output a sample: the state is carried and hop only thins the outputs.
             self._every, self.hop, carry = self.hop, 1, True
         if self._every < 1 or not 1 <= self.hop <= self.window:
