@@ -31,6 +31,7 @@ from edge_ssm.network import (
     InputSpec,
     LinearEncoder,
     Mixing,
+    MixingDtype,
     Network,
     Norm,
     Pooling,
@@ -39,7 +40,7 @@ from edge_ssm.network import (
     check,
 )
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 METADATA_KEY = "edge_ssm"
 MAX_HEADER_BYTES = 4 << 20
 MAX_SIZE = 1 << 20
@@ -65,8 +66,12 @@ class NormDocument(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 class BlockDocument(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     active: Count
-    pairs: Size
+    states: Count
+    low_rank: bool
     mixing: Literal["glu", "plain"]
+    mixing_dtype: MixingDtype
+    columns: Count
+    rows: Count
     norm: NormDocument | None
 
 
@@ -104,6 +109,15 @@ class Artifact:
     file_bytes: int
 
 
+_DTYPE_NAMES: dict[np.dtype[Any], str] = {
+    np.dtype("<f4"): "F32",
+    np.dtype("<f8"): "F64",
+    np.dtype("<i8"): "I64",
+    np.dtype("<f2"): "F16",
+    np.dtype("i1"): "I8",
+}
+
+
 def expected_tensors(document: Document) -> dict[str, tuple[tuple[str, ...], tuple[int, ...]]]:
     """Name -> (allowed safetensors dtypes, shape) of every tensor that the document calls for."""
     h, d_input = document.d_model, len(document.input.channels)
@@ -120,23 +134,25 @@ def expected_tensors(document: Document) -> dict[str, tuple[tuple[str, ...], tup
         tensors["encoder.weight"] = (f32, (h, d_input))
         tensors["encoder.bias"] = (f32, (h,))
     for i, block in enumerate(document.blocks):
-        k, m = block.active, block.pairs
-        rows = 2 * h if block.mixing == "glu" else h
+        k, states = block.active, block.states
+        doubled = 2 if block.mixing == "glu" else 1
         tensors[f"blocks.{i}.ssm.active"] = (("I64",), (k,))
-        for name in ("A", "B", "C"):
-            tensors[f"blocks.{i}.ssm.{name}"] = (ssm_real, (k, m, 2))
+        tensors[f"blocks.{i}.ssm.pairs"] = (("I64",), (k,))
+        for name in ("A", "B", "C", "P") if block.low_rank else ("A", "B", "C"):
+            tensors[f"blocks.{i}.ssm.{name}"] = (ssm_real, (states, 2))
         tensors[f"blocks.{i}.ssm.D"] = (f32, (h,))
         tensors[f"blocks.{i}.ssm.dt"] = (ssm_real, (k,))
-        tensors[f"blocks.{i}.mixing.weight"] = (f32, (rows, h))
-        tensors[f"blocks.{i}.mixing.bias"] = (f32, (rows,))
+        tensors[f"blocks.{i}.mixing.columns"] = (("I64",), (block.columns,))
+        tensors[f"blocks.{i}.mixing.rows"] = (("I64",), (block.rows,))
+        weight_dtype = (_DTYPE_NAMES[np.dtype(block.mixing_dtype)],)
+        tensors[f"blocks.{i}.mixing.weight"] = (weight_dtype, (doubled * block.rows, block.columns))
+        tensors[f"blocks.{i}.mixing.bias"] = (f32, (doubled * h,))
+        if block.mixing_dtype != "float32":
+            tensors[f"blocks.{i}.mixing.scale"] = (f32, (doubled * block.rows,))
         if block.norm is not None:
             tensors[f"blocks.{i}.norm.weight"] = (f32, (h,))
             tensors[f"blocks.{i}.norm.bias"] = (f32, (h,))
     return tensors
-
-
-_NUMPY_DTYPES = {"F32": np.dtype("<f4"), "F64": np.dtype("<f8"), "I64": np.dtype("<i8")}
-_DTYPE_NAMES = {dtype: name for name, dtype in _NUMPY_DTYPES.items()}
 
 
 def _digest(document_text: str, digest_in_text: str, tensors: dict[str, Array]) -> str:
@@ -157,7 +173,7 @@ def _digest(document_text: str, digest_in_text: str, tensors: dict[str, Array]) 
 
 
 def _real_view(values: Array) -> Array:
-    """(K, M) complex -> (K, M, 2) float: float32 where that loses nothing, else float64."""
+    """(S,) complex -> (S, 2) float: float32 where that loses nothing, else float64."""
     pairs = np.stack([values.real, values.imag], axis=-1)
     return _narrowest(pairs)
 
@@ -183,12 +199,18 @@ def _tensors_of(network: Network) -> dict[str, Array]:
     for i, block in enumerate(network.blocks):
         ssm = block.ssm
         tensors[f"blocks.{i}.ssm.active"] = ssm.active.astype("<i8")
-        for name in ("A", "B", "C"):
+        tensors[f"blocks.{i}.ssm.pairs"] = ssm.pairs.astype("<i8")
+        for name in ("A", "B", "C") if ssm.P is None else ("A", "B", "C", "P"):
             tensors[f"blocks.{i}.ssm.{name}"] = _real_view(getattr(ssm, name))
         tensors[f"blocks.{i}.ssm.D"] = ssm.D.astype("<f4")
         tensors[f"blocks.{i}.ssm.dt"] = _narrowest(ssm.dt)
-        tensors[f"blocks.{i}.mixing.weight"] = block.mixing.weight.astype("<f4")
-        tensors[f"blocks.{i}.mixing.bias"] = block.mixing.bias.astype("<f4")
+        mixing = block.mixing
+        tensors[f"blocks.{i}.mixing.columns"] = mixing.columns.astype("<i8")
+        tensors[f"blocks.{i}.mixing.rows"] = mixing.rows.astype("<i8")
+        tensors[f"blocks.{i}.mixing.weight"] = mixing.weight.astype(np.dtype(mixing.dtype).newbyteorder("<"))
+        tensors[f"blocks.{i}.mixing.bias"] = mixing.bias.astype("<f4")
+        if mixing.scale is not None:
+            tensors[f"blocks.{i}.mixing.scale"] = mixing.scale.astype("<f4")
         if block.norm is not None:
             tensors[f"blocks.{i}.norm.weight"] = block.norm.weight.astype("<f4")
             tensors[f"blocks.{i}.norm.bias"] = block.norm.bias.astype("<f4")
@@ -199,8 +221,12 @@ def _document_of(network: Network, provenance: dict[str, Any]) -> Document:
     blocks = [
         BlockDocument(
             active=len(b.ssm.active),
-            pairs=b.ssm.A.shape[1],
+            states=len(b.ssm.A),
+            low_rank=b.ssm.P is not None,
             mixing=b.mixing.kind,
+            mixing_dtype=b.mixing.dtype,
+            columns=len(b.mixing.columns),
+            rows=len(b.mixing.rows),
             norm=None if b.norm is None else NormDocument(kind=b.norm.kind, eps=b.norm.eps),
         )
         for b in network.blocks
@@ -324,7 +350,7 @@ def _check_header(file: Any, document: Document) -> None:
 
 
 def _complex(tensor: Array) -> npt.NDArray[np.complex128]:
-    """(K, M, 2) -> (K, M)."""
+    """(S, 2) -> (S,)."""
     wide = np.ascontiguousarray(tensor, dtype=np.float64)
     return wide.view(np.complex128)[..., 0]
 
@@ -332,20 +358,29 @@ def _complex(tensor: Array) -> npt.NDArray[np.complex128]:
 def _network_of(document: Document, tensors: dict[str, Array]) -> Network:
     blocks = []
     for i, described in enumerate(document.blocks):
+        part = {name.removeprefix(f"blocks.{i}."): t for name, t in tensors.items() if name.startswith(f"blocks.{i}.")}
         ssm = SSM(
-            active=tensors[f"blocks.{i}.ssm.active"].astype(np.int64),
-            A=_complex(tensors[f"blocks.{i}.ssm.A"]),
-            B=_complex(tensors[f"blocks.{i}.ssm.B"]),
-            C=_complex(tensors[f"blocks.{i}.ssm.C"]),
-            D=tensors[f"blocks.{i}.ssm.D"],
-            dt=tensors[f"blocks.{i}.ssm.dt"].astype(np.float64),
+            active=part["ssm.active"].astype(np.int64),
+            pairs=part["ssm.pairs"].astype(np.int64),
+            A=_complex(part["ssm.A"]),
+            B=_complex(part["ssm.B"]),
+            C=_complex(part["ssm.C"]),
+            D=part["ssm.D"],
+            dt=part["ssm.dt"].astype(np.float64),
+            P=_complex(part["ssm.P"]) if described.low_rank else None,
         )
-        weight, bias = tensors[f"blocks.{i}.mixing.weight"], tensors[f"blocks.{i}.mixing.bias"]
+        mixing = Mixing(
+            described.mixing,
+            part["mixing.weight"],
+            part["mixing.bias"],
+            part["mixing.columns"].astype(np.int64),
+            part["mixing.rows"].astype(np.int64),
+            part.get("mixing.scale"),
+        )
         norm = None
         if described.norm is not None:
-            scale, shift = tensors[f"blocks.{i}.norm.weight"], tensors[f"blocks.{i}.norm.bias"]
-            norm = Norm(described.norm.kind, scale, shift, described.norm.eps)
-        blocks.append(Block(ssm, Mixing(described.mixing, weight, bias), norm))
+            norm = Norm(described.norm.kind, part["norm.weight"], part["norm.bias"], described.norm.eps)
+        blocks.append(Block(ssm, mixing, norm))
     encoder: LinearEncoder | TokenEncoder
     if document.encoder == "token":
         encoder = TokenEncoder(tensors["encoder.embedding"])

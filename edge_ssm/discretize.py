@@ -13,7 +13,6 @@ Abar - 1 keeps its relative precision.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -25,15 +24,39 @@ ComplexArray = npt.NDArray[np.complex128]
 
 @dataclass(frozen=True)
 class StepParameters:
-    """One layer's recurrence ``x += delta * x + u;  y = 2 Re(sum(C x))``, for K active channels of M pairs.
+    """One layer's recurrence, for S states of K active channels (``SSM.owner`` says whose):
 
-    B is folded into C, so that a state of any engine means the same thing: x here is the S4D state over Bbar.
+        x += delta * x + u                     (plus the rank-one term p q, where a channel has one)
+        q  = 2 Re(sum(r x)) + beta u           with x before the update; sums run over a channel's own states
+        y  = 2 Re(sum(C x))
+
+    Each state is scaled by its own Bbar, which is folded into C, so that a state of any engine means the same thing.
     """
 
     delta: ComplexArray
-    """(K, M), Abar - 1."""
+    """(S,), the diagonal of Abar - 1."""
     C: ComplexArray
-    """(K, M), C * Bbar."""
+    """(S,), C * Bbar."""
+    p: ComplexArray
+    """(S,), 0 where a channel is diagonal."""
+    r: ComplexArray
+    """(S,)"""
+    beta: npt.NDArray[np.float64]
+    """(K,)"""
+    pairs: npt.NDArray[np.int64]
+    """(K,), states of each channel."""
+    low_rank: npt.NDArray[np.bool_]
+    """(K,)"""
+
+    @property
+    def owner(self) -> npt.NDArray[np.int64]:
+        """(S,): to which of the K channels each state belongs."""
+        return np.repeat(np.arange(len(self.pairs)), self.pairs)
+
+    @property
+    def first(self) -> npt.NDArray[np.int64]:
+        """(K,): where the states of each channel begin."""
+        return np.cumsum(self.pairs) - self.pairs
 
 
 def zoh_delta(dt_A: ComplexArray) -> ComplexArray:
@@ -49,21 +72,81 @@ def bilinear_delta(dt_A: ComplexArray) -> ComplexArray:
 
 def step_parameters(ssm: SSM, discretization: Discretization) -> StepParameters:
     """Parameters of one step of the layer's active channels."""
-    dt_A: ComplexArray = ssm.dt[:, None] * ssm.A
+    dt: npt.NDArray[np.float64] = ssm.dt[ssm.owner]
+    dt_A: ComplexArray = dt * ssm.A
     if discretization == "zoh":
         delta = zoh_delta(dt_A)
         Bbar = delta / ssm.A * ssm.B
     else:
         delta = bilinear_delta(dt_A)
-        Bbar = ssm.dt[:, None] * ssm.B / (1 - dt_A / 2)
-    return StepParameters(delta=delta, C=ssm.C * Bbar)
+        Bbar = dt * ssm.B / (1 - dt_A / 2)
+    if ssm.P is None or not ssm.low_rank.any():
+        nothing = np.zeros_like(delta)
+        k = len(ssm.pairs)
+        return StepParameters(delta, ssm.C * Bbar, nothing, nothing, np.zeros(k), ssm.pairs, np.zeros(k, dtype=bool))
+    return _low_rank_parameters(ssm, ssm.P, delta, dt)
 
 
-def gap_power(delta: ComplexArray, k: int | npt.NDArray[Any]) -> ComplexArray:
-    """Abar^k from Abar - 1: what a gap of ``k`` samples without input does to a state. Any shape."""
+def _low_rank_parameters(
+    ssm: SSM, P: ComplexArray, delta: ComplexArray, dt: npt.NDArray[np.float64]
+) -> StepParameters:
+    """The bilinear step of A - P P*, written as a diagonal and one rank-one term of a real inner product.
+
+    x += dt (I - dt/2 (A - P P*))^-1 ((A - P P*) x + B u), the inverse by Sherman and Morrison: with
+    E = 1 / (1 - dt/2 A), kappa = P* E P, c = (dt/2) / (1 + kappa dt/2) and s = P* x
+
+        x += dt E (A x + B u) - dt E P q,   q = (1 - c kappa) s + c P* E (A x + B u)
+
+    where every product with P* is a real number, being a sum over conjugate pairs.
+    """
+    owner, k = ssm.owner, len(ssm.pairs)
+
+    def over_pairs(values: ComplexArray) -> npt.NDArray[np.float64]:
+        return np.bincount(owner, weights=2 * values.real, minlength=k)
+
+    E = 1 / (1 - dt * ssm.A / 2)
+    kappa = over_pairs(P.conj() * E * P)
+    c = ssm.dt / 2 / (1 + kappa * ssm.dt / 2)
+    Bbar = dt * E * ssm.B
+    r = P.conj() * ((1 - c * kappa)[owner] + c[owner] * E * ssm.A)
+    beta = c * over_pairs(P.conj() * E * ssm.B)
+    # A state whose B is 0 can't be scaled by it; a tiny B serves, its share of the output being as tiny.
+    Bbar = np.where(Bbar == 0, 1e-12, Bbar)
+    return StepParameters(delta, ssm.C * Bbar, -dt * E * P / Bbar, r * Bbar, beta, ssm.pairs, ssm.low_rank)
+
+
+def gap_power(delta: ComplexArray, k: int) -> ComplexArray:
+    """Abar^k from a diagonal Abar - 1. Any shape."""
     Abar = 1 + delta
     with np.errstate(divide="ignore", invalid="ignore"):
         power: ComplexArray = np.exp(k * np.log1p(delta))
     # A bilinear step can have Abar = 0, whose logarithm does not exist; k is at least 1 here.
     result: ComplexArray = np.where(Abar == 0, 0, power)
+    return result
+
+
+GAP_STEPS = 256
+"""Up to so many samples a gap of a rank-one channel is stepped over; past it a matrix power is cheaper."""
+
+
+def decayed(step: StepParameters, x: ComplexArray, k: int) -> ComplexArray:
+    """What a gap of ``k`` samples without input makes of a state: Abar^k x. (..., S) -> (..., S)."""
+    result: ComplexArray = x * gap_power(step.delta, k)
+    for channel in np.flatnonzero(step.low_rank):
+        states = slice(step.first[channel], step.first[channel] + step.pairs[channel])
+        result[..., states] = _low_rank_decayed(step.delta[states], step.p[states], step.r[states], x[..., states], k)
+    return result
+
+
+def _low_rank_decayed(delta: ComplexArray, p: ComplexArray, r: ComplexArray, x: ComplexArray, k: int) -> ComplexArray:
+    """One channel's, (..., M) -> (..., M)."""
+    if k <= GAP_STEPS:
+        for _ in range(k):
+            x = x + delta * x + p * (2 * (r * x).sum(axis=-1, keepdims=True).real)
+        return x
+    # Over both halves of the spectrum the real inner product is a plain one.
+    p, r = np.concatenate([p, p.conj()]), np.concatenate([r, r.conj()])
+    step = np.eye(len(p)) + np.diag(np.concatenate([delta, delta.conj()])) + np.outer(p, r)
+    both = np.concatenate([x, x.conj()], axis=-1) @ np.linalg.matrix_power(step, k).T
+    result: ComplexArray = both[..., : x.shape[-1]]
     return result

@@ -9,7 +9,7 @@ from edge_ssm.network import TokenEncoder, cost
 
 
 def describe(artifact: Artifact) -> dict[str, Any]:
-    """The artifact as plain values, ready for JSON. Bytes count float32; multiply-adds are real ones."""
+    """The artifact as plain values, ready for JSON. Multiply-adds are real ones."""
     network = artifact.network
     total = cost(network)
     layers = [
@@ -18,8 +18,14 @@ def describe(artifact: Artifact) -> dict[str, Any]:
             "active": c.active,
             "bypassed": c.bypassed,
             "active_channels": block.ssm.active.tolist(),
-            "d_state": 2 * c.pairs,
+            "d_state": 2 * int(block.ssm.pairs.max(initial=0)),
+            "states": 2 * c.pairs,
+            "channel_states": [2 * int(n) for n in block.ssm.pairs],
+            "low_rank_channels": int(block.ssm.low_rank.sum()),
             "mixing": block.mixing.kind,
+            "mixing_columns": c.columns,
+            "mixing_rows": c.rows,
+            "mixing_dtype": block.mixing.dtype,
             "norm": block.norm.kind if block.norm else None,
             "parameters": c.parameters,
             "multiply_adds": c.multiply_adds,
@@ -49,7 +55,8 @@ def describe(artifact: Artifact) -> dict[str, Any]:
         "window": network.window,
         "layers": layers,
         "parameters": total.parameters,
-        "bytes_per_step": 4 * (total.parameters + total.state_values),
+        "weight_bytes": total.weight_bytes,
+        "bytes_per_step": total.weight_bytes + 4 * total.state_values,
         "state_bytes": 4 * total.state_values,
         "multiply_adds_per_step": total.multiply_adds,
         "provenance": artifact.provenance,
@@ -64,31 +71,43 @@ def render(description: dict[str, Any]) -> str:
     channels = ", ".join(f"{c} [{u}]" if u else c for c, u in zip(d["input"]["channels"], units, strict=True))
     window = f"{d['window']} samples" + (f" ({d['window'] / rate:g} s at {rate:g} Hz)" if rate else "")
     norm = "before" if d["prenorm"] else "after"
+    kind = "S4" if any(row["low_rank_channels"] for row in d["layers"]) else "S4D"
     lines = [
-        f"S4D network, {d['task']}: {d['d_input']} in, {len(d['layers'])} layers of {d['d_model']} channels, "
+        f"{kind} network, {d['task']}: {d['d_input']} in, {len(d['layers'])} layers of {d['d_model']} channels, "
         f"{d['d_output']} out",
         f"  input       {channels}",
         f"  window      {window}, {d['pooling']} pooling",
         f"  labels      {', '.join(d['labels']) or '(none)'}",
         f"  form        {d['discretization']} discretization, norm {norm} the block",
         "",
-        "  layer  active  bypassed  d_state  mixing  norm    parameters  multiply-adds a step",
+        "  layer  active  bypassed  d_state  states  mixing                norm    parameters  multiply-adds a step",
     ]
     for row in d["layers"]:
+        mixing = f"{row['mixing']} {row['mixing_columns']}x{row['mixing_rows']} {row['mixing_dtype']}"
         lines.append(
-            f"  {row['layer']:>5}  {row['active']:>6}  {row['bypassed']:>8}  {row['d_state']:>7}  {row['mixing']:<6}  "
-            f"{row['norm'] or 'none':<6}  {row['parameters']:>10,}  {row['multiply_adds']:>20,}"
+            f"  {row['layer']:>5}  {row['active']:>6}  {row['bypassed']:>8}  {_span(row['channel_states']):>7}  "
+            f"{row['states']:>6}  {mixing:<20}  {row['norm'] or 'none':<6}  {row['parameters']:>10,}  "
+            f"{row['multiply_adds']:>20,}"
         )
     lines += [
         f"  total  {sum(r['active'] for r in d['layers']):>6}  {sum(r['bypassed'] for r in d['layers']):>8}"
-        f"{'':>27}  {d['parameters']:>10,}  {d['multiply_adds_per_step']:>20,}",
+        f"{'':>9}  {sum(r['states'] for r in d['layers']):>6}{'':>30}  {d['parameters']:>10,}  "
+        f"{d['multiply_adds_per_step']:>20,}",
         "",
-        f"  a step reads {d['bytes_per_step']:,} bytes (float32), of which state {d['state_bytes']:,}",
+        f"  a step reads {d['bytes_per_step']:,} bytes, of which state {d['state_bytes']:,}",
         f"  file        {d['file_bytes']:,} bytes, format {d['format_version']}, digest {d['digest'][:16]}...",
         "  provenance",
         *(f"    {line}" for line in _outline(d["provenance"])),
     ]
     return "\n".join(lines)
+
+
+def _span(values: list[int]) -> str:
+    """Smallest and largest of the channels' numbers of states."""
+    if not values:
+        return "0"
+    low, high = min(values), max(values)
+    return str(low) if low == high else f"{low}-{high}"
 
 
 def _outline(value: Any, name: str = "") -> list[str]:

@@ -5,7 +5,7 @@ The words are those of the S4D paper (arXiv 2206.11893). A block computes, for a
 
     v = norm(u)             if prenorm, else u
     y = SSM(v)              every active channel; a bypassed channel yields D * v
-    z = mixing(gelu(y))     Linear H -> 2H and GLU, or Linear H -> H
+    z = mixing(gelu(y))     Linear H -> 2H and GLU, or Linear H -> H; of the columns and rows that are left
     u = u + z
     u = norm(u)             if not prenorm
 
@@ -17,7 +17,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -28,6 +28,8 @@ Array = npt.NDArray[Any]
 Discretization = Literal["zoh", "bilinear"]
 Pooling = Literal["mean", "last", "none"]
 Task = Literal["classification", "regression"]
+MixingDtype = Literal["float32", "float16", "int8"]
+MIXING_DTYPES: tuple[MixingDtype, ...] = ("float32", "float16", "int8")
 
 INPUT_LIMIT = 1e9
 """Largest magnitude of a normalised input value. Past it, squares in LayerNorm could leave float32's range
@@ -67,18 +69,35 @@ class TokenEncoder:
 
 @dataclass(frozen=True)
 class SSM:
-    """The SSMs of one layer in continuous time; K active channels of M conjugate pairs each (M = N / 2).
+    """The SSMs of one layer in continuous time: K active channels, channel k with its own number of conjugate pairs.
 
     x' = A x + B u,  y = 2 Re(C x) + D u  for an active channel (S4D, eq. 2 with conjugate pairs folded);
+    x' = A x - P s + B u,  s = 2 Re(P* x)  for one with a rank-one term (S4, DPLR), where some P is not 0;
     y = D u for a bypassed one, so that D holds its gain g.
+
+    The states of all channels lie in one axis of S = sum(pairs), channel after channel in ``active`` order.
     """
 
     active: Array  # (K,) int64, ascending, each in [0, H)
-    A: Array  # (K, M) complex128, Re A < 0, 1/s
-    B: Array  # (K, M) complex128
-    C: Array  # (K, M) complex128
+    pairs: Array  # (K,) int64, 1 or more: N / 2 of each channel
+    A: Array  # (S,) complex128, Re A < 0, 1/s
+    B: Array  # (S,) complex128
+    C: Array  # (S,) complex128
     D: Array  # (H,) float32: feed-through of an active channel, gain of a bypassed one
     dt: Array  # (K,) float64, positive, the step size in the unit of 1/A
+    P: Array | None = None  # (S,) complex128, the rank-one term
+
+    @property
+    def owner(self) -> Array:
+        """(S,) int64: to which of the K channels each state belongs."""
+        return np.repeat(np.arange(len(self.pairs)), self.pairs)
+
+    @property
+    def low_rank(self) -> Array:
+        """(K,) bool: which channels have a rank-one term."""
+        if self.P is None:
+            return np.zeros(len(self.pairs), dtype=bool)
+        return np.bincount(self.owner, weights=self.P != 0, minlength=len(self.pairs)) > 0
 
 
 @dataclass(frozen=True)
@@ -94,11 +113,62 @@ class Norm:
 
 @dataclass(frozen=True)
 class Mixing:
-    """The position-wise linear map after GELU. ``glu``: (2H, H), value rows first, gate rows second."""
+    """The position-wise linear map after GELU: G columns and R rows of H are left.
+
+    A removed column's channel has no operator and gain 0, so that nothing is lost with it. A removed row adds a
+    constant: its bias, through the gate for ``glu``.
+    """
 
     kind: Literal["glu", "plain"]
-    weight: Array  # (2H, H) for glu, (H, H) for plain; float32
+    weight: Array
+    """(2R, G) for glu, value rows first, gate rows second; (R, G) for plain. float32, float16 or int8."""
     bias: Array  # (2H,) or (H,) float32
+    columns: Array  # (G,) int64, ascending, each in [0, H)
+    rows: Array  # (R,) int64, ascending, each in [0, H)
+    scale: Array | None = None
+    """(2R,) or (R,) float32, positive: a row's weights are weight * scale. None for float32 weights."""
+
+    @property
+    def dtype(self) -> MixingDtype:
+        return cast("MixingDtype", self.weight.dtype.name)
+
+    def values(self) -> Array:
+        """The weights as float64, scaled."""
+        wide: Array = self.weight.astype(np.float64)
+        return wide if self.scale is None else wide * self.scale.astype(np.float64)[:, None]
+
+    def stacked_rows(self) -> Array:
+        """Places of the rows that are left in ``bias``: (2R,) or (R,)."""
+        if self.kind == "plain":
+            return self.rows
+        return np.concatenate([self.rows, self.rows + len(self.bias) // 2])
+
+    def constant(self) -> Array:
+        """(H,) float64: what each removed row adds; 0 where a row is left."""
+        wide = self.bias.astype(np.float64)
+        if self.kind == "glu":
+            value, gate = np.split(wide, 2)
+            wide = value * 0.5 * (1 + np.tanh(0.5 * gate))
+        added = wide.copy()
+        added[self.rows] = 0
+        return added
+
+
+def quantised(mixing: Mixing, dtype: MixingDtype) -> Mixing:
+    """The same map with weights of ``dtype`` and one scale a row, so that its largest weight is the type's largest.
+
+    float16 is scaled too, to 2^14: its subnormals, which some processors flush, are then too small to matter.
+    """
+    values = mixing.values()
+    if dtype == "float32":
+        return replace(mixing, weight=values.astype(np.float32), scale=None)
+    largest = np.abs(values).max(axis=1, initial=0.0)
+    top = 127.0 if dtype == "int8" else 2.0**14
+    # The smallest scale keeps 1 / scale within float32.
+    scale = np.maximum(largest / top, 1e-30).astype(np.float32)
+    scaled = values / scale.astype(np.float64)[:, None]
+    weight = np.clip(np.rint(scaled), -127, 127).astype(np.int8) if dtype == "int8" else scaled.astype(np.float16)
+    return replace(mixing, weight=weight, scale=scale)
 
 
 @dataclass(frozen=True)
@@ -157,26 +227,55 @@ def _check_array(array: Array, where: str, shape: tuple[int, ...]) -> None:
     _expect(bool(np.isfinite(array).all()), where, "holds a non-finite value (NaN or infinity)")
 
 
-def _check_ssm(ssm: SSM, where: str, h: int) -> None:
-    _expect(ssm.active.ndim == 1, f"{where}.active", f"shape {ssm.active.shape}, expected one axis")
-    k = len(ssm.active)
-    if k:
-        low, high = int(ssm.active.min()), int(ssm.active.max())
+def _check_indices(indices: Array, where: str, h: int) -> None:
+    _expect(indices.ndim == 1, where, f"shape {indices.shape}, expected one axis")
+    if len(indices):
+        low, high = int(indices.min()), int(indices.max())
         out = low if low < 0 else high
-        _expect(low >= 0 and high < h, f"{where}.active", f"index {out} is out of range, expected 0 to {h - 1}")
-        ascending = bool((np.diff(ssm.active) > 0).all())
-        _expect(ascending, f"{where}.active", "indices are repeated or not ascending")
-    _expect(ssm.A.ndim == 2 and ssm.A.shape[1] >= 1, f"{where}.A", f"shape {ssm.A.shape}, expected ({k}, N/2)")
+        _expect(low >= 0 and high < h, where, f"index {out} is out of range, expected 0 to {h - 1}")
+        _expect(bool((np.diff(indices) > 0).all()), where, "indices are repeated or not ascending")
+
+
+def _check_ssm(ssm: SSM, where: str, h: int, discretization: Discretization) -> None:
+    _check_indices(ssm.active, f"{where}.active", h)
+    k = len(ssm.active)
+    _check_array(ssm.pairs, f"{where}.pairs", (k,))
+    # Bounded before they are summed: the sum of hostile numbers could overflow to a fitting one.
+    fits = bool(((ssm.pairs >= 1) & (ssm.pairs <= len(ssm.A))).all())
+    _expect(fits, f"{where}.pairs", f"a number is not from 1 to {len(ssm.A)}, the states that there are")
+    states = int(ssm.pairs.sum())
     for name in ("A", "B", "C"):
-        _check_array(getattr(ssm, name), f"{where}.{name}", (k, ssm.A.shape[1]))
+        _check_array(getattr(ssm, name), f"{where}.{name}", (states,))
+    if ssm.P is not None:
+        _check_array(ssm.P, f"{where}.P", (states,))
+        _expect(discretization == "bilinear", f"{where}.P", "a rank-one term needs bilinear discretization")
     _check_array(ssm.D, f"{where}.D", (h,))
     _check_array(ssm.dt, f"{where}.dt", (k,))
     _expect(bool((ssm.dt > 0).all()), f"{where}.dt", "a step size is not positive")
-    unstable = np.argwhere(ssm.A.real >= 0)
+    unstable = np.flatnonzero(ssm.A.real >= 0)
     if len(unstable):
-        row, n = unstable[0]
-        problem = f"unstable: Re A = {ssm.A.real[row, n]:.3g} at channel {ssm.active[row]}, state {n}; expected < 0"
+        at = unstable[0]
+        owner = int(ssm.owner[at])
+        n = int(at - ssm.pairs[:owner].sum())
+        problem = f"unstable: Re A = {ssm.A.real[at]:.3g} at channel {ssm.active[owner]}, state {n}; expected < 0"
         raise NetworkError(f"{where}.A: {problem}")
+
+
+def _check_mixing(mixing: Mixing, ssm: SSM, where: str, h: int) -> None:
+    _check_indices(mixing.columns, f"{where}.columns", h)
+    _check_indices(mixing.rows, f"{where}.rows", h)
+    doubled = 2 if mixing.kind == "glu" else 1
+    _expect(mixing.weight.dtype.name in MIXING_DTYPES, f"{where}.weight", f"dtype {mixing.weight.dtype}")
+    _check_array(mixing.weight, f"{where}.weight", (doubled * len(mixing.rows), len(mixing.columns)))
+    _check_array(mixing.bias, f"{where}.bias", (doubled * h,))
+    _expect((mixing.scale is None) == (mixing.dtype == "float32"), f"{where}.scale", "goes with float16 and int8 only")
+    if mixing.scale is not None:
+        _check_array(mixing.scale, f"{where}.scale", (doubled * len(mixing.rows),))
+        _expect(bool((mixing.scale > 0).all()), f"{where}.scale", "a value is not positive")
+    removed = np.setdiff1d(np.arange(h), mixing.columns)
+    lost = np.intersect1d(removed, ssm.active)
+    _expect(len(lost) == 0, f"{where}.columns", f"channel {lost[:1]} is active but does not enter the mixing")
+    _expect(bool((ssm.D[removed] == 0).all()), f"{where}.columns", "a channel with a gain does not enter the mixing")
 
 
 def check(network: Network) -> None:
@@ -201,10 +300,8 @@ def check(network: Network) -> None:
         _check_array(network.encoder.bias, "encoder.bias", (h,))
     for i, block in enumerate(network.blocks):
         where = f"blocks.{i}"
-        _check_ssm(block.ssm, f"{where}.ssm", h)
-        rows = 2 * h if block.mixing.kind == "glu" else h
-        _check_array(block.mixing.weight, f"{where}.mixing.weight", (rows, h))
-        _check_array(block.mixing.bias, f"{where}.mixing.bias", (rows,))
+        _check_ssm(block.ssm, f"{where}.ssm", h, network.discretization)
+        _check_mixing(block.mixing, block.ssm, f"{where}.mixing", h)
         if block.norm is not None:
             _check_array(block.norm.weight, f"{where}.norm.weight", (h,))
             _check_array(block.norm.bias, f"{where}.norm.bias", (h,))
@@ -270,8 +367,12 @@ class BlockCost:
     active: int
     bypassed: int
     pairs: int
-    """Conjugate pairs an active channel, N / 2."""
+    """Conjugate pairs of all active channels together: S."""
+    columns: int
+    rows: int
     parameters: int
+    weight_bytes: int
+    """Of the parameters as a step reads them: mixing weights in their own type, all others float32."""
     multiply_adds: int
 
 
@@ -280,31 +381,42 @@ class Cost:
     blocks: tuple[BlockCost, ...]
     parameters: int
     """Real numbers that a step reads, counting a complex one as two."""
+    weight_bytes: int
     state_values: int
     """Real numbers of recurrent state a lane."""
     multiply_adds: int
     """Real multiply-adds of one sample through the whole network, without activations and norms."""
 
 
+def _block_cost(block: Block, h: int) -> BlockCost:
+    ssm, mixing = block.ssm, block.mixing
+    pairs = int(ssm.pairs.sum())
+    low_rank = int(ssm.pairs[ssm.low_rank].sum())
+    columns = len(mixing.columns)
+    # A step of one pair: complex times complex (4), and the real part of another such product (2). A rank-one term
+    # adds an inner product (2) and its outcome times P (2).
+    macs = 6 * pairs + 4 * low_rank + columns + mixing.weight.size
+    # B is folded into C, so that the step reads (Abar, C): 4 numbers a pair; 4 more for a rank-one term.
+    others = 4 * pairs + 4 * low_rank + columns + mixing.bias.size + (2 * h if block.norm else 0)
+    others += 0 if mixing.scale is None else mixing.scale.size
+    parameters = others + mixing.weight.size
+    weight_bytes = 4 * others + mixing.weight.nbytes
+    k = len(ssm.active)
+    return BlockCost(k, h - k, pairs, columns, len(mixing.rows), parameters, weight_bytes, macs)
+
+
 def cost(network: Network) -> Cost:
     h = network.d_model
-    blocks = []
-    for block in network.blocks:
-        k, m = block.ssm.A.shape
-        # A step of one pair: complex times complex (4), and the real part of another such product (2).
-        ssm_macs = 6 * k * m + h
-        mixing = block.mixing.weight.size + block.mixing.bias.size
-        # B is folded into C, so that the step reads (Abar, C): 4 numbers a pair.
-        parameters = 4 * k * m + h + mixing + (2 * h if block.norm else 0)
-        blocks.append(BlockCost(k, h - k, m, parameters, ssm_macs + block.mixing.weight.size))
+    blocks = tuple(_block_cost(block, h) for block in network.blocks)
     encoder = network.encoder
     token = isinstance(encoder, TokenEncoder)
-    encoder_size = encoder.embedding.size if isinstance(encoder, TokenEncoder) else encoder.weight.size + h
-    decoder_size = network.decoder.weight.size + network.d_output
+    ends = encoder.embedding.size if isinstance(encoder, TokenEncoder) else encoder.weight.size + h
+    ends += network.decoder.weight.size + network.d_output
     return Cost(
-        blocks=tuple(blocks),
-        parameters=encoder_size + decoder_size + sum(b.parameters for b in blocks),
-        state_values=sum(2 * b.active * b.pairs for b in blocks),
+        blocks=blocks,
+        parameters=ends + sum(b.parameters for b in blocks),
+        weight_bytes=4 * ends + sum(b.weight_bytes for b in blocks),
+        state_values=sum(2 * b.pairs for b in blocks),
         multiply_adds=(0 if token else h * network.d_input)
         + network.decoder.weight.size
         + sum(b.multiply_adds for b in blocks),

@@ -12,16 +12,27 @@ from edge_ssm.network import SSM, Block, Network, Norm, TokenEncoder
 
 
 def kernel(ssm: SSM, discretization: str, length: int) -> Any:
-    """(K, length) float64."""
-    dt = ssm.dt[:, None]
-    if discretization == "zoh":
-        Abar = np.exp(dt * ssm.A)
-        Bbar = (Abar - 1) / ssm.A * ssm.B
-    else:
-        Abar = (1 + dt * ssm.A / 2) / (1 - dt * ssm.A / 2)
-        Bbar = dt * ssm.B / (1 - dt * ssm.A / 2)
-    powers = Abar[..., None] ** np.arange(length)
-    return 2 * ((ssm.C * Bbar)[..., None] * powers).sum(axis=1).real
+    """(K, length) float64, channel by channel, over dense matrices of both halves of the spectrum."""
+    rows = []
+    first = 0
+    for dt, pairs in zip(ssm.dt, ssm.pairs, strict=True):
+        at = slice(first, first + pairs)
+        first += pairs
+        A, B, C = (np.concatenate([v[at], v[at].conj()]) for v in (ssm.A, ssm.B, ssm.C))
+        if discretization == "zoh":
+            Abar = np.diag(np.exp(dt * A))
+            Bbar = (np.exp(dt * A) - 1) / A * B
+        else:
+            P = np.zeros_like(A) if ssm.P is None else np.concatenate([ssm.P[at], ssm.P[at].conj()])
+            dense = np.diag(A) - np.outer(P, P.conj())
+            inverse = np.linalg.inv(np.eye(len(A)) - dt / 2 * dense)
+            Abar, Bbar = inverse @ (np.eye(len(A)) + dt / 2 * dense), inverse @ (dt * B)
+        row, x = [], Bbar
+        for _ in range(length):
+            row.append((C @ x).real)
+            x = Abar @ x
+        rows.append(row)
+    return np.array(rows).reshape(len(ssm.dt), length)
 
 
 def _norm(norm: Norm, u: Any) -> Any:
@@ -36,9 +47,14 @@ def _block(block: Block, network: Network, u: Any) -> Any:
     for row, channel in zip(kernel(block.ssm, network.discretization, len(u)), block.ssm.active, strict=True):
         y[:, channel] += np.convolve(row, v[:, channel])[: len(u)]
     g = np.array([[0.5 * x * (1 + math.erf(x / math.sqrt(2))) for x in row] for row in y])
-    z = g @ block.mixing.weight.T.astype(np.float64) + block.mixing.bias
+    mixing, h = block.mixing, u.shape[1]
+    parts = 2 if mixing.kind == "glu" else 1
+    full = np.zeros((parts, h, h))
+    stored = mixing.weight.astype(np.float64) * (1.0 if mixing.scale is None else mixing.scale[:, None])
+    for part, half in zip(full, np.split(stored, parts), strict=True):
+        part[np.ix_(mixing.rows, mixing.columns)] = half
+    z = g @ full.reshape(parts * h, h).T + mixing.bias
     if block.mixing.kind == "glu":
-        h = u.shape[1]
         z = z[:, :h] / (1 + np.exp(-z[:, h:]))
     u = u + z
     return _norm(block.norm, u) if block.norm and not network.prenorm else u

@@ -15,6 +15,7 @@ from edge_ssm.network import (
     Network,
     Norm,
     TokenEncoder,
+    quantised,
 )
 
 NORMS = ("layer", "affine", None)
@@ -40,8 +41,17 @@ def random_network(
     dt_min: float = 1e-3,
     dt_max: float = 1e-1,
     rate: float | None = 50.0,
+    ragged: bool = False,
+    low_rank: float = 0.0,
+    columns: int | None = None,
+    rows: int | None = None,
+    mixing_dtype: str = "float32",
 ) -> Network:
-    """``active`` counts the active channels of each layer; all of them by default."""
+    """``active`` counts the active channels of each layer; all of them by default.
+
+    ``ragged`` draws each channel's pairs from 1 to ``pairs``; ``low_rank`` is the share of channels with a rank-one
+    term; ``columns`` and ``rows`` count what mixing keeps (never fewer columns than active channels).
+    """
     rng = np.random.default_rng(seed)
 
     def f32(*shape: int, scale: float = 1.0) -> Any:
@@ -50,15 +60,33 @@ def random_network(
     blocks = []
     for k in active if active is not None else [h] * layers:
         chosen = np.sort(rng.choice(h, k, replace=False)).astype(np.int64)
-        real = -np.exp(rng.uniform(np.log(0.1), np.log(2), (k, pairs)))
-        A = (real + 1j * np.pi * np.arange(pairs) * rng.uniform(0.5, 1.5, (k, 1))).astype(np.complex64)
-        B = (rng.standard_normal((k, pairs)) + 1j * rng.standard_normal((k, pairs))).astype(np.complex64)
-        C = (rng.standard_normal((k, pairs)) + 1j * rng.standard_normal((k, pairs))).astype(np.complex64)
+        count = rng.integers(1, pairs + 1, k) if ragged else np.full(k, pairs)
+        n = np.concatenate([np.arange(c) for c in count]) if k else np.zeros(0)
+        states = len(n)
+
+        def complex_(states: int = states) -> Any:
+            return (rng.standard_normal(states) + 1j * rng.standard_normal(states)).astype(np.complex64)
+
+        real = -np.exp(rng.uniform(np.log(0.1), np.log(2), states))
+        stretch = np.repeat(rng.uniform(0.5, 1.5, k), count)
+        A = (real + 1j * np.pi * n * stretch).astype(np.complex64).astype(np.complex128)
         dt = np.exp(rng.uniform(np.log(dt_min), np.log(dt_max), k)).astype(np.float32).astype(np.float64)
-        rows = 2 * h if mixing == "glu" else h
-        ssm = SSM(chosen, A.astype(np.complex128), B.astype(np.complex128), C.astype(np.complex128), f32(h), dt)
+        P = None
+        if low_rank:
+            P = (complex_() * np.repeat(rng.random(k) < low_rank, count)).astype(np.complex128)
+        B, C = complex_().astype(np.complex128), complex_().astype(np.complex128)
+        D = f32(h)
+        bypassed = np.setdiff1d(np.arange(h), chosen)
+        room = min(len(bypassed), max(0, h - k if columns is None else columns - k))
+        kept = np.sort(np.concatenate([chosen, rng.choice(bypassed, room, replace=False)])).astype(np.int64)
+        D[np.setdiff1d(np.arange(h), kept)] = 0
+        outs = np.sort(rng.choice(h, h if rows is None else min(rows, h), replace=False)).astype(np.int64)
+        doubled = 2 if mixing == "glu" else 1
+        ssm = SSM(chosen, count.astype(np.int64), A, B, C, D, dt, P)
         scale = None if norm is None else Norm(norm, 1 + f32(h, scale=0.1), f32(h, scale=0.1), 1e-5)  # type: ignore[arg-type]
-        blocks.append(Block(ssm, Mixing(mixing, f32(rows, h, scale=h**-0.5), f32(rows, scale=0.1)), scale))  # type: ignore[arg-type]
+        weight, bias = f32(doubled * len(outs), len(kept), scale=h**-0.5), f32(doubled * h, scale=0.1)
+        whole = Mixing(mixing, weight, bias, kept, outs)  # type: ignore[arg-type]
+        blocks.append(Block(ssm, quantised(whole, mixing_dtype), scale))  # type: ignore[arg-type]
     if vocabulary:
         d_input = 1
     mean = np.zeros(d_input) if vocabulary else rng.standard_normal(d_input)
@@ -81,6 +109,7 @@ def random_network(
 def networks(draw: st.DrawFn) -> Network:
     h = draw(st.sampled_from([1, 2, 5, 16, 19, 33]))
     layers = draw(st.integers(1, 3))
+    discretization = draw(st.sampled_from(["zoh", "bilinear"]))
     return random_network(
         draw(st.integers(0, 10_000)),
         h=h,
@@ -92,7 +121,12 @@ def networks(draw: st.DrawFn) -> Network:
         norm=draw(st.sampled_from(NORMS)),
         mixing=draw(st.sampled_from(["glu", "plain"])),
         prenorm=draw(st.booleans()),
-        discretization=draw(st.sampled_from(["zoh", "bilinear"])),
+        discretization=discretization,
+        ragged=draw(st.booleans()),
+        low_rank=draw(st.sampled_from([0.0, 0.5, 1.0])) if discretization == "bilinear" else 0.0,
+        columns=draw(st.one_of(st.none(), st.integers(0, h))),
+        rows=draw(st.one_of(st.none(), st.integers(0, h))),
+        mixing_dtype=draw(st.sampled_from(["float32", "float16", "int8"])),
         pooling=draw(st.sampled_from(["mean", "last", "none"])),
         window=draw(st.integers(1, 40)),
         vocabulary=draw(st.sampled_from([0, 0, 7])),

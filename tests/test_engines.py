@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from networks import networks, random_network, samples_for
 
 from edge_ssm import engines
-from edge_ssm.discretize import gap_power, step_parameters
+from edge_ssm.discretize import GAP_STEPS, gap_power, step_parameters
 from edge_ssm.engines import ENGINES, create
 from edge_ssm.errors import EngineUnavailable, NetworkError, SampleError, SnapshotError, UsageError
 from edge_ssm.network import at_sample_rate, cost
@@ -91,6 +91,21 @@ def test_a_snapshot_that_does_not_fit_is_refused_and_changes_nothing(name):
     assert all(np.array_equal(a, b) for a, b in zip(engine.snapshot().state, good.state, strict=True))
 
 
+def dense_steps(block, discretization):
+    """Every active channel's Abar, dense over both halves of the spectrum, with its states."""
+    first = 0
+    for dt, pairs in zip(block.ssm.dt, block.ssm.pairs, strict=True):
+        at = slice(first, first + pairs)
+        first += pairs
+        A = np.concatenate([block.ssm.A[at], block.ssm.A[at].conj()])
+        P = np.zeros_like(A) if block.ssm.P is None else np.concatenate([block.ssm.P[at], block.ssm.P[at].conj()])
+        dense, one = np.diag(A) - np.outer(P, P.conj()), np.eye(len(A))
+        if discretization == "zoh":
+            yield at, np.diag(np.exp(dt * A))
+        else:
+            yield at, np.linalg.inv(one - dt / 2 * dense) @ (one + dt / 2 * dense)
+
+
 @pytest.mark.parametrize("name", NAMES)
 @given(network=networks(), k=st.integers(1, 5000))
 def test_skip_decays_every_state_in_closed_form(name, network, k):
@@ -99,9 +114,29 @@ def test_skip_decays_every_state_in_closed_form(name, network, k):
     before = engine.snapshot().state
     engine.skip(k)
     for x, y, block in zip(before, engine.snapshot().state, network.blocks, strict=True):
-        dt_A = block.ssm.dt[:, None] * block.ssm.A
-        Abar = np.exp(dt_A) if network.discretization == "zoh" else (1 + dt_A / 2) / (1 - dt_A / 2)
-        assert np.allclose(y, Abar**k * x, rtol=1e-5, atol=1e-30)
+        dt = block.ssm.dt[block.ssm.owner]
+        Bbar = dt * block.ssm.B / (1 - dt * block.ssm.A / 2)  # a state is kept over its own Bbar
+        for at, Abar in dense_steps(block, network.discretization):
+            scale = Bbar[at] if network.discretization == "bilinear" else np.ones(Abar.shape[0] // 2)
+            true = x[0, at].astype(np.complex128) * scale
+            both = np.linalg.matrix_power(Abar, k) @ np.concatenate([true, true.conj()])
+            expected = both[: len(true)] / scale
+            assert np.allclose(y[0, at], expected, rtol=1e-5, atol=1e-6 * max(1e-20, np.abs(expected).max()))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_gap_is_the_same_stepped_over_and_in_closed_form(name):
+    network = random_network(4, discretization="bilinear", low_rank=0.5)
+    engine = create(name, network)
+    engine.chunk(samples_for(network, 3, 10))
+    start = engine.snapshot()
+    engine.skip(GAP_STEPS)
+    engine.skip(5)
+    stepped = engine.snapshot().state
+    engine.restore(start)
+    engine.skip(GAP_STEPS + 5)
+    for a, b in zip(stepped, engine.snapshot().state, strict=True):
+        assert np.allclose(a, b, rtol=1e-4, atol=1e-6 * np.abs(a).max())
 
 
 def test_the_gap_of_an_instant_bilinear_state_is_zero_not_nan():
@@ -255,6 +290,11 @@ def test_cost_counts_what_is_left():
     assert [b.bypassed for b in found.blocks] == [0, 6]
     assert found.multiply_adds == 8 * 3 + 5 * 8 + sum(6 * k * 4 + 8 + 16 * 8 for k in (8, 2))
     assert found.state_values == 2 * 4 * 10
+    smaller = random_network(h=8, pairs=4, active=[3], columns=4, rows=2, mixing_dtype="int8")
+    block = cost(smaller).blocks[0]
+    assert (block.columns, block.rows) == (4, 2)
+    assert block.multiply_adds == 6 * 3 * 4 + 4 + 4 * 4
+    assert block.weight_bytes == 4 * (4 * 3 * 4 + 4 + 16 + 4 + 2 * 8) + 4 * 4
 
 
 def test_the_registry_names_what_it_has():

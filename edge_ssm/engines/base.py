@@ -24,7 +24,7 @@ class Snapshot:
     fingerprint: str
     """``network.fingerprint`` of the network that the state belongs to."""
     state: tuple[Array, ...]
-    """One array a block, (lanes, K, M) complex: x of ``discretize.StepParameters``, channels in ``active`` order."""
+    """One array a block, (lanes, S) complex: x of ``discretize.StepParameters``."""
 
 
 class Engine(ABC):
@@ -113,10 +113,10 @@ class Engine(ABC):
                 f"snapshot: made for network {snapshot.fingerprint[:12]}..., this one is {self.fingerprint[:12]}...; "
                 "start without it"
             )
-        expected = [(self.lanes, *block.ssm.A.shape) for block in self.network.blocks]
+        expected = [(self.lanes, len(block.ssm.A)) for block in self.network.blocks]
         found = [array.shape for array in snapshot.state]
         if found != expected:
-            raise SnapshotError(f"snapshot: state shapes {found}, expected {expected} (lanes, channels, pairs)")
+            raise SnapshotError(f"snapshot: state shapes {found}, expected {expected} (lanes, states)")
         if not all(np.isfinite(array).all() for array in snapshot.state):
             raise SnapshotError("snapshot: holds a non-finite state; start without it")
         self._set_state(snapshot.state)

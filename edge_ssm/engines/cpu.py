@@ -3,50 +3,104 @@
 What makes it fast: everything of a step lies in one packed array, in the order in which it is read; the SSM loops
 run over channels innermost and mixing adds four columns at a time, so both become vector code on AVX and NEON; the
 recurrence is in delta form (``discretize``), which float32 needs for slow states; subnormals are flushed.
+
+What pruning removed is not there: channels are sorted by their number of states, so that those which still have an
+n-th one are the first of the row; mixing has only the columns and rows that are left, in the type they are stored in.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
-from numba import njit
+from llvmlite import ir
+from numba import njit, types
+from numba.extending import intrinsic
 
-from edge_ssm.discretize import gap_power, step_parameters
+from edge_ssm.discretize import StepParameters, decayed, step_parameters
 from edge_ssm.engines import flush
 from edge_ssm.engines.base import Engine, refusal
 from edge_ssm.engines.rational import gelu, sigmoid
-from edge_ssm.network import Array, Network, Norm, TokenEncoder, input_range
+from edge_ssm.network import Array, Mixing, Network, Norm, TokenEncoder, input_range
 
 _FLAGS = {"contract", "reassoc", "nsz", "arcp"}
-_VECTOR = 16
-"""Rows are padded to this many float32, one AVX-512 register or four NEON ones, so that loops have no remainder."""
+_VECTOR = 8
+"""Rows are padded to this many float32, one AVX register or two NEON ones, so that loops have no remainder."""
+_ALIGN = 16
+"""Packed arrays begin at a multiple of this many float32: a cache line."""
 
-# Columns of the layout table, one row a block; offsets count float32 from the start of the packed weights.
+# The layout table: one array of integers, first the head, then a row a block, then index lists.
+# "w" is an offset into the packed weights in float32, "i" an offset into the table, "x" one into a lane's state.
+_HEAD_COLUMNS = ("lanes", "lane", "h", "d_output", "prenorm", "vocabulary", "encoder", "decoder", "blocks", "scratch")
+_LANES, _LANE, _H, _D_OUTPUT, _PRENORM, _VOCABULARY, _ENCODER, _DECODER, _BLOCKS, _SCRATCH = range(len(_HEAD_COLUMNS))
 _BLOCK_COLUMNS = (
-    "channels",  # K padded to whole vectors
-    "pairs",  # M
-    "state",  # offset into a lane's state: [M][re, im][K]
-    "ssm",  # [M][dr, di, cr, ci][K]
-    "gather",  # offset into the index array: [K], channel of each active operator
-    "active",  # K
-    "D",  # [H]
-    "mixing",  # [H][rows]: W transposed, one column of W after another
-    "bias",  # [rows]
-    "rows",  # 2H for GLU, H for plain
-    "norm",  # weight [H], bias [H]; -1 without
+    "diagonal",  # i: the group of diagonal channels, or -1
+    "low_rank",  # i: the group of those with a rank-one term, or -1
+    "D",  # w: [G]
+    "columns",  # G
+    "column_index",  # i: [G], channel of each column
+    "mixing",  # w: [G][rows] in the weights' own type: W transposed, one column of W after another
+    "dtype",  # 0: float32, 1: float16, 2: int8
+    "scale",  # w: [rows]
+    "bias",  # w: [rows]
+    "rows",  # of values, padded; as many gates follow for GLU
+    "glu",
+    "row_index",  # i: [R], channel of each row
+    "R",
+    "constant",  # w: [H], what removed rows add; -1 where none does
+    "norm",  # w: weight [H], bias [H]; -1 without
     "layer_norm",  # 1: LayerNorm, 0: affine
-    "eps",  # offset of one float32
+    "eps",  # w: one float32
 )
-_CHANNELS, _PAIRS, _STATE, _SSM, _GATHER, _ACTIVE, _D, _MIXING, _BIAS, _ROWS, _NORM, _LAYER, _EPS = range(13)
+(
+    _DIAGONAL,
+    _LOW_RANK,
+    _D,
+    _COLUMNS,
+    _COLUMN_INDEX,
+    _MIXING,
+    _DTYPE,
+    _SCALE,
+    _BIAS,
+    _ROWS,
+    _GLU,
+    _ROW_INDEX,
+    _R,
+    _CONSTANT,
+    _NORM,
+    _LAYER,
+    _EPS,
+) = range(len(_BLOCK_COLUMNS))
+# A group of channels: its head, then the channels left at each pair index, then two index lists.
+_GROUP_COLUMNS = (
+    "count",  # channels
+    "pairs",  # of the channel that has most
+    "weights",  # w: for n in pairs: [dr, di, cr, ci][channels left]; 8 of them for a rank-one term
+    "state",  # x: for n in pairs: [re, im][channels left]
+    "beta",  # w: [channels]
+)
+_COUNT, _PAIRS, _WEIGHTS, _STATE, _BETA, _LEFT = range(len(_GROUP_COLUMNS) + 1)
+_FIRST_BLOCK, _BLOCK_SIZE = len(_HEAD_COLUMNS), len(_BLOCK_COLUMNS)
+_DTYPES = ("float32", "float16", "int8")
+
+
+@intrinsic
+def _half(typingctx: Any, bits: Any) -> Any:
+    """The value of a float16 given by its bits."""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.fpext(builder.bitcast(arguments[0], ir.HalfType()), ir.FloatType())
+
+    return types.float32(types.uint16), codegen
 
 
 @njit(inline="always", fastmath=_FLAGS)
-def _norm(u: Array, v: Array, w: Array, row: Array, h: int) -> None:
+def _norm(u: Array, v: Array, w: Array, weight: int, layer: int, eps: int, h: int) -> None:
     """v = norm(u); the two may be the same array."""
-    weight, bias = row[_NORM], row[_NORM] + h
-    if row[_LAYER]:
+    bias = weight + h
+    if layer:
         total = np.float32(0)
         for i in range(h):
             total += u[i]
@@ -54,7 +108,7 @@ def _norm(u: Array, v: Array, w: Array, row: Array, h: int) -> None:
         squares = np.float32(0)
         for i in range(h):
             squares += (u[i] - mean) * (u[i] - mean)
-        scale = np.float32(1) / np.sqrt(squares / np.float32(h) + w[row[_EPS]])
+        scale = np.float32(1) / np.sqrt(squares / np.float32(h) + w[eps])
         for i in range(h):
             v[i] = (u[i] - mean) * scale * w[weight + i] + w[bias + i]
     else:
@@ -63,138 +117,235 @@ def _norm(u: Array, v: Array, w: Array, row: Array, h: int) -> None:
 
 
 @njit(inline="always", fastmath=_FLAGS)
-def _ssm(
-    v: Array, y: Array, x: Array, w: Array, index: Array, row: Array, gathered: Array, summed: Array, h: int
-) -> None:
-    """y = D v + 2 Re(C x) after x += delta x + v, for the active channels; the factor 2 is in the packed C."""
-    k, offset, state, channels = row[_ACTIVE], row[_SSM], row[_STATE], row[_CHANNELS]
-    for i in range(h):
-        y[i] = w[row[_D] + i] * v[i]
-    if k == 0:
-        return
-    for j in range(k):
-        gathered[j] = v[index[row[_GATHER] + j]]
-    for j in range(k, channels):
+def _diagonal(v: Array, y: Array, x: Array, w: Array, table: Array, group: int, work: Array) -> None:
+    """y += 2 Re(C x) after x += delta x + v, for a group of diagonal channels; the factor 2 is in the packed C."""
+    count, weights, state = table[group + _COUNT], table[group + _WEIGHTS], table[group + _STATE]
+    left = group + _LEFT
+    channels = left + table[group + _PAIRS]
+    places = channels + count
+    width = table[left]
+    gathered, summed = work[:width], work[width : 2 * width]
+    for j in range(count):
+        gathered[j] = v[table[channels + j]]
+    for j in range(count, width):
         gathered[j] = np.float32(0)
-    for j in range(channels):
+    for j in range(width):
         summed[j] = np.float32(0)
-    for n in range(row[_PAIRS]):
-        a = w[offset + 4 * n * channels : offset + 4 * (n + 1) * channels]
-        s = x[state + 2 * n * channels : state + 2 * (n + 1) * channels]
-        for j in range(channels):
-            re, im = s[j], s[channels + j]
-            dr, di = a[j], a[channels + j]
+    for n in range(table[group + _PAIRS]):
+        k = table[left + n]
+        a = w[weights : weights + 4 * k]
+        s = x[state : state + 2 * k]
+        for j in range(k):
+            re, im = s[j], s[k + j]
+            dr, di = a[j], a[k + j]
             new_re = (re + gathered[j]) + dr * re - di * im
             new_im = im + di * re + dr * im
             s[j] = new_re
-            s[channels + j] = new_im
-            summed[j] += a[2 * channels + j] * new_re + a[3 * channels + j] * new_im
-    for j in range(k):
-        y[index[row[_GATHER] + j]] += summed[j]
+            s[k + j] = new_im
+            summed[j] += a[2 * k + j] * new_re + a[3 * k + j] * new_im
+        weights += 4 * k
+        state += 2 * k
+    for j in range(count):
+        y[table[places + j]] += summed[j]
 
 
 @njit(inline="always", fastmath=_FLAGS)
-def _mix(g: Array, z: Array, w: Array, row: Array, h: int) -> None:
-    """z = W g + bias, as a sum of columns."""
-    rows, mixing = row[_ROWS], row[_MIXING]
-    for i in range(rows):
-        z[i] = w[row[_BIAS] + i]
-    k = 0
-    while k + 4 <= h:
-        columns = w[mixing + k * rows : mixing + (k + 4) * rows]
-        a, b, c, d = g[k], g[k + 1], g[k + 2], g[k + 3]
-        for i in range(rows):
-            z[i] += columns[i] * a + columns[rows + i] * b + columns[2 * rows + i] * c + columns[3 * rows + i] * d
-        k += 4
-    while k < h:
-        column = w[mixing + k * rows : mixing + (k + 1) * rows]
-        for i in range(rows):
-            z[i] += column[i] * g[k]
-        k += 1
+def _low_rank(v: Array, y: Array, x: Array, w: Array, table: Array, group: int, work: Array) -> None:
+    """The same for channels with a rank-one term: q = 2 Re(r x) + beta v first, the factor 2 in the packed r."""
+    count, weights, state = table[group + _COUNT], table[group + _WEIGHTS], table[group + _STATE]
+    left = group + _LEFT
+    channels = left + table[group + _PAIRS]
+    places = channels + count
+    width = table[left]
+    gathered, summed, q = work[:width], work[width : 2 * width], work[2 * width : 3 * width]
+    beta = table[group + _BETA]
+    for j in range(count):
+        gathered[j] = v[table[channels + j]]
+    for j in range(count, width):
+        gathered[j] = np.float32(0)
+    for j in range(width):
+        summed[j] = np.float32(0)
+        q[j] = w[beta + j] * gathered[j]
+    at, place = weights, state
+    for n in range(table[group + _PAIRS]):
+        k = table[left + n]
+        r = w[at + 6 * k : at + 8 * k]
+        s = x[place : place + 2 * k]
+        for j in range(k):
+            q[j] += r[j] * s[j] + r[k + j] * s[k + j]
+        at += 8 * k
+        place += 2 * k
+    for n in range(table[group + _PAIRS]):
+        k = table[left + n]
+        a = w[weights : weights + 6 * k]
+        s = x[state : state + 2 * k]
+        for j in range(k):
+            re, im = s[j], s[k + j]
+            dr, di = a[j], a[k + j]
+            new_re = re + ((dr * re - di * im) + (a[4 * k + j] * q[j] + gathered[j]))
+            new_im = im + ((di * re + dr * im) + a[5 * k + j] * q[j])
+            s[j] = new_re
+            s[k + j] = new_im
+            summed[j] += a[2 * k + j] * new_re + a[3 * k + j] * new_im
+        weights += 8 * k
+        state += 2 * k
+    for j in range(count):
+        y[table[places + j]] += summed[j]
+
+
+def _mixer(value: Callable[[Any], Any]) -> Any:
+    """Adds W g to z, as a sum of columns of weights that ``value`` turns into float32."""
+
+    @njit(inline="always", fastmath=_FLAGS)
+    def mix(g: Array, z: Array, w: Array, count: int, rows: int) -> None:
+        k = 0
+        while k + 4 <= count:
+            columns = w[k * rows : (k + 4) * rows]
+            a, b, c, d = g[k], g[k + 1], g[k + 2], g[k + 3]
+            for i in range(rows):
+                z[i] += (value(columns[i]) * a + value(columns[rows + i]) * b) + (
+                    value(columns[2 * rows + i]) * c + value(columns[3 * rows + i]) * d
+                )
+            k += 4
+        while k < count:
+            column = w[k * rows : (k + 1) * rows]
+            for i in range(rows):
+                z[i] += value(column[i]) * g[k]
+            k += 1
+
+    return mix
+
+
+@njit(inline="always")
+def _as_it_is(value: Any) -> Any:
+    return value
+
+
+@njit(inline="always")
+def _from_half(bits: Any) -> Any:
+    return _half(bits)
+
+
+@njit(inline="always")
+def _from_int(value: Any) -> Any:
+    return np.float32(value)
+
+
+_mix_float32, _mix_float16, _mix_int8 = _mixer(_as_it_is), _mixer(_from_half), _mixer(_from_int)
 
 
 @njit(inline="always", fastmath=_FLAGS)
-def _block(u: Array, x: Array, w: Array, index: Array, row: Array, scratch: Array, h: int, prenorm: int) -> None:
+def _mixing(g: Array, z: Array, w: Array, table: Array, row: int, both: int) -> None:
+    """z = W g + bias, (rows) values and, for GLU, (rows) gates behind them."""
+    columns, at, dtype, bias = table[row + _COLUMNS], table[row + _MIXING], table[row + _DTYPE], table[row + _BIAS]
+    if dtype == 0:
+        for i in range(both):
+            z[i] = w[bias + i]
+        _mix_float32(g, z, w[at : at + columns * both], columns, both)
+        return
+    for i in range(both):
+        z[i] = np.float32(0)
+    if dtype == 1:
+        _mix_float16(g, z, w[at:].view(np.uint16), columns, both)
+    else:
+        _mix_int8(g, z, w[at:].view(np.int8), columns, both)
+    scale = table[row + _SCALE]
+    for i in range(both):
+        z[i] = z[i] * w[scale + i] + w[bias + i]
+
+
+@njit(inline="always", fastmath=_FLAGS)
+def _block(u: Array, x: Array, w: Array, table: Array, row: int, scratch: Array, h: int, prenorm: int) -> None:
     """One block of one lane, in place on u (network.py states the equations)."""
-    v, y, z = scratch[h : 2 * h], scratch[2 * h : 3 * h], scratch[3 * h : 5 * h]
-    gathered = scratch[5 * h : 5 * h + row[_CHANNELS]]
-    summed = scratch[5 * h + row[_CHANNELS] : 5 * h + 2 * row[_CHANNELS]]
-    if prenorm and row[_NORM] >= 0:
-        _norm(u, v, w, row, h)
+    columns, rows, norm = table[row + _COLUMNS], table[row + _ROWS], table[row + _NORM]
+    index, D = table[row + _COLUMN_INDEX], table[row + _D]
+    v, y, z, work = scratch[h : 2 * h], scratch[2 * h : 3 * h], scratch[3 * h :], scratch[3 * h + 2 * rows :]
+    if prenorm and norm >= 0:
+        _norm(u, v, w, norm, table[row + _LAYER], table[row + _EPS], h)
     else:
-        for i in range(h):
-            v[i] = u[i]
-    _ssm(v, y, x, w, index, row, gathered, summed, h)
-    for i in range(h):
-        y[i] = gelu(y[i])
-    _mix(y, z, w, row, h)
-    if row[_ROWS] == 2 * h:
-        for i in range(h):
-            u[i] += z[i] * sigmoid(z[h + i])
-    else:
+        v = u
+    # y has an entry a column; a group knows at which of them each of its channels stands.
+    for j in range(columns):
+        y[j] = w[D + j] * v[table[index + j]]
+    if table[row + _DIAGONAL] >= 0:
+        _diagonal(v, y, x, w, table, table[row + _DIAGONAL], work)
+    if table[row + _LOW_RANK] >= 0:
+        _low_rank(v, y, x, w, table, table[row + _LOW_RANK], work)
+    for j in range(columns):
+        y[j] = gelu(y[j])
+    both = 2 * rows if table[row + _GLU] else rows
+    _mixing(y, z, w, table, row, both)
+    if table[row + _GLU]:
+        for i in range(rows):
+            z[i] = z[i] * sigmoid(z[rows + i])
+    if table[row + _R] == h:
         for i in range(h):
             u[i] += z[i]
-    if not prenorm and row[_NORM] >= 0:
-        _norm(u, u, w, row, h)
+    else:
+        index = table[row + _ROW_INDEX]
+        for i in range(table[row + _R]):
+            u[table[index + i]] += z[i]
+        constant = table[row + _CONSTANT]
+        if constant >= 0:
+            for i in range(h):
+                u[i] += w[constant + i]
+    if not prenorm and norm >= 0:
+        _norm(u, u, w, norm, table[row + _LAYER], table[row + _EPS], h)
 
 
 @njit(inline="always")
 def _acceptable(samples: Array, scale: Array, whole: int) -> bool:
     """Whether every value may reach the state (network.InputRange.bad, over all samples)."""
-    for t in range(samples.shape[0]):
-        for lane in range(samples.shape[1]):
-            for c in range(samples.shape[2]):
-                value = samples[t, lane, c]
-                # Comparisons with NaN are false, so it is refused.
-                if not (value >= scale[2, c] and value <= scale[3, c]):
-                    return False
-                if whole and value != np.floor(value):
-                    return False
+    d_input = scale.shape[1]
+    for t in range(samples.shape[0] // d_input):
+        for c in range(d_input):
+            value = samples[t * d_input + c]
+            # Comparisons with NaN are false, so it is refused.
+            if not (value >= scale[2, c] and value <= scale[3, c]):
+                return False
+            if whole and value != np.floor(value):
+                return False
     return True
 
 
-_SIGNATURE = "b1(f4[::1], i8[::1], i8[:,::1], i8[::1], f8[:,::1], f4[:,::1], f4[::1], f8[:,:,::1], f4[:,:,::1])"
+_SIGNATURE = "b1(f4[::1], i8[::1], f8[:,::1], f4[::1], f8[::1], f4[::1])"
 
 
-def _run(
-    w: Array,
-    index: Array,
-    blocks: Array,
-    head: Array,
-    scale: Array,
-    state: Array,
-    scratch: Array,
-    samples: Array,
-    outputs: Array,
-) -> bool:
-    """T samples of all lanes. False, with nothing changed, if a sample is not acceptable."""
-    h, d_output, prenorm, vocabulary, encoder, decoder = head[0], head[1], head[2], head[3], head[4], head[5]
+def _run(w: Array, table: Array, scale: Array, state: Array, samples: Array, outputs: Array) -> bool:
+    """T samples of all lanes, each flattened in C order. False, with nothing changed, if one is not acceptable.
+
+    Six arrays and no more: every argument of a compiled call costs a tenth of a microsecond.
+    """
+    lanes, lane_size, h, d_output = table[_LANES], table[_LANE], table[_H], table[_D_OUTPUT]
+    vocabulary, encoder, decoder = table[_VOCABULARY], table[_ENCODER], table[_DECODER]
     if not _acceptable(samples, scale, vocabulary):
         return False
-    d_input = samples.shape[2]
+    d_input = scale.shape[1]
+    scratch = state[table[_SCRATCH] :]
     u = scratch[0:h]
     word: Any = flush.enable()  # type: ignore[call-arg]  # intrinsics take their context from Numba
-    for t in range(samples.shape[0]):
-        for lane in range(samples.shape[1]):
-            if vocabulary:
-                row = encoder + int(samples[t, lane, 0]) * h
+    for step in range(samples.shape[0] // d_input):
+        sample, output = step * d_input, step * d_output
+        x = state[(step % lanes) * lane_size : (step % lanes + 1) * lane_size]
+        if vocabulary:
+            row = encoder + int(samples[sample]) * h
+            for i in range(h):
+                u[i] = w[row + i]
+        else:
+            for i in range(h):
+                u[i] = w[encoder + i]
+            for c in range(d_input):
+                z = np.float32((samples[sample + c] - scale[0, c]) * scale[1, c])
+                column = encoder + (c + 1) * h
                 for i in range(h):
-                    u[i] = w[row + i]
-            else:
-                for i in range(h):
-                    u[i] = w[encoder + i]
-                for c in range(d_input):
-                    z = np.float32((samples[t, lane, c] - scale[0, c]) * scale[1, c])
-                    column = encoder + (c + 1) * h
-                    for i in range(h):
-                        u[i] += w[column + i] * z
-            for b in range(blocks.shape[0]):
-                _block(u, state[lane], w, index, blocks[b], scratch, h, prenorm)
-            for o in range(d_output):
-                total = np.float32(0)
-                for i in range(h):
-                    total += w[decoder + o * h + i] * u[i]
-                outputs[t, lane, o] = total + w[decoder + d_output * h + o]
+                    u[i] += w[column + i] * z
+        for b in range(table[_BLOCKS]):
+            _block(u, x, w, table, _FIRST_BLOCK + b * _BLOCK_SIZE, scratch, h, table[_PRENORM])
+        for o in range(d_output):
+            total = np.float32(0)
+            for i in range(h):
+                total += w[decoder + o * h + i] * u[i]
+            outputs[output + o] = total + w[decoder + d_output * h + o]
     flush.restore(word)
     return True
 
@@ -211,45 +362,66 @@ def _compile() -> Any:
 _kernel: Any = None
 
 
-def _padded(n: int) -> int:
-    return -(-n // _VECTOR) * _VECTOR
+def _padded(n: int, to: int = _VECTOR) -> int:
+    return -(-n // to) * to
 
 
 class _Packer:
-    """Appends float32 arrays to one flat array and says where each begins."""
+    """Appends arrays to one flat array of float32 and says where each begins."""
 
     def __init__(self) -> None:
         self.parts: list[Array] = []
         self.size = 0
 
     def add(self, *arrays: Array) -> int:
+        return self.add_raw(np.concatenate([np.ravel(array) for array in arrays]).astype(np.float32))
+
+    def add_raw(self, array: Array) -> int:
+        """The bytes of any contiguous array, as so many float32."""
         start = self.size
-        for array in arrays:
-            flat = np.ascontiguousarray(array, dtype=np.float32).ravel()
-            self.parts.append(flat)
-            self.size += flat.size
-        fill = _padded(self.size) - self.size
-        self.parts.append(np.zeros(fill, dtype=np.float32))
-        self.size += fill
+        raw = np.ascontiguousarray(array).view(np.uint8).ravel()
+        filled = np.zeros(_padded(-(-raw.size // 4), _ALIGN) * 4, dtype=np.uint8)
+        filled[: raw.size] = raw
+        self.parts.append(filled.view(np.float32))
+        self.size += filled.size // 4
         return start
 
     def packed(self) -> Array:
         """The flat array, on a 64-byte boundary."""
-        flat = np.concatenate([*self.parts, np.zeros(_VECTOR, dtype=np.float32)])
-        buffer = np.empty(flat.size + _VECTOR, dtype=np.float32)
-        start = (-buffer.ctypes.data // 4) % _VECTOR
-        aligned = buffer[start : start + flat.size]
-        aligned[:] = flat
-        return aligned
+        return _aligned(np.concatenate([*self.parts, np.zeros(_ALIGN, dtype=np.float32)]))
 
 
-def _pack_ssm(delta: Array, C: Array, channels: int) -> Array:
-    """(K, M) complex -> [M][dr, di, cr, ci][channels] with y = cr re + ci im, zero past K."""
-    k, m = delta.shape
-    packed = np.zeros((m, 4, channels), dtype=np.float32)
-    for slot, values in enumerate((delta.real, delta.imag, 2 * C.real, -2 * C.imag)):
-        packed[:, slot, :k] = values.T
-    return packed
+def _aligned(flat: Array) -> Array:
+    buffer = np.empty(flat.size + _ALIGN, dtype=np.float32)
+    start = (-buffer.ctypes.data // 4) % _ALIGN
+    aligned = buffer[start : start + flat.size]
+    aligned[:] = flat
+    return aligned
+
+
+class _Group:
+    """Channels of one layer and form, those with most states first, as the kernel's loops take them."""
+
+    def __init__(self, step: StepParameters, chosen: Array, columns: int) -> None:
+        self.order = chosen[np.argsort(-step.pairs[chosen], kind="stable")]
+        pairs = step.pairs[self.order]
+        self.deepest = int(pairs[0])
+        left = [_padded(int((pairs > n).sum())) for n in range(self.deepest)]
+        self.left = np.array(left, dtype=np.int64)
+        first = step.first[self.order]
+        # Where state n of each channel stands: in the layer's states, and in the rows of this group.
+        self.states = np.concatenate([first[pairs > n] + n for n in range(self.deepest)])
+        starts = np.cumsum(self.left) - self.left
+        self.slots = np.concatenate([columns * starts[n] + np.arange((pairs > n).sum()) for n in range(self.deepest)])
+        self.spread = np.concatenate([np.full((pairs > n).sum(), left[n]) for n in range(self.deepest)])
+        self.size = int(self.left.sum())
+
+    def rows(self, *values: Array) -> Array:
+        """(S,) arrays -> for every n: [values][channels left], flat, zero where padded."""
+        flat = np.zeros(len(values) * self.size)
+        for i, value in enumerate(values):
+            flat[self.slots + i * self.spread] = value[self.states]
+        return flat
 
 
 class CpuEngine(Engine):
@@ -264,9 +436,8 @@ class CpuEngine(Engine):
         self._kernel = _kernel
         self._step_parameters = [step_parameters(b.ssm, network.discretization) for b in network.blocks]
         self._pack(network)
-        self._step_shapes = (
-            ((lanes, network.d_input), (network.d_input,)) if lanes == 1 else ((lanes, network.d_input),)
-        )
+        self._step_shape = (network.d_input,) if lanes == 1 else (lanes, network.d_input)
+        self._output_shape = (network.d_output,) if lanes == 1 else (lanes, network.d_output)
 
     def _pack(self, network: Network) -> None:
         h = network.d_model
@@ -276,95 +447,120 @@ class CpuEngine(Engine):
             vocabulary, encoder_at = len(encoder.embedding), packer.add(encoder.embedding)
         else:
             vocabulary, encoder_at = 0, packer.add(encoder.bias, encoder.weight.T)
-        rows: list[list[int]] = []
-        index: list[Array] = []
-        state_size = 0
-        for block, step in zip(network.blocks, self._step_parameters, strict=True):
-            k, m = step.delta.shape
-            channels = _padded(k)
+        rows = np.full((len(network.blocks), _BLOCK_SIZE), -1, dtype=np.int64)
+        lists: list[Array] = []
+        self._lists_at = _FIRST_BLOCK + rows.size
+        self._state_size = 0
+        # Of each block: where every state's real part stands in a lane's state, and how far behind its imaginary one.
+        self._slots: list[tuple[Array, Array]] = []
+        scratch = 0
+        for row, block, step in zip(rows, network.blocks, self._step_parameters, strict=True):
             norm = block.norm or Norm("affine", np.ones(h), np.zeros(h))
-            rows.append(
-                [
-                    channels,
-                    m,
-                    state_size,
-                    packer.add(_pack_ssm(step.delta, step.C, channels)),
-                    sum(len(i) for i in index),
-                    k,
-                    packer.add(block.ssm.D),
-                    packer.add(block.mixing.weight.T),
-                    packer.add(block.mixing.bias),
-                    block.mixing.weight.shape[0],
-                    packer.add(norm.weight, norm.bias) if block.norm else -1,
-                    int(norm.kind == "layer"),
-                    packer.add(np.array([norm.eps])),
-                ]
-            )
-            index.append(block.ssm.active)
-            state_size += 2 * m * channels
+            row[_D] = packer.add(block.ssm.D[block.mixing.columns])
+            row[_COLUMN_INDEX] = self._add_list(lists, block.mixing.columns)
+            self._pack_mixing(row, block.mixing, packer, lists)
+            row[_NORM] = packer.add(norm.weight, norm.bias) if block.norm else -1
+            row[_LAYER], row[_EPS] = int(norm.kind == "layer"), packer.add(np.array([norm.eps]))
+            places = np.searchsorted(block.mixing.columns, block.ssm.active)
+            widest = self._pack_groups(row, step, block.ssm.active, places, packer, lists)
+            scratch = max(scratch, 3 * h + 2 * int(row[_ROWS]) + 3 * widest)
         decoder_at = packer.add(network.decoder.weight, network.decoder.bias)
         self._w = packer.packed()
-        self._index = np.concatenate([*index, np.zeros(1, dtype=np.int64)]).astype(np.int64)
-        self._blocks = np.array(rows, dtype=np.int64).reshape(len(rows), len(_BLOCK_COLUMNS))
-        head = [h, network.d_output, int(network.prenorm), vocabulary, encoder_at, decoder_at]
-        self._head = np.array(head, dtype=np.int64)
+        lane = _padded(self._state_size, _ALIGN)
+        head = [self.lanes, lane, h, network.d_output, int(network.prenorm), vocabulary, encoder_at, decoder_at]
+        head += [len(rows), self.lanes * lane]
+        self._table = np.concatenate([np.array(head), rows.ravel(), *lists]).astype(np.int64)
         allowed = input_range(network)
         self._scale = np.stack([network.input.mean, 1 / network.input.std, allowed.low, allowed.high])
-        self._x = np.zeros((self.lanes, max(state_size, 1)), dtype=np.float32)
-        self._scratch = np.zeros(5 * h + 2 * _padded(h), dtype=np.float32)
+        self._memory = _aligned(np.zeros(self.lanes * lane + scratch, dtype=np.float32))
+        self._x = self._memory[: self.lanes * lane].reshape(self.lanes, lane)
+
+    def _add_list(self, lists: list[Array], values: Array) -> int:
+        at = self._lists_at
+        lists.append(np.asarray(values, dtype=np.int64))
+        self._lists_at += len(values)
+        return at
+
+    def _pack_mixing(self, row: Array, mixing: Mixing, packer: _Packer, lists: list[Array]) -> None:
+        parts = 2 if mixing.kind == "glu" else 1
+        left, columns = len(mixing.rows), len(mixing.columns)
+        rows = _padded(left)
+
+        def padded(values: Array) -> Array:
+            """(parts * R, ...) -> (parts * rows, ...)."""
+            whole = np.zeros((parts, rows, *values.shape[1:]), dtype=values.dtype)
+            whole[:, :left] = values.reshape(parts, left, *values.shape[1:])
+            return whole.reshape(parts * rows, *values.shape[1:])
+
+        row[_COLUMNS], row[_ROWS], row[_R], row[_GLU] = columns, rows, left, parts - 1
+        row[_ROW_INDEX] = self._add_list(lists, mixing.rows)
+        row[_DTYPE] = _DTYPES.index(mixing.dtype)
+        row[_MIXING] = packer.add_raw(np.ascontiguousarray(padded(mixing.weight).T))
+        row[_BIAS] = packer.add(padded(mixing.bias[mixing.stacked_rows()]))
+        if mixing.scale is not None:
+            row[_SCALE] = packer.add(padded(mixing.scale))
+        constant = mixing.constant()
+        if constant.any():
+            row[_CONSTANT] = packer.add(constant)
+
+    def _pack_groups(
+        self, row: Array, step: StepParameters, active: Array, places: Array, packer: _Packer, lists: list[Array]
+    ) -> int:
+        """``places``: at which column of mixing each active channel stands. Returns the widest group's channels."""
+        real, apart = np.zeros(len(step.delta), dtype=np.int64), np.zeros(len(step.delta), dtype=np.int64)
+        widest = 0
+        values = [step.delta.real, step.delta.imag, 2 * step.C.real, -2 * step.C.imag]
+        more = [step.p.real, step.p.imag, 2 * step.r.real, -2 * step.r.imag]
+        for column, chosen, packed in (
+            (_DIAGONAL, np.flatnonzero(~step.low_rank), values),
+            (_LOW_RANK, np.flatnonzero(step.low_rank), values + more),
+        ):
+            if not len(chosen):
+                continue
+            group = _Group(step, chosen, len(packed))
+            beta = np.zeros(int(group.left[0]))
+            beta[: len(chosen)] = step.beta[group.order]
+            head = [len(chosen), group.deepest, packer.add(group.rows(*packed)), self._state_size, packer.add(beta)]
+            indices = [group.left, active[group.order], places[group.order]]
+            row[column] = self._add_list(lists, np.concatenate([np.array(head), *indices]))
+            within = _Group(step, chosen, 2)
+            real[group.states] = self._state_size + within.slots
+            apart[group.states] = within.spread
+            self._state_size += 2 * group.size
+            widest = max(widest, int(group.left[0]))
+        self._slots.append((real, real + apart))
+        return widest
 
     def step(self, sample: npt.ArrayLike, out: Array | None = None) -> Array:
         x = np.ascontiguousarray(sample, dtype=np.float64)
-        if out is not None or x.shape not in self._step_shapes:
+        if out is not None or x.shape != self._step_shape:
             return super().step(x, out)
-        result = np.empty((*x.shape[:-1], self.network.d_output), dtype=np.float32)
-        shape = (1, self.lanes, -1)
-        self._run(x.reshape(shape), result.reshape(shape))
+        result = np.empty(self._output_shape, dtype=np.float32)
+        self._call(x, result)
         return result
 
     def _run(self, samples: Array, outputs: Array) -> None:
-        accepted = self._kernel(
-            self._w,
-            self._index,
-            self._blocks,
-            self._head,
-            self._scale,
-            self._x,
-            self._scratch,
-            samples,
-            outputs,
-        )
-        if not accepted:
-            raise refusal(self.network, samples)
+        self._call(samples, outputs)
+
+    def _call(self, samples: Array, outputs: Array) -> None:
+        flat = samples.reshape(-1)
+        if not self._kernel(self._w, self._table, self._scale, self._memory, flat, outputs.reshape(-1)):
+            raise refusal(self.network, samples.reshape(-1, self.lanes, self.network.d_input))
 
     def reset(self, lane: int | None = None) -> None:
         self._x[slice(None) if lane is None else lane] = 0
 
-    def _views(self) -> list[Array]:
-        """One (lanes, M, 2, channels) view of the state a block."""
-        views = []
-        for row in self._blocks:
-            size = 2 * row[_PAIRS] * row[_CHANNELS]
-            part = self._x[:, row[_STATE] : row[_STATE] + size]
-            views.append(part.reshape(self.lanes, row[_PAIRS], 2, row[_CHANNELS]))
-        return views
-
     def skip(self, k: int = 1, lane: int | None = None) -> None:
-        decayed = [x.astype(np.complex128) for x in self._state()]
+        state = self._state()
         lanes = slice(None) if lane is None else lane
-        for x, step in zip(decayed, self._step_parameters, strict=True):
-            x[lanes] *= gap_power(step.delta, k)
-        self._set_state(tuple(decayed))
+        for x, step in zip(state, self._step_parameters, strict=True):
+            x[lanes] = decayed(step, x[lanes].astype(np.complex128), k)
+        self._set_state(state)
 
     def _state(self) -> tuple[Array, ...]:
-        state = []
-        for view, row in zip(self._views(), self._blocks, strict=True):
-            pairs = view[..., : row[_ACTIVE]].transpose(0, 3, 1, 2)
-            state.append(np.ascontiguousarray(pairs).view(np.complex64)[..., 0])
-        return tuple(state)
+        return tuple((self._x[:, real] + 1j * self._x[:, imag]).astype(np.complex64) for real, imag in self._slots)
 
     def _set_state(self, state: tuple[Array, ...]) -> None:
-        for view, row, new in zip(self._views(), self._blocks, state, strict=True):
-            k = row[_ACTIVE]
-            view[:, :, 0, :k] = new.real.transpose(0, 2, 1)
-            view[:, :, 1, :k] = new.imag.transpose(0, 2, 1)
+        for (real, imag), new in zip(self._slots, state, strict=True):
+            self._x[:, real] = new.real
+            self._x[:, imag] = new.imag

@@ -8,9 +8,9 @@ from typing import ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from edge_ssm.discretize import gap_power, step_parameters
+from edge_ssm.discretize import decayed, step_parameters
 from edge_ssm.engines.base import Engine, refusal
-from edge_ssm.network import Array, Block, Network, Norm, TokenEncoder, input_range
+from edge_ssm.network import SSM, Array, Block, Network, Norm, TokenEncoder, input_range
 
 _erf = np.frompyfunc(math.erf, 1, 1)
 
@@ -42,7 +42,9 @@ class ReferenceEngine(Engine):
         super().__init__(network, lanes)
         self._parameters = [step_parameters(b.ssm, network.discretization) for b in network.blocks]
         self._range = input_range(network)
-        self._x = [np.zeros((lanes, *b.ssm.A.shape), dtype=np.complex128) for b in network.blocks]
+        self._x = [np.zeros((lanes, len(b.ssm.A)), dtype=np.complex128) for b in network.blocks]
+        self._weights = [b.mixing.values() for b in network.blocks]
+        self._constants = [b.mixing.constant() for b in network.blocks]
 
     def _run(self, samples: Array, outputs: Array) -> None:
         network = self.network
@@ -65,17 +67,29 @@ class ReferenceEngine(Engine):
     def _block(self, i: int, block: Block, u: Array) -> Array:
         """One block for all lanes, (lanes, H) -> (lanes, H); network.py states the equations."""
         v = normalise(block.norm, u) if block.norm and self.network.prenorm else u
-        y = block.ssm.D * v
-        step = self._parameters[i]
-        x = self._x[i]
-        x += step.delta * x + v[:, block.ssm.active, None]
-        y[:, block.ssm.active] += 2 * (step.C * x).sum(axis=-1).real
-        z = gelu(y) @ block.mixing.weight.T.astype(np.float64) + block.mixing.bias
-        if block.mixing.kind == "glu":
+        ssm, mixing = block.ssm, block.mixing
+        y = ssm.D * v
+        if len(ssm.active):
+            y[:, ssm.active] += self._ssm(i, ssm, v[:, ssm.active])
+        z = gelu(y[:, mixing.columns]) @ self._weights[i].T + mixing.bias[mixing.stacked_rows()].astype(np.float64)
+        if mixing.kind == "glu":
             value, gate = np.split(z, 2, axis=-1)
             z = value * sigmoid(gate)
-        u = u + z
+        u = u + self._constants[i]
+        u[:, mixing.rows] += z
         return normalise(block.norm, u) if block.norm and not self.network.prenorm else u
+
+    def _ssm(self, i: int, ssm: SSM, v: Array) -> Array:
+        """(lanes, K) -> (lanes, K): the recurrence of ``discretize.StepParameters`` and its output without D."""
+        step, x = self._parameters[i], self._x[i]
+        first, owner = step.first, step.owner
+        change = step.delta * x + v[:, owner]
+        if step.low_rank.any():
+            q = 2 * np.add.reduceat(step.r * x, first, axis=1).real + step.beta * v
+            change += step.p * q[:, owner]
+        x += change
+        result: Array = 2 * np.add.reduceat(step.C * x, first, axis=1).real
+        return result
 
     def reset(self, lane: int | None = None) -> None:
         for x in self._x:
@@ -83,7 +97,8 @@ class ReferenceEngine(Engine):
 
     def skip(self, k: int = 1, lane: int | None = None) -> None:
         for x, step in zip(self._x, self._parameters, strict=True):
-            x[slice(None) if lane is None else lane] *= gap_power(step.delta, k)
+            lanes = slice(None) if lane is None else lane
+            x[lanes] = decayed(step, x[lanes], k)
 
     def _state(self) -> tuple[Array, ...]:
         return tuple(x.copy() for x in self._x)

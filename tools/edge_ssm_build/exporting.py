@@ -17,7 +17,7 @@ from edge_ssm.errors import RunFailed
 from edge_ssm.network import Network
 from edge_ssm_build.convert import to_network
 from edge_ssm_build.datasets import Array, Dataset
-from edge_ssm_build.model import S4DNetwork
+from edge_ssm_build.model import SSMNetwork
 from edge_ssm_build.training import Checkpoint, as_input, predict, score, split_windows
 
 BOUND = 1e-4
@@ -42,7 +42,7 @@ def stream_windows(network: Network, engine: str, x: Array) -> Array:
     return np.stack(pooled)
 
 
-def compare(model: S4DNetwork, network: Network, engine: str, x: Array) -> Agreement:
+def compare(model: SSMNetwork, network: Network, engine: str, x: Array) -> Agreement:
     """The torch network's convolution mode against an engine's stream on the same windows, (n, window, d_input)."""
     expected = predict(model, as_input(x, network.input)).numpy()
     if network.pooling == "none":

@@ -1,13 +1,14 @@
-"""The S4D network in torch, in convolution mode, as it is trained and pruned (arXiv 2206.11893).
+"""S4D and S4 networks in torch, in convolution mode, as they are trained and pruned (arXiv 2206.11893, 2111.00396).
 
 Equations and names are those of ``edge_ssm.network``; this module differs from the engines only in how it computes:
-the whole window at once, by FFT convolution with the kernel K[l] = 2 Re(sum_n C_n Bbar_n Abar_n^l).
+the whole window at once, by FFT convolution. What pruning removes is gone here too (parameters, columns, rows), except
+that the states of a layer's channels share one rectangular array, with the removed ones held at C = 0.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, cast
 
 import torch
@@ -15,11 +16,29 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from edge_ssm.errors import UsageError
+from edge_ssm.network import MixingDtype
+from edge_ssm_build.kernels import convolve, diagonal_kernel, initial_A, initial_low_rank, low_rank_kernel
+
+Kernel = Literal["s4d", "s4"]
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """What pruning has left of one layer."""
+
+    active: tuple[int, ...]
+    """Channels with an operator, ascending."""
+    pairs: tuple[int, ...]
+    """Conjugate pairs that each active channel keeps."""
+    columns: tuple[int, ...]
+    """Channels that enter the mixing, ascending; all active ones are among them."""
+    rows: tuple[int, ...]
+    """Channels of the residual stream that the mixing adds to, ascending."""
 
 
 @dataclass(frozen=True)
 class Config:
-    """Shape and form of a network. ``active`` lists, a layer, the channels that pruning has left."""
+    """Shape and form of a network; ``layers`` is None for an unpruned one."""
 
     d_input: int
     d_output: int
@@ -35,100 +54,188 @@ class Config:
     init: Literal["lin", "inv", "legs"] = "lin"
     dt_min: float = 1e-3
     dt_max: float = 1e-1
-    active: tuple[tuple[int, ...], ...] | None = None
+    kernel: Kernel = "s4d"
+    """s4: diagonal plus rank one (DPLR), bilinear."""
+    l_kernel: int = 0
+    """Samples for which s4's C is truncated (kernels.low_rank_kernel): the window. Unused by s4d."""
+    layers: tuple[LayerShape, ...] | None = None
+
+    def shapes(self) -> tuple[LayerShape, ...]:
+        if self.layers is not None:
+            return self.layers
+        everything = tuple(range(self.d_model))
+        pairs = (self.d_state // 2,) * self.d_model
+        return (LayerShape(everything, pairs, everything, everything),) * self.n_layers
 
 
-def initial_A(init: str, d_state: int) -> Tensor:
-    """(N/2,) complex128: the diagonal of S4D-Lin, -Inv or -LegS (S4D paper, section 4)."""
-    n = torch.arange(d_state // 2, dtype=torch.float64)
-    if init == "lin":  # eq. 9
-        return torch.complex(torch.full_like(n, -0.5), math.pi * n)
-    if init == "inv":  # eq. 8
-        return torch.complex(torch.full_like(n, -0.5), d_state / math.pi * (d_state / (2 * n + 1) - 1))
-    # S4D-LegS, eq. 6 and 7: eigenvalues of the normal part of HiPPO-LegS, those with positive imaginary part.
-    p = torch.sqrt(2 * torch.arange(d_state, dtype=torch.float64) + 1)
-    skew = -0.5 * (torch.outer(p, p).tril(-1) - torch.outer(p, p).triu(1)) - 0.5 * torch.eye(
-        d_state, dtype=torch.float64
-    )
-    eigenvalues = torch.linalg.eigvals(skew)
-    upper = eigenvalues[eigenvalues.imag > 0]
-    ascending: Tensor = upper[torch.argsort(upper.imag)]
-    return ascending
-
-
-class S4D(nn.Module):
-    """K diagonal SSMs side by side; the other H - K channels are bypassed with a fixed gain."""
+class SSM(nn.Module):
+    """K SSMs side by side; the other H - K channels are bypassed with a gain each."""
 
     active: Tensor  # (K,) int64, ascending
-    gain: Tensor  # (H,), counts where a channel is bypassed
+    pairs: Tensor  # (K,) int64
+    fixed: Tensor  # (H,) bool: bypassed by identity, so that the gain does not train
+    kept: Tensor  # (K, M) bool: states that are still there; the first ``pairs`` of each row
 
-    def __init__(self, config: Config, active: tuple[int, ...]) -> None:
+    def __init__(self, config: Config, shape: LayerShape) -> None:
         super().__init__()
-        h, k, m = config.d_model, len(active), config.d_state // 2
-        A = initial_A(config.init, config.d_state).expand(k, m)
-        span = math.log(config.dt_max) - math.log(config.dt_min)
+        h, k, m = config.d_model, len(shape.active), config.d_state // 2
+        m = max(shape.pairs, default=m) if config.layers is not None else m
+        self.low_rank = config.kernel == "s4"
         self.discretization = config.discretization
-        self.register_buffer("active", torch.tensor(active, dtype=torch.int64))
-        self.register_buffer("gain", torch.ones(h))
+        self.l_kernel = config.l_kernel
+        if self.low_rank and (config.discretization != "bilinear" or config.l_kernel < 1):
+            raise UsageError("kernel s4: needs --discretization bilinear and the window as l_kernel")
+        span = math.log(config.dt_max) - math.log(config.dt_min)
+        if self.low_rank:
+            A, P, B = initial_low_rank(config.init, 2 * m)
+            self.P = nn.Parameter(torch.view_as_real(P).float().expand(k, m, 2).clone())
+            self.B = nn.Parameter(torch.view_as_real(B).float().expand(k, m, 2).clone())
+        else:
+            A = initial_A(config.init, 2 * m)
+            # B stays 1: only the product B C matters (S4D paper, section 4.1).
+        A = A.expand(k, m)
+        self.register_buffer("active", torch.tensor(shape.active, dtype=torch.int64))
+        self.register_buffer("pairs", torch.tensor(shape.pairs, dtype=torch.int64))
+        self.register_buffer("fixed", torch.zeros(h, dtype=torch.bool))
+        self.register_buffer("kept", torch.arange(m) < self.pairs[:, None])
         self.log_dt = nn.Parameter(torch.rand(k) * span + math.log(config.dt_min))
         self.log_A_real = nn.Parameter(torch.log(-A.real).float())
         self.A_imag = nn.Parameter(A.imag.float())
         self.C = nn.Parameter(torch.randn(k, m, 2) * math.sqrt(0.5))
-        self.D = nn.Parameter(torch.randn(k))
-        # B stays 1: only the product B C matters (S4D paper, section 4.1).
+        self.D = nn.Parameter(torch.randn(h))
 
     def full_D(self) -> Tensor:
         """(H,): D of the active channels, the gain of the bypassed ones."""
-        return self.gain.scatter(0, self.active, self.D)
+        return torch.where(self.fixed, self.D.detach(), self.D)
 
     def kernel(self, length: int) -> Tensor:
-        """(K, length): the convolution kernel, S4D paper eq. 4 and 5."""
+        """(K, length): the convolution kernel without D."""
         A = torch.complex(-torch.exp(self.log_A_real), self.A_imag)
-        dt = torch.exp(self.log_dt)[:, None]
+        dt = torch.exp(self.log_dt)
+        C = torch.view_as_complex(self.C) * self.kept
+        if self.low_rank:
+            if length > self.l_kernel:
+                raise UsageError(f"kernel s4: made for windows of up to {self.l_kernel} samples, not {length}")
+            wide = torch.complex128
+            P, B = torch.view_as_complex(self.P) * self.kept, torch.view_as_complex(self.B)
+            kernel = low_rank_kernel(A.to(wide), P.to(wide), B.to(wide), C.to(wide), dt.double(), self.l_kernel)
+            return kernel[:, :length].float()
+        dt_A = dt[:, None] * A
         if self.discretization == "zoh":
-            log_Abar = dt * A
-            Cbar = torch.view_as_complex(self.C) * (torch.exp(log_Abar) - 1) / A
-        else:
-            log_Abar = torch.log((1 + dt * A / 2) / (1 - dt * A / 2))
-            Cbar = torch.view_as_complex(self.C) * dt / (1 - dt * A / 2)
-        powers = torch.exp(log_Abar[..., None] * torch.arange(length, device=A.device))
-        return 2 * torch.einsum("km,kml->kl", Cbar, powers).real
+            return diagonal_kernel(dt_A, C * (torch.exp(dt_A) - 1) / A, length)
+        return diagonal_kernel(torch.log((1 + dt_A / 2) / (1 - dt_A / 2)), C * dt[:, None] / (1 - dt_A / 2), length)
 
     def forward(self, u: Tensor) -> Tensor:
         """(batch, H, T) -> (batch, H, T)."""
-        length = u.shape[-1]
         y = u * self.full_D()[:, None]
         if len(self.active) == 0:
             return y
-        kernel = torch.fft.rfft(self.kernel(length), n=2 * length)
-        spectrum = torch.fft.rfft(u[:, self.active], n=2 * length)
-        convolved = torch.fft.irfft(spectrum * kernel, n=2 * length)[..., :length]
+        convolved = convolve(u[:, self.active], self.kernel(u.shape[-1]))
         result: Tensor = y.index_add(1, self.active, convolved)
         return result
 
     def ssm_parameters(self) -> list[nn.Parameter]:
         """Those that train with the SSM's own learning rate and without weight decay."""
-        return [self.log_dt, self.log_A_real, self.A_imag, self.C]
+        return [p for name, p in self.named_parameters() if name != "D"]
 
-    def bypass(self, channels: list[int]) -> None:
-        """Remove operators for good: their parameters go, their channels pass with gain 1 (S4oP)."""
+    def bypass(self, channels: list[int], gain: Tensor | None = None) -> None:
+        """Remove operators for good. Their channels pass with gain 1 for ever (S4oP), or with ``gain`` (one a channel),
+        which goes on training."""
         keep = torch.tensor(
             [i for i, c in enumerate(self.active.tolist()) if c not in set(channels)], dtype=torch.int64
         )
-        for name in ("log_dt", "log_A_real", "A_imag", "C", "D"):
-            setattr(self, name, nn.Parameter(getattr(self, name).detach()[keep].clone()))
-        self.active = self.active[keep]
+        for name, parameter in list(self.named_parameters()):
+            if name != "D":
+                setattr(self, name, nn.Parameter(parameter.detach()[keep].clone()))
+        with torch.no_grad():
+            self.D[channels] = 1.0 if gain is None else gain.to(self.D.dtype)
+        self.fixed[channels] = gain is None
+        self.active, self.pairs, self.kept = self.active[keep], self.pairs[keep], self.kept[keep]
+
+    def shrink(self) -> None:
+        """Cut the shared array down to the widest channel that is left."""
+        m = int(self.pairs.max()) if len(self.pairs) else self.kept.shape[1]
+        for name in ("log_A_real", "A_imag", "C", "P", "B"):
+            parameter = getattr(self, name, None)
+            if parameter is not None:
+                setattr(self, name, nn.Parameter(parameter.detach()[:, :m].clone()))
+        self.kept = torch.arange(m) < self.pairs[:, None]
+
+
+class Mixing(nn.Module):
+    """The position-wise linear map, of the channels and onto the channels that pruning has left.
+
+    A removed column's channel counts as zero; a removed row keeps its bias, a constant.
+    """
+
+    columns: Tensor  # (G,) int64
+    rows: Tensor  # (R,) int64
+
+    def __init__(self, config: Config, shape: LayerShape) -> None:
+        super().__init__()
+        h = config.d_model
+        self.glu = config.mixing == "glu"
+        full = nn.Linear(h, 2 * h if self.glu else h)
+        self.register_buffer("columns", torch.tensor(shape.columns, dtype=torch.int64))
+        self.register_buffer("rows", torch.tensor(shape.rows, dtype=torch.int64))
+        self.weight = nn.Parameter(full.weight.detach()[self._stacked(self.rows, h)][:, self.columns].clone())
+        self.bias = full.bias
+
+    def _stacked(self, rows: Tensor, h: int) -> Tensor:
+        """Row numbers in the full matrix: values, then gates."""
+        return torch.cat([rows, rows + h]) if self.glu else rows
+
+    def forward(self, g: Tensor) -> Tensor:
+        """(batch, T, H) after GELU -> (batch, T, H)."""
+        h = g.shape[-1]
+        if len(self.columns) < h:
+            g = g[..., self.columns]
+        z = F.linear(g, self.weight, self.bias[self._stacked(self.rows, h)] if len(self.rows) < h else self.bias)
+        z = F.glu(z, dim=-1) if self.glu else z
+        if len(self.rows) == h:
+            return z
+        constant = F.glu(self.bias, dim=-1) if self.glu else self.bias
+        removed = torch.ones(h, dtype=torch.bool).index_fill(0, self.rows, False)
+        everywhere = (constant * removed).expand(*z.shape[:-1], h)
+        result: Tensor = everywhere.index_add(-1, self.rows, z)
+        return result
+
+    @torch.no_grad()
+    def drop_columns(self, channels: list[int], constant: Tensor | None = None) -> None:
+        """Remove columns; what a channel gave on average, ``constant`` (after GELU, one a channel), goes to the bias."""
+        at = [self.columns.tolist().index(c) for c in channels]
+        if constant is not None:
+            self.bias[self._stacked(self.rows, self._h())] += self.weight[:, at] @ constant.to(self.weight.dtype)
+        keep = [i for i in range(len(self.columns)) if i not in set(at)]
+        self.weight = nn.Parameter(self.weight.detach()[:, keep].clone())
+        self.columns = self.columns[keep]
+
+    @torch.no_grad()
+    def drop_rows(self, channels: list[int], constant: Tensor) -> None:
+        """Remove rows; each adds ``constant`` (one a channel) from now on."""
+        h = self._h()
+        if self.glu:  # value * sigmoid(0) is the constant
+            self.bias[channels] = 2 * constant.to(self.bias.dtype)
+            self.bias[[c + h for c in channels]] = 0.0
+        else:
+            self.bias[channels] = constant.to(self.bias.dtype)
+        keep = [i for i, c in enumerate(self.rows.tolist()) if c not in set(channels)]
+        stacked = keep + [i + len(self.rows) for i in keep] if self.glu else keep
+        self.weight = nn.Parameter(self.weight.detach()[stacked].clone())
+        self.rows = self.rows[keep]
+
+    def _h(self) -> int:
+        return len(self.bias) // 2 if self.glu else len(self.bias)
 
 
 class Block(nn.Module):
-    def __init__(self, config: Config, active: tuple[int, ...]) -> None:
+    def __init__(self, config: Config, shape: LayerShape) -> None:
         super().__init__()
         h = config.d_model
         self.prenorm = config.prenorm
-        self.glu = config.mixing == "glu"
-        self.ssm = S4D(config, active)
+        self.ssm = SSM(config, shape)
         self.norm: nn.LayerNorm | nn.BatchNorm1d = nn.LayerNorm(h) if config.norm == "layer" else nn.BatchNorm1d(h)
-        self.mixing = nn.Linear(h, 2 * h if self.glu else h)
+        self.mixing = Mixing(config, shape)
         self.dropout = nn.Dropout(config.dropout)
 
     def _normalise(self, u: Tensor) -> Tensor:
@@ -144,24 +251,26 @@ class Block(nn.Module):
         """(batch, T, H) -> (batch, T, H)."""
         v = self._normalise(u) if self.prenorm else u
         y = self.ssm(v.transpose(1, 2)).transpose(1, 2)
-        z = self.mixing(self.dropout(F.gelu(y)))
-        if self.glu:
-            z = F.glu(z, dim=-1)
-        u = u + self.dropout(z)
+        u = u + self.dropout(self.mixing(self.dropout(F.gelu(y))))
         return u if self.prenorm else self._normalise(u)
 
+    def shape(self) -> LayerShape:
+        as_tuple = [tuple(t.tolist()) for t in (self.ssm.active, self.ssm.pairs, self.mixing.columns, self.mixing.rows)]
+        return LayerShape(*as_tuple)
 
-class S4DNetwork(nn.Module):
+
+class SSMNetwork(nn.Module):
     """Of normalised input: (batch, T, d_input) -> (batch, d_output), or (batch, T, d_output) without pooling."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, mixing_dtype: MixingDtype = "float32") -> None:
         super().__init__()
         if config.d_state % 2 or config.d_state < 2:
             raise UsageError(f"d_state: {config.d_state}, expected an even number of 2 or more (conjugate pairs)")
         self.config = config
-        everything = tuple(tuple(range(config.d_model)) for _ in range(config.n_layers))
+        self.mixing_dtype: MixingDtype = mixing_dtype
+        """How the mixing weights are shipped; the weights here are what such storage leaves of them."""
         self.encoder = nn.Linear(config.d_input, config.d_model)
-        self.blocks = nn.ModuleList(Block(config, active) for active in (config.active or everything))
+        self.blocks = nn.ModuleList(Block(config, shape) for shape in config.shapes())
         self.decoder = nn.Linear(config.d_model, config.d_output)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -178,9 +287,13 @@ class S4DNetwork(nn.Module):
     def layers(self) -> list[Block]:
         return cast("list[Block]", list(self.blocks))
 
-    def ssms(self) -> list[S4D]:
+    def ssms(self) -> list[SSM]:
         return [block.ssm for block in self.layers()]
 
     def active(self) -> tuple[tuple[int, ...], ...]:
         """The active channels of every layer, ascending."""
-        return tuple(tuple(ssm.active.tolist()) for ssm in self.ssms())
+        return tuple(block.shape().active for block in self.layers())
+
+    def present_config(self) -> Config:
+        """The configuration of what pruning has left: with the parameters, all that it takes to rebuild the network."""
+        return replace(self.config, layers=tuple(block.shape() for block in self.layers()))

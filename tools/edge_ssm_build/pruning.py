@@ -21,7 +21,7 @@ from edge_ssm.errors import UsageError
 from edge_ssm.network import cost
 from edge_ssm_build.convert import to_network
 from edge_ssm_build.datasets import Dataset
-from edge_ssm_build.model import S4DNetwork
+from edge_ssm_build.model import SSMNetwork
 from edge_ssm_build.training import Checkpoint, Recipe, Score, fit, load_checkpoint, save_checkpoint
 
 Budget = Literal["depth", "uniform"]
@@ -52,11 +52,11 @@ def allocate(h: int, layers: int, total: int, budget: Budget, start: Sequence[in
     return removed
 
 
-Choice = Callable[[S4DNetwork, list[int], np.random.Generator], list[list[int]]]
+Choice = Callable[[SSMNetwork, list[int], np.random.Generator], list[list[int]]]
 """Which channels go: (network, how many more in each layer, randomness) -> channels a layer."""
 
 
-def draw(model: S4DNetwork, counts: list[int], rng: np.random.Generator) -> list[list[int]]:
+def draw(model: SSMNetwork, counts: list[int], rng: np.random.Generator) -> list[list[int]]:
     """S4oP's choice: at random among those still active."""
     return [
         sorted(rng.choice(np.array(active), size=count, replace=False).tolist())

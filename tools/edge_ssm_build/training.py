@@ -6,7 +6,7 @@ import copy
 import io
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,10 @@ from edge_ssm import atomic
 from edge_ssm.errors import InputRefused, RunFailed
 from edge_ssm.network import InputSpec
 from edge_ssm_build.datasets import Array, Dataset, SplitName, windows
-from edge_ssm_build.model import Config, S4DNetwork
+from edge_ssm_build.model import Config, LayerShape, SSMNetwork
 from edge_ssm_build.rotation import rotate
 
-CHECKPOINT_VERSION = 1
+CHECKPOINT_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Recipe:
 class Checkpoint:
     """A network and how it came to be: what train and prune write and every other command reads."""
 
-    model: S4DNetwork
+    model: SSMNetwork
     recipe: Recipe
     spec: InputSpec
     data: str
@@ -88,7 +88,7 @@ def as_input(x: Array, spec: InputSpec) -> Tensor:
 
 
 @torch.no_grad()
-def predict(model: S4DNetwork, x: Tensor, batch: int = 256) -> Tensor:
+def predict(model: SSMNetwork, x: Tensor, batch: int = 256) -> Tensor:
     """Logits (n, d_output) in convolution mode."""
     model.eval()
     return torch.cat([model(part) for part in x.split(batch)])
@@ -103,7 +103,7 @@ class Score:
     windows: int
 
 
-def score(model: S4DNetwork, x: Tensor, y: Tensor) -> Score:
+def score(model: SSMNetwork, x: Tensor, y: Tensor) -> Score:
     logits = predict(model, x)
     right = logits.argmax(dim=1) == y
     found = [right[y == label].float().mean().item() for label in y.unique()]
@@ -139,7 +139,8 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
         path,
         {
             "edge_ssm_checkpoint": CHECKPOINT_VERSION,
-            "config": asdict(replace(checkpoint.model.config, active=checkpoint.model.active())),
+            "config": asdict(checkpoint.model.present_config()),
+            "mixing_dtype": checkpoint.model.mixing_dtype,
             "recipe": asdict(checkpoint.recipe),
             "spec": asdict(spec) | {"mean": spec.mean.tolist(), "std": spec.std.tolist()},
             "data": checkpoint.data,
@@ -158,7 +159,8 @@ def load_checkpoint(path: Path) -> Checkpoint:
         raise InputRefused(f"{path}: not a checkpoint of edge-ssm-build (version {CHECKPOINT_VERSION} expected)")
     try:
         config, spec = raw["config"], raw["spec"]
-        model = S4DNetwork(Config(**(config | {"active": tuple(tuple(a) for a in config["active"])})))
+        layers = [LayerShape(**{k: tuple(v) for k, v in layer.items()}) for layer in config["layers"]]
+        model = SSMNetwork(Config(**(config | {"layers": tuple(layers)})), raw["mixing_dtype"])
         model.load_state_dict(raw["model"])
         return Checkpoint(
             model=model,
@@ -184,7 +186,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
 # --- the loop --------------------------------------------------------------------------------------------------
 
 
-def _optimizer(model: S4DNetwork, recipe: Recipe) -> torch.optim.AdamW:
+def _optimizer(model: SSMNetwork, recipe: Recipe) -> torch.optim.AdamW:
     own = [p for ssm in model.ssms() for p in ssm.ssm_parameters() if p.numel()]
     ids = {id(p) for p in own}
     rest = [p for p in model.parameters() if id(p) not in ids and p.numel()]
@@ -300,4 +302,4 @@ def fit(
 def new_checkpoint(data: Dataset, name: str, config: Config, recipe: Recipe) -> Checkpoint:
     """An untrained network for a data set; its weights depend on the recipe's seed alone."""
     torch.manual_seed(recipe.seed)
-    return Checkpoint(S4DNetwork(config), recipe, input_spec(data), name, data.labels, data.source)
+    return Checkpoint(SSMNetwork(config), recipe, input_spec(data), name, data.labels, data.source)
