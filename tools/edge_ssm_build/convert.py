@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from edge_ssm.errors import UsageError
-from edge_ssm.network import SSM, Block, Decoder, InputSpec, LinearEncoder, Mixing, Network, Norm, quantised
+from edge_ssm.network import SSM, Block, Decoder, InputSpec, LinearEncoder, Mixing, MixingDtype, Network, Norm, quantised
 from edge_ssm_build import model as torch_model
 from edge_ssm_build.model import Config, LayerShape, SSMNetwork
 
@@ -110,6 +110,16 @@ def to_network(model: SSMNetwork, spec: InputSpec, window: int, labels: tuple[st
         window=1 if model.config.pooling == "none" else window,
         labels=labels,
     )
+
+
+@torch.no_grad()
+def round_mixing(model: SSMNetwork, dtype: MixingDtype) -> None:
+    """Leave of every mixing weight what storing it as ``dtype`` does, and ship it so from now on."""
+    model.mixing_dtype = dtype
+    for block in model.layers():
+        columns, rows = (t.numpy().astype(np.int64) for t in (block.mixing.columns, block.mixing.rows))
+        weight, bias = _array(block.mixing.weight), _array(block.mixing.bias)
+        _put(block.mixing.weight, quantised(Mixing(model.config.mixing, weight, bias, columns, rows), dtype).values())
 
 
 def to_model(network: Network) -> SSMNetwork:

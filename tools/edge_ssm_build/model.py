@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Literal, cast
+from typing import Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -228,6 +228,20 @@ class Mixing(nn.Module):
         return len(self.bias) // 2 if self.glu else len(self.bias)
 
 
+class Signals(NamedTuple):
+    """Of one block, each (batch, T, H)."""
+
+    v: Tensor
+    """Into the SSM."""
+    y: Tensor
+    """Out of it."""
+    g: Tensor
+    """After GELU, into the mixing."""
+    z: Tensor
+    """Out of the mixing, onto the residual stream."""
+    out: Tensor
+
+
 class Block(nn.Module):
     def __init__(self, config: Config, shape: LayerShape) -> None:
         super().__init__()
@@ -247,12 +261,18 @@ class Block(nn.Module):
             normalised = self.norm(u)
         return normalised
 
-    def forward(self, u: Tensor) -> Tensor:
-        """(batch, T, H) -> (batch, T, H)."""
+    def signals(self, u: Tensor) -> Signals:
+        """What a block does to its input (batch, T, H), with every signal on the way."""
         v = self._normalise(u) if self.prenorm else u
         y = self.ssm(v.transpose(1, 2)).transpose(1, 2)
-        u = u + self.dropout(self.mixing(self.dropout(F.gelu(y))))
-        return u if self.prenorm else self._normalise(u)
+        g = F.gelu(y)
+        z = self.mixing(self.dropout(g))
+        out = u + self.dropout(z)
+        return Signals(v, y, g, z, out if self.prenorm else self._normalise(out))
+
+    def forward(self, u: Tensor) -> Tensor:
+        """(batch, T, H) -> (batch, T, H)."""
+        return self.signals(u).out
 
     def shape(self) -> LayerShape:
         as_tuple = [tuple(t.tolist()) for t in (self.ssm.active, self.ssm.pairs, self.mixing.columns, self.mixing.rows)]
@@ -277,6 +297,10 @@ class SSMNetwork(nn.Module):
         u = self.encoder(x)
         for block in self.layers():
             u = block(u)
+        return self.decide(u)
+
+    def decide(self, u: Tensor) -> Tensor:
+        """(batch, T, H) after the last block -> logits."""
         if self.config.pooling == "mean":
             u = u.mean(dim=1)
         elif self.config.pooling == "last":

@@ -1,187 +1,238 @@
-"""S4oP (arXiv 2606.18096): remove whole SSM operators in steps, with fine-tuning, as a nested family of networks.
+"""Remove whole SSM operators in steps, with fine-tuning, as a nested family of networks: S4oP, and better ones.
 
-At each rate several seeds draw different channels out of those still active; each candidate is fine-tuned for an
-eighth of the original epochs; the best by validation is the member of that rate and the start of the next one. What is
-pruned stays pruned. A removed channel is bypassed: its input goes on to GELU and mixing as it is.
+S4oP (arXiv 2606.18096): at each rate several seeds draw different channels out of those still active; each candidate
+is fine-tuned for an eighth of the original epochs; the best by validation is the member of that rate and the start of
+the next one. What is pruned stays pruned. Here the choice, what a removed operator becomes, and what else goes with it
+are parts of a ``Plan``; S4oP is the plan {random, depth, identity}.
 """
 
 from __future__ import annotations
 
 import copy
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
+import torch
 
-from edge_ssm import atomic
 from edge_ssm.errors import UsageError
-from edge_ssm.network import cost
-from edge_ssm_build.convert import to_network
+from edge_ssm.network import MIXING_DTYPES, MixingDtype
+from edge_ssm_build import states
+from edge_ssm_build.calibration import Statistics, measure, refit_mixing, windows
+from edge_ssm_build.convert import round_mixing
 from edge_ssm_build.datasets import Dataset
+from edge_ssm_build.importance import BUDGETS, BYPASSES, SCORES, Budget, Bypass, Measured, allocate, lowest
 from edge_ssm_build.model import SSMNetwork
-from edge_ssm_build.training import Checkpoint, Recipe, Score, fit, load_checkpoint, save_checkpoint
+from edge_ssm_build.training import Checkpoint, Recipe, Score, as_input, fit, score, split_windows
 
-Budget = Literal["depth", "uniform"]
-BUDGETS: tuple[Budget, ...] = ("depth", "uniform")
 FINE_TUNE_SHARE = 1 / 8
-
-
-def allocate(h: int, layers: int, total: int, budget: Budget, start: Sequence[int] | None = None) -> list[int]:
-    """How many operators each layer has lost when ``total`` are gone, at most h - 1 a layer.
-
-    ``depth`` is S4oP's law: layer i, from 1 on, takes a share proportional to 2^i, and layer 0 only what the full
-    others leave. Given one at a time to the layer that lags furthest behind its share, so that a larger total never
-    gives a layer back what a smaller one took; ``start`` is where to go on from.
-    """
-    weights = (
-        [1.0] * layers if budget == "uniform" else [0.0 if i == 0 and layers > 1 else 2.0**i for i in range(layers)]
-    )
-    removed = list(start) if start is not None else [0] * layers
-    for _ in range(total - sum(removed)):
-        open_layers = [i for i in range(layers) if removed[i] < h - 1]
-        weighted = [i for i in open_layers if weights[i] > 0] or open_layers
-        if not weighted:
-            raise UsageError(
-                f"rate: removing {total} of {h * layers} operators would empty a layer; at least one stays in each"
-            )
-        chosen = min(weighted, key=lambda i: ((removed[i] + 1) / (weights[i] or 1.0), -i))
-        removed[chosen] += 1
-    return removed
-
-
-Choice = Callable[[SSMNetwork, list[int], np.random.Generator], list[list[int]]]
-"""Which channels go: (network, how many more in each layer, randomness) -> channels a layer."""
-
-
-def draw(model: SSMNetwork, counts: list[int], rng: np.random.Generator) -> list[list[int]]:
-    """S4oP's choice: at random among those still active."""
-    return [
-        sorted(rng.choice(np.array(active), size=count, replace=False).tolist())
-        for active, count in zip(model.active(), counts, strict=True)
-    ]
-
-
-CHOICES: dict[str, Choice] = {"s4op": draw}
 
 
 @dataclass(frozen=True)
 class Plan:
+    """How a family is made. Shares have one entry a rate."""
+
     rates: tuple[float, ...]
+    """Of all operators, the share removed."""
     seeds: tuple[int, ...]
-    method: str = "s4op"
+    choice: str = "random"
     budget: Budget = "depth"
+    bypass: Bypass = "identity"
+    columns: tuple[float, ...] = ()
+    """Of all mixing columns, the share removed; with bypass ``zero`` those of the removed operators go anyway."""
+    rows: tuple[float, ...] = ()
+    """Of all mixing rows."""
+    states: tuple[float, ...] = ()
+    """Of the states that the unpruned network has in the channels that are left."""
+    states_method: str = "h2"
+    mixing_dtype: MixingDtype = "float32"
+    refit: bool = False
+    """Refit the mixing by ridge regression before fine-tuning."""
+    distill: float = 0.0
+    """Weight of the unpruned network's logits in fine-tuning."""
     epochs: int = 1
     """Of fine-tuning, a candidate."""
 
 
 @dataclass(frozen=True)
-class Member:
-    """One network of the family."""
+class Method:
+    """A named choice with the options that suit it; the command line may set each otherwise."""
 
-    rate: float
-    seed: int | None
-    """Of the candidate that won; None for the unpruned network."""
-    checkpoint: str
-    active: list[int]
-    """Active channels a layer."""
-    validation: Score
-    parameters: int
-    multiply_adds: int
+    choice: str
+    budget: Budget = "global"
+    bypass: Bypass = "gain"
+    seeds: tuple[int, ...] = (0,)
+    refit: bool = False
+    distill: float = 0.0
+    columns: str | None = None
+    rows: str | None = None
+    states: str | None = None
 
 
-def plan(checkpoint: Checkpoint, rates: Sequence[float], seeds: Sequence[int], method: str, budget: Budget) -> Plan:
-    """Raises UsageError for rates that are not ascending within (0, 1), no seeds, or an unknown method."""
+METHODS: dict[str, Method] = {
+    "s4op": Method("random", "depth", "identity", (0, 1, 2)),
+    **{name: Method(name) for name in SCORES},
+    "best": Method("sensitivity", refit=True, distill=0.5),
+    "compact": Method("sensitivity", "global", "zero", refit=True, distill=0.5, rows="rate", states="rate"),
+}
+
+
+def shares(text: str | None, rates: Sequence[float], option: str) -> tuple[float, ...]:
+    """One share a rate from ``rate``, a number, or as many numbers as there are rates. Raises UsageError otherwise."""
+    if text is None:
+        return ()
+    if text == "rate":
+        return tuple(rates)
+    try:
+        numbers = [float(part) for part in text.split(",")]
+    except ValueError:
+        numbers = []
+    if len(numbers) == 1:
+        numbers *= len(rates)
+    if len(numbers) != len(rates) or any(not 0 <= n < 1 for n in numbers) or numbers != sorted(numbers):
+        raise UsageError(
+            f"{option} {text!r}: expected the word rate, a share from 0 to below 1, or {len(rates)} ascending ones"
+        )
+    return tuple(numbers)
+
+
+def check_plan(checkpoint: Checkpoint, todo: Plan) -> Plan:
+    """The plan with its epochs filled in. Raises UsageError for one that can't be carried out."""
+    rates = todo.rates
     if not rates or any(not 0 < r < 1 for r in rates) or list(rates) != sorted(set(rates)):
         raise UsageError(f"rates: {list(rates)}, expected ascending numbers between 0 and 1, such as 0.1,0.3,0.5")
-    if not seeds or len(set(seeds)) != len(seeds):
-        raise UsageError(f"seeds: {list(seeds)}, expected one or more different whole numbers")
-    if method not in CHOICES:
-        raise UsageError(f"method {method!r}: unknown, expected {', '.join(CHOICES)}")
+    if not todo.seeds or len(set(todo.seeds)) != len(todo.seeds):
+        raise UsageError(f"seeds: {list(todo.seeds)}, expected one or more different whole numbers")
+    for name, value, known in (
+        ("method", todo.choice, ("random", *SCORES)),
+        ("budget", todo.budget, BUDGETS),
+        ("bypass", todo.bypass, BYPASSES),
+        ("states method", todo.states_method, states.METHODS),
+        ("mixing dtype", todo.mixing_dtype, MIXING_DTYPES),
+    ):
+        if value not in known:
+            raise UsageError(f"{name} {value!r}: unknown, expected {', '.join(known)}")
+    if todo.choice == "random" and todo.budget == "global":
+        raise UsageError("budget 'global': a random choice has no scores to compare layers by; use depth or uniform")
+    if not 0 <= todo.distill <= 1:
+        raise UsageError(f"distill: {todo.distill}, expected a weight from 0 to 1")
     config = checkpoint.model.config
-    if any(len(active) < config.d_model for active in checkpoint.model.active()):
+    if todo.states and todo.states_method != "h2" and config.kernel == "s4":
+        raise UsageError(f"states method {todo.states_method!r}: needs a diagonal kernel; h2 reduces s4 as well")
+    if checkpoint.model.present_config().shapes() != replace(config, layers=None).shapes():
         raise UsageError("checkpoint: already pruned; begin with the unpruned one, its rates are nested")
     for rate in rates:
-        allocate(config.d_model, config.n_layers, round(rate * config.d_model * config.n_layers), budget)
-    epochs = max(1, round(checkpoint.recipe.epochs * FINE_TUNE_SHARE))
-    return Plan(tuple(rates), tuple(seeds), method, budget, epochs)
+        allocate(config.d_model, config.n_layers, round(rate * config.d_model * config.n_layers), todo.budget)
+    return replace(todo, epochs=max(1, round(checkpoint.recipe.epochs * FINE_TUNE_SHARE)))
 
 
-def _candidate(
-    start: Checkpoint, data: Dataset, todo: Plan, rate: float, seed: int, folder: Path
-) -> tuple[Checkpoint, Score]:
-    """One candidate, fine-tuned; taken from disk where an earlier run finished it."""
-    path = folder / f"rate-{rate:g}-seed-{seed}.pt"
-    if path.exists():
-        done = load_checkpoint(path)
-        return done, Score(**done.history[-1]["validation"])
-    candidate = replace(start, model=copy.deepcopy(start.model), history=list(start.history))
-    config = candidate.model.config
-    total = round(rate * config.d_model * config.n_layers)
-    before = [config.d_model - len(active) for active in candidate.model.active()]
+# --- one candidate ---------------------------------------------------------------------------------------------
+
+
+def _choose(model: SSMNetwork, measured: list[Measured], todo: Plan, total: int, rng: Any) -> list[list[int]]:
+    """The channels of each layer that go next, so that ``total`` operators are gone in all."""
+    config, active = model.config, [list(channels) for channels in model.active()]
+    before = [config.d_model - len(channels) for channels in active]
+    more = total - sum(before)
+    if todo.budget == "global":
+        return lowest([SCORES[todo.choice](m) for m in measured], active, more, keep=1)
     after = allocate(config.d_model, config.n_layers, total, todo.budget, before)
-    rng = np.random.default_rng([seed, round(rate * 10_000)])
     counts = [b - a for a, b in zip(before, after, strict=True)]
-    for ssm, channels in zip(candidate.model.ssms(), CHOICES[todo.method](candidate.model, counts, rng), strict=True):
-        ssm.bypass(channels)
-    recipe: Recipe = replace(start.recipe, epochs=todo.epochs, seed=seed)
-    resume = path.with_suffix(".resume")
-    reached = fit(candidate, data, recipe, resume, progress=f"rate {rate:g} seed {seed}")
-    candidate.history.append(
-        {
-            "stage": "prune",
-            "method": todo.method,
-            "budget": todo.budget,
-            "bypass": "identity",
-            "rate": rate,
-            "seed": seed,
-            "candidates": len(todo.seeds),
-            "epochs": todo.epochs,
-            "validation": asdict(reached),
-        }
+    if todo.choice == "random":
+        return [
+            sorted(rng.choice(np.array(channels), size=count, replace=False).tolist())
+            for channels, count in zip(active, counts, strict=True)
+        ]
+    scores = [SCORES[todo.choice](m) for m in measured]
+    return [
+        lowest([score], [channels], count, keep=1)[0]
+        for score, channels, count in zip(scores, active, counts, strict=True)
+    ]
+
+
+def _bypass(model: SSMNetwork, channels: list[list[int]], statistics: list[Statistics], bypass: Bypass) -> None:
+    for block, gone, s in zip(model.layers(), channels, statistics, strict=True):
+        if not gone:
+            continue
+        if bypass == "zero":
+            block.mixing.drop_columns(gone, s.mean[gone])
+            block.ssm.bypass(gone, torch.zeros(len(gone)))
+            block.ssm.fixed[gone] = True
+        else:
+            block.ssm.bypass(gone, s.gain[gone] if bypass == "gain" else None)
+
+
+def _drop_columns(model: SSMNetwork, measured: list[Measured], share: float) -> None:
+    """Of bypassed channels, the columns whose variation matters least to the loss."""
+    h = model.config.d_model
+    candidates = [sorted(set(b.mixing.columns.tolist()) - set(b.ssm.active.tolist())) for b in model.layers()]
+    gone = sum(h - len(b.mixing.columns) for b in model.layers())
+    more = round(share * h * len(candidates)) - gone
+    chosen = lowest([m.statistics.taylor_zero for m in measured], candidates, more, keep=0)
+    for block, channels, m in zip(model.layers(), chosen, measured, strict=True):
+        block.mixing.drop_columns(channels, m.statistics.mean[channels])
+        with torch.no_grad():
+            block.ssm.D[channels] = 0.0
+        block.ssm.fixed[channels] = True
+
+
+def _drop_rows(model: SSMNetwork, measured: list[Measured], share: float) -> None:
+    h = model.config.d_model
+    candidates = [block.mixing.rows.tolist() for block in model.layers()]
+    more = round(share * h * len(candidates)) - sum(h - len(rows) for rows in candidates)
+    chosen = lowest([m.statistics.row_taylor for m in measured], candidates, more, keep=1)
+    for block, channels, m in zip(model.layers(), chosen, measured, strict=True):
+        block.mixing.drop_rows(channels, m.statistics.row_mean[channels])
+
+
+def operate(model: SSMNetwork, checkpoint: Checkpoint, data: Dataset, todo: Plan, step: int, seed: int) -> None:
+    """Take out of ``model``, in place, what rate number ``step`` asks for: operators, columns, rows, states."""
+    config, window = model.config, checkpoint.recipe.window
+    x, y = windows(checkpoint, data)
+
+    def measured() -> list[Measured]:
+        found = measure(model, x, y)
+        return [Measured(b, s, todo.bypass, window) for b, s in zip(model.layers(), found, strict=True)]
+
+    rng = np.random.default_rng([seed, round(todo.rates[step] * 10_000)])
+    reference = copy.deepcopy(model)
+    now = measured()
+    total = round(todo.rates[step] * config.d_model * config.n_layers)
+    _bypass(model, _choose(model, now, todo, total, rng), [m.statistics for m in now], todo.bypass)
+    if todo.columns:
+        _drop_columns(model, measured(), todo.columns[step])
+    if todo.rows:
+        _drop_rows(model, measured(), todo.rows[step])
+    if todo.states:
+        channels = sum(len(active) for active in model.active())
+        pairs = max(channels, round((1 - todo.states[step]) * channels * config.d_state / 2))
+        states.reduce(model, measure(model, x, y), window, pairs, todo.states_method)
+    if todo.refit:
+        refit_mixing(model, reference, x)
+
+
+def candidate(
+    start: Checkpoint,
+    base: Checkpoint,
+    data: Dataset,
+    todo: Plan,
+    step: int,
+    seed: int,
+    resume: Path | None = None,
+    progress: str | None = None,
+) -> tuple[Checkpoint, Score]:
+    """One candidate of rate number ``step``: pruned out of ``start``, fine-tuned, with ``base`` as its teacher."""
+    made = replace(start, model=copy.deepcopy(start.model), history=list(start.history))
+    operate(made.model, start, data, todo, step, seed)
+    recipe: Recipe = replace(start.recipe, epochs=todo.epochs, seed=seed, distill=todo.distill)
+    reached = fit(made, data, recipe, resume, progress, base.model.eval() if todo.distill else None)
+    if todo.mixing_dtype != "float32":
+        round_mixing(made.model, todo.mixing_dtype)
+        x, y = split_windows(data, "validation", recipe.window)
+        reached = score(made.model, as_input(x, made.spec), torch.from_numpy(y))
+    made.history.append(
+        {"stage": "prune", **asdict(todo), "rate": todo.rates[step], "seed": seed, "validation": asdict(reached)}
     )
-    save_checkpoint(path, candidate)
-    resume.unlink(missing_ok=True)
-    return candidate, reached
-
-
-def _member(checkpoint: Checkpoint, rate: float, seed: int | None, name: str, reached: Score) -> Member:
-    total = cost(to_network(checkpoint.model, checkpoint.spec, checkpoint.recipe.window, checkpoint.labels))
-    active = [len(a) for a in checkpoint.model.active()]
-    return Member(rate, seed, name, active, reached, total.parameters, total.multiply_adds)
-
-
-def prune(start: Checkpoint, data: Dataset, todo: Plan, output: Path) -> list[Member]:
-    """The family, smallest rate first; writes ``rate-R.pt`` a rate and ``family.json`` into ``output``.
-
-    Every finished candidate is kept in ``output/candidates``, so that the same command goes on after a kill.
-    Raises UsageError if ``output`` holds a search with another plan or checkpoint.
-    """
-    candidates = output / "candidates"
-    candidates.mkdir(parents=True, exist_ok=True)
-    _claim(
-        output / "plan.json",
-        asdict(todo) | {"start": start.history, "recipe": asdict(start.recipe), "data": start.data},
-    )
-    members = []
-    current = start
-    for rate in todo.rates:
-        finished = [(*_candidate(current, data, todo, rate, seed, candidates), seed) for seed in todo.seeds]
-        current, reached, seed = max(finished, key=lambda c: (c[1].balanced_accuracy, -c[1].loss))
-        name = f"rate-{rate:g}.pt"
-        save_checkpoint(output / name, current)
-        members.append(_member(current, rate, seed, name, reached))
-    family = {"version": 1, "method": todo.method, "budget": todo.budget, "members": [asdict(m) for m in members]}
-    atomic.write(output / "family.json", (json.dumps(family, indent=1) + "\n").encode())
-    return members
-
-
-def _claim(path: Path, content: dict[str, Any]) -> None:
-    text = json.dumps(content, indent=1, sort_keys=True)
-    if path.exists() and path.read_text() != text:
-        raise UsageError(
-            f"{path.parent}: holds a search with another plan or checkpoint; use another --output or delete it"
-        )
-    atomic.write(path, text.encode())
+    return made, reached

@@ -47,6 +47,8 @@ class Recipe:
     """Standard deviation of the log of a factor a training window and channel."""
     rotation: float = 0.0
     """Standard deviation, in degrees, of a random rotation of training windows (``rotation.rotate``)."""
+    distill: float = 0.0
+    """Weight of a teacher's logits in the loss (arXiv 1503.02531); the labels have the rest."""
 
 
 @dataclass
@@ -227,17 +229,34 @@ def _batches(x: Tensor, y: Tensor, recipe: Recipe, generator: torch.Generator) -
         yield part, y[chosen]
 
 
+TEMPERATURE = 2.0
+"""Of distillation: softens the teacher's probabilities, so that the smaller ones count (arXiv 1503.02531)."""
+
+
+def _loss(logits: Tensor, labels: Tensor, x: Tensor, recipe: Recipe, teacher: SSMNetwork | None) -> Tensor:
+    loss = nn.functional.cross_entropy(logits, labels)
+    if teacher is None or not recipe.distill:
+        return loss
+    with torch.no_grad():
+        target = nn.functional.log_softmax(teacher(x) / TEMPERATURE, dim=-1)
+    own = nn.functional.log_softmax(logits / TEMPERATURE, dim=-1)
+    apart = nn.functional.kl_div(own, target, log_target=True, reduction="batchmean") * TEMPERATURE**2
+    return (1 - recipe.distill) * loss + recipe.distill * apart
+
+
 def fit(
     checkpoint: Checkpoint,
     data: Dataset,
     recipe: Recipe,
     resume: Path | None = None,
     progress: str | None = None,
+    teacher: SSMNetwork | None = None,
 ) -> Score:
     """Train ``checkpoint.model`` in place and leave it at its best validation epoch; returns that epoch's score.
 
     With ``resume`` the state after every epoch is kept in that file, and a run that finds it goes on from there, with
     the result of one that was never interrupted: every epoch's randomness comes from (seed, epoch) alone.
+    ``teacher`` is the network, in evaluation mode, that ``recipe.distill`` takes logits from.
     Raises RunFailed if the loss is no longer finite.
     """
     model, spec = checkpoint.model, checkpoint.spec
@@ -265,7 +284,7 @@ def fit(
             share = _rate(epoch * steps + i, recipe.epochs * steps, recipe.warmup)
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate * share
-            loss = nn.functional.cross_entropy(model(part), labels)
+            loss = _loss(model(part), labels, part, recipe, teacher)
             if not torch.isfinite(loss):
                 raise RunFailed(
                     f"training: the loss is {loss.item()} in epoch {epoch + 1}, step {i + 1}; lower --lr, check data"

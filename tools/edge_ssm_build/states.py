@@ -1,0 +1,336 @@
+"""Fewer states a channel, without retraining: three scores that drop modes, and an H2-optimal fit that moves them.
+
+All work on discrete poles a = exp(p) and residues c, of which a channel's impulse response is
+K[l] = 2 Re(sum c exp(p l)) + d [l = 0].
+
+- ``modal``: drop the modes with the least energy of their own, |c|^2 / (1 - |a|^2).
+- ``last`` (arXiv 2411.02824): H-infinity norm of each mode, |c| / (1 - |a|), over what the layer's larger ones hold.
+- ``aire`` (arXiv 2602.00534): the impulse response's energy of each mode, likewise normalised.
+- ``h2`` (after arXiv 2507.10078): for every channel and number of pairs new poles and residues are fitted that
+  minimise the output's error for an input of the power spectrum that the channel sees on calibration data (with a
+  white one this is the H2 norm), by damped Gauss-Newton from a Hankel start. A rank-one channel becomes diagonal.
+"""
+
+from __future__ import annotations
+
+import heapq
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from edge_ssm.errors import UsageError
+from edge_ssm_build.calibration import Statistics
+from edge_ssm_build.model import SSM, Block, SSMNetwork
+
+METHODS = ("modal", "last", "aire", "h2")
+ITERATIONS = 40
+RIDGE = 1e-6
+"""Penalty on the power of each mode alone, over the target's: without it two poles meet, and their residues grow
+without bound against each other, which float32 can't hold."""
+
+
+@dataclass(frozen=True)
+class Modes:
+    """Discrete poles and residues of K channels, M pairs each."""
+
+    p: Tensor  # (K, M) complex128, log of the pole, Re p < 0
+    c: Tensor  # (K, M) complex128
+    d: Tensor  # (K,) float64, beside the K[0] of the modes
+
+
+def _response(modes: Modes, length: int) -> Tensor:
+    """(K, length) float64."""
+    response = 2 * (modes.c[..., None] * torch.exp(modes.p[..., None] * torch.arange(length))).real.sum(dim=1)
+    response[:, 0] += modes.d
+    return response
+
+
+def _modes_of(ssm: SSM) -> Modes:
+    """Of a diagonal kernel. Removed states have c = 0."""
+    A = torch.complex(-torch.exp(ssm.log_A_real.double()), ssm.A_imag.double())
+    dt = torch.exp(ssm.log_dt.double())[:, None]
+    C = torch.view_as_complex(ssm.C.double()) * ssm.kept
+    if ssm.discretization == "zoh":
+        p, c = dt * A, C * torch.expm1(dt * A) / A
+    else:
+        half = dt * A / 2
+        p, c = torch.log((1 + half) / (1 - half)), C * dt / (1 - half)
+    return Modes(p, c, torch.zeros(len(p), dtype=torch.float64))
+
+
+def _install(ssm: SSM, modes: Modes, pairs: Tensor) -> None:
+    """Write modes back as continuous parameters, the first ``pairs`` of each channel; d goes to D."""
+    dt = torch.exp(ssm.log_dt.double())[:, None]
+    if ssm.discretization == "zoh":
+        A = modes.p / dt
+        C = modes.c * A / torch.expm1(modes.p)
+    else:
+        a = torch.exp(modes.p)
+        # A pole at -1 has no bilinear counterpart; the fit keeps clear of the circle.
+        A = 2 / dt * (a - 1) / (a + 1)
+        C = modes.c * (1 - dt * A / 2) / dt
+    kept = torch.arange(modes.p.shape[1]) < pairs[:, None]
+    if ssm.low_rank:
+        C = C * (1 - torch.exp(modes.p * ssm.l_kernel))
+        one, nothing = torch.ones_like(A), torch.zeros_like(A)
+        ssm.B = torch.nn.Parameter(torch.view_as_real(one).float())
+        ssm.P = torch.nn.Parameter(torch.view_as_real(nothing).float())
+    A = torch.where(kept, A, torch.full_like(A, -0.5))
+    C = torch.where(kept, C, torch.zeros_like(C))
+    ssm.log_A_real = torch.nn.Parameter(torch.log(-A.real).float())
+    ssm.A_imag = torch.nn.Parameter(A.imag.float())
+    ssm.C = torch.nn.Parameter(torch.view_as_real(C.contiguous()).float())
+    ssm.D.data[ssm.active] += modes.d.float()
+    ssm.pairs = pairs.clone()
+    ssm.kept = kept
+    ssm.shrink()
+
+
+# --- dropping modes --------------------------------------------------------------------------------------------
+
+
+def _mode_scores(modes: Modes, kept: Tensor, method: str) -> Tensor:
+    """(K, M): the higher, the more is lost with the mode."""
+    radius = torch.exp(modes.p.real)
+    if method == "last":
+        score = (modes.c.abs() / (1 - radius)).square()
+    else:
+        score = modes.c.abs().square() / (1 - radius.square())
+    score = torch.where(kept, score, torch.zeros_like(score))
+    if method == "modal":
+        return score
+    # Share of all that is at least as small in the layer: comparable between layers (LAST, eq. 9).
+    flat, order = torch.sort(score.flatten(), descending=True, stable=True)
+    shares = torch.empty_like(flat)
+    shares[order] = flat / torch.cumsum(flat, dim=0).clamp_min(1e-300)
+    return shares.reshape(score.shape)
+
+
+def _drop_modes(model: SSMNetwork, total: int, method: str) -> None:
+    """Keep ``total`` pairs in all, at least one a channel."""
+    everything = []
+    per_layer = [_modes_of(ssm) for ssm in model.ssms()]
+    for layer, (ssm, modes) in enumerate(zip(model.ssms(), per_layer, strict=True)):
+        scores = _mode_scores(modes, ssm.kept, method)
+        best = scores.argmax(dim=1)
+        for k, m in ssm.kept.nonzero().tolist():
+            everything.append((bool(m != best[k]), -scores[k, m].item(), layer, k, m))
+    chosen: list[dict[int, list[int]]] = [{} for _ in per_layer]
+    for _, _, layer, k, m in sorted(everything)[:total]:
+        chosen[layer].setdefault(k, []).append(m)
+    for ssm, modes, keep in zip(model.ssms(), per_layer, chosen, strict=True):
+        if not keep:
+            continue
+        pairs = torch.tensor([len(keep[k]) for k in range(len(ssm.active))])
+        p = torch.full((len(pairs), int(pairs.max())), -1.0 + 0j, dtype=torch.complex128)
+        c = torch.zeros_like(p)
+        for k, places in keep.items():
+            p[k, : len(places)], c[k, : len(places)] = modes.p[k, sorted(places)], modes.c[k, sorted(places)]
+        _install(ssm, Modes(p, c, modes.d), pairs)
+
+
+# --- the H2-optimal fit ----------------------------------------------------------------------------------------
+
+
+def _hankel_start(kernel: Tensor, pairs: int) -> Tensor:
+    """(K, pairs) log poles of the balanced reduction that a channel's Hankel matrix gives (Kung 1978)."""
+    length = kernel.shape[1]
+    half = min((length - 1) // 2, 128)
+    rows = torch.arange(half)
+    hankel = kernel[:, 1 + rows[:, None] + rows].numpy()
+    U, S, _ = np.linalg.svd(hankel)
+    order = min(2 * pairs, half - 1)
+    starts = []
+    for u, s in zip(U, S, strict=True):
+        basis = u[:, :order] * np.sqrt(s[:order])
+        step = np.linalg.lstsq(basis[:-1], basis[1:], rcond=None)[0]
+        poles = np.linalg.eigvals(step)
+        poles = poles[poles.imag >= 0]
+        # Slow poles first: they carry more of the response.
+        poles = poles[np.argsort(-np.abs(poles), kind="stable")][:pairs]
+        spare = 0.5 * np.exp(1j * np.pi * (np.arange(pairs - len(poles)) + 0.5) / max(1, pairs))
+        poles = np.concatenate([poles, spare])
+        radius = np.clip(np.abs(poles), 0.05, 0.9995)
+        starts.append(np.log(radius) + 1j * np.angle(poles))
+    return torch.from_numpy(np.stack(starts))
+
+
+def _columns(p: Tensor, c: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    """Derivatives of the response by Re c, Im c and by Re p, Im p: two of (K, 2 M, length)."""
+    power = torch.exp(p[..., None] * torch.arange(length))
+    slope = c[..., None] * power * torch.arange(length)
+    residues = torch.cat([2 * power.real, -2 * power.imag], dim=1)
+    poles = torch.cat([2 * slope.real, -2 * slope.imag], dim=1)
+    return residues, poles
+
+
+class _Fit:
+    """Damped Gauss-Newton (Levenberg, Marquardt) on poles and residues of K channels at once."""
+
+    def __init__(self, kernel: Tensor, weight: Tensor) -> None:
+        self.kernel, self.weight = kernel, weight  # (K, T), (K, T + 1): power at the frequencies of 2 T samples
+        self.length = kernel.shape[1]
+
+    def weighted(self, response: Tensor) -> Tensor:
+        """(K, n, T) real -> (K, n, 2 T + 2) real, whose squared norm is the output's error power."""
+        spectrum = torch.fft.rfft(response, n=2 * self.length) * self.weight.sqrt()[:, None]
+        return torch.cat([spectrum.real, spectrum.imag], dim=-1)
+
+    def target(self) -> Tensor:
+        return self.weighted(self.kernel[:, None])[:, 0]
+
+    def solved(self, p: Tensor) -> tuple[Modes, Tensor, Tensor]:
+        """The best residues for given poles, their error power over the target's, and the same with the penalty."""
+        impulse = torch.zeros_like(self.kernel)[:, None]
+        impulse[..., 0] = 1
+        columns, _ = _columns(p, torch.zeros_like(p), self.length)
+        J, target = self.weighted(torch.cat([columns, impulse], dim=1)), self.target()
+        x = _solve(J, target, torch.full((len(p),), RIDGE, dtype=torch.float64))
+        power = target.square().sum(dim=1).clamp_min(1e-300)
+        error = (target - (x[:, None] @ J)[:, 0]).square().sum(dim=1) / power
+        alone = (x.square() * J.square().sum(dim=2)).sum(dim=1) / power
+        m = p.shape[1]
+        return Modes(p, torch.complex(x[:, :m], x[:, m : 2 * m]), x[:, -1]), error, error + RIDGE * alone
+
+    def run(self, p: Tensor) -> tuple[Modes, Tensor]:
+        """From poles (K, M) to the fit and its error power over the target's, (K,)."""
+        best, error, cost = self.solved(p)
+        damping = torch.full((len(p),), 1e-2, dtype=torch.float64)
+        m = p.shape[1]
+        impulse = torch.zeros_like(self.kernel)[:, None]
+        impulse[..., 0] = 1
+        for _ in range(ITERATIONS):
+            columns, poles = _columns(best.p, best.c, self.length)
+            J = self.weighted(torch.cat([columns, poles, impulse], dim=1))
+            rest = self.target() - self.weighted(_response(best, self.length)[:, None])[:, 0]
+            step = _solve(J, rest, damping)
+            moved = best.p + torch.complex(step[:, 2 * m : 3 * m], step[:, 3 * m : 4 * m])
+            moved = torch.complex(moved.real.clamp(-3.0, -2e-4), moved.imag.clamp(-torch.pi, torch.pi))
+            trial, trial_error, trial_cost = self.solved(moved)
+            better = trial_cost < cost
+            best = Modes(
+                torch.where(better[:, None], trial.p, best.p),
+                torch.where(better[:, None], trial.c, best.c),
+                torch.where(better, trial.d, best.d),
+            )
+            error, cost = torch.where(better, trial_error, error), torch.where(better, trial_cost, cost)
+            damping = torch.where(better, damping / 3, damping * 4).clamp(1e-9, 1e6)
+        return best, error
+
+
+def _solve(J: Tensor, rest: Tensor, damping: Tensor) -> Tensor:
+    """argmin over x of |rest - x J|^2 + damping |x|^2 in the scale of each column. (K, n, F), (K, F) -> (K, n)."""
+    norm = J.square().sum(dim=2).sqrt()
+    # A column of nothing, such as the imaginary residue of a real pole, gets nothing.
+    norm = torch.where(norm > 1e-4 * norm.amax(dim=1, keepdim=True), norm, torch.inf)
+    J = J / norm[..., None]
+    gram = J @ J.transpose(1, 2) + (damping[:, None, None] + 1e-12) * torch.eye(J.shape[1], dtype=J.dtype)
+    solved: Tensor = torch.linalg.solve(gram, (J @ rest[..., None]))[..., 0] / norm
+    return solved
+
+
+def orders(largest: int) -> list[int]:
+    """Numbers of pairs that are tried, ascending."""
+    return [r for r in (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24) if r < largest]
+
+
+def _fit_layer(ssm: SSM, statistics: Statistics, length: int) -> tuple[dict[int, tuple[Modes, Tensor]], Tensor]:
+    """Fits by number of pairs, and each channel's output power without D."""
+    kernel = ssm.kernel(length).detach().double()
+    weight = statistics.spectrum[ssm.active] + 1e-6 * statistics.spectrum[ssm.active].mean(dim=1, keepdim=True)
+    fit = _Fit(kernel, weight)
+    fits = {}
+    most = int(ssm.pairs.max()) if len(ssm.pairs) else 0
+    for r in orders(most):
+        fits[r] = fit.run(_hankel_start(kernel, r))
+    return fits, fit.target().square().sum(dim=1)
+
+
+def _reduce_h2(model: SSMNetwork, measured: list[Statistics], length: int, total: int) -> None:
+    """Spend ``total`` pairs where they lower the weighed output error most, at least one a channel."""
+    layers = []
+    queue: list[tuple[float, int, int, int, int]] = []
+    chosen: list[list[int]] = []
+    for i, (block, statistics) in enumerate(zip(model.layers(), measured, strict=True)):
+        ssm = block.ssm
+        fits, power = _fit_layer(ssm, statistics, length)
+        worth = power * _importance(block, statistics)[ssm.active]
+        mean = worth.mean().clamp_min(1e-300) if len(worth) else torch.ones(())
+        errors = {r: (error * worth / mean).tolist() for r, (_, error) in fits.items()}
+        layers.append((fits, errors))
+        chosen.append([min([1, *errors], default=1) if errors else int(n) for n in ssm.pairs.tolist()])
+        for k in range(len(ssm.active)):
+            _push(queue, errors, int(ssm.pairs[k]), i, k, chosen[i][k])
+    spent = sum(sum(pairs) for pairs in chosen)
+    while queue:
+        _, i, k, now, then = heapq.heappop(queue)
+        if now != chosen[i][k] or spent + then - now > total:
+            continue
+        spent += then - now
+        chosen[i][k] = then
+        _push(queue, layers[i][1], int(model.ssms()[i].pairs[k]), i, k, then)
+    for ssm, (fits, _), pairs in zip(model.ssms(), layers, chosen, strict=True):
+        _install_fits(ssm, fits, pairs, length)
+
+
+def _importance(block: Block, statistics: Statistics) -> Tensor:
+    """(H,): how much the loss minds an error of a channel's output."""
+    return statistics.slope / statistics.slope.mean().clamp_min(1e-300)
+
+
+def _push(
+    queue: list[tuple[float, int, int, int, int]], errors: dict[int, list[float]], full: int, i: int, k: int, now: int
+) -> None:
+    """The step to more pairs that gains most a pair; a channel as it was has no error."""
+    options = [(r, errors[r][k]) for r in errors if now < r < full] + ([(full, 0.0)] if now < full else [])
+    here = errors[now][k] if now in errors and now < full else 0.0
+    if options:
+        gain, fewer = max(((here - error) / (r - now), -r) for r, error in options)
+        heapq.heappush(queue, (-gain, i, k, now, -fewer))
+
+
+def _install_fits(ssm: SSM, fits: dict[int, tuple[Modes, Tensor]], pairs: list[int], length: int) -> None:
+    """Channels that keep all their pairs stay as they are, a rank-one term included."""
+    changed = [k for k, n in enumerate(pairs) if n < int(ssm.pairs[k])]
+    if not changed:
+        return
+    widest = max(pairs)
+    before = {
+        name: getattr(ssm, name).detach().clone()
+        for name in ("log_A_real", "A_imag", "C", "P", "B")
+        if hasattr(ssm, name)
+    }
+    k = len(pairs)
+    p = torch.full((k, widest), -1.0 + 0j, dtype=torch.complex128)
+    c, d = torch.zeros_like(p), torch.zeros(k, dtype=torch.float64)
+    for channel in changed:
+        n = pairs[channel]
+        modes, _ = fits[n]
+        p[channel, :n], c[channel, :n], d[channel] = modes.p[channel], modes.c[channel], modes.d[channel]
+    _install(ssm, Modes(p, c, d), torch.tensor(pairs))
+    with torch.no_grad():
+        for channel in set(range(k)) - set(changed):
+            for name, values in before.items():
+                getattr(ssm, name)[channel] = values[channel, : getattr(ssm, name).shape[1]]
+
+
+@torch.no_grad()
+def reduce(model: SSMNetwork, measured: list[Statistics], length: int, total: int, method: str) -> None:
+    """Leave ``total`` conjugate pairs in the network, in place; windows have ``length`` samples.
+
+    Raises UsageError if that is fewer than one a channel, or for dropping modes of rank-one channels.
+    """
+    channels = sum(len(ssm.active) for ssm in model.ssms())
+    present = sum(int(ssm.pairs.sum()) for ssm in model.ssms())
+    if total < channels:
+        raise UsageError(f"states: {total} pairs for {channels} channels; each keeps at least one, remove fewer")
+    if total >= present:
+        return
+    if method == "h2":
+        _reduce_h2(model, measured, length, total)
+    elif model.config.kernel == "s4":
+        raise UsageError(f"states {method!r}: needs a diagonal kernel; h2 reduces s4 as well")
+    else:
+        _drop_modes(model, total, method)
