@@ -92,19 +92,12 @@ def h2(m: Measured) -> Tensor:
     return _of_system(m, _system(m).square().sum(dim=1).sqrt())
 
 
-def hinf(m: Measured) -> Tensor:
-    """H-infinity norm, the largest gain of operator minus bypass at any frequency (as LAST uses for states)."""
-    kernel = _system(m)
-    return _of_system(m, torch.fft.rfft(kernel, n=4 * kernel.shape[1]).abs().amax(dim=1))
-
-
 SCORES: dict[str, Score] = {
     "magnitude": magnitude,
     "taylor": taylor,
     "energy": energy,
     "sensitivity": sensitivity,
     "h2": h2,
-    "hinf": hinf,
 }
 
 

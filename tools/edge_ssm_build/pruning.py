@@ -66,36 +66,57 @@ class Method:
     seeds: tuple[int, ...] = (0,)
     refit: bool = False
     distill: float = 0.0
-    columns: str | None = None
-    rows: str | None = None
-    states: str | None = None
+    columns: str = "0"
+    rows: str = "0"
+    states: str = "0"
+    """Shares, as ``shares`` reads them."""
 
 
 METHODS: dict[str, Method] = {
     "s4op": Method("random", "depth", "identity", (0, 1, 2)),
     **{name: Method(name) for name in SCORES},
     "best": Method("sensitivity", refit=True, distill=0.5),
-    "compact": Method("sensitivity", "global", "zero", refit=True, distill=0.5, rows="rate", states="rate"),
+    "compact": Method("sensitivity", refit=True, distill=0.5, columns="0.75*rate", rows="0.75*rate", states="0.7"),
 }
 
 
-def shares(text: str | None, rates: Sequence[float], option: str) -> tuple[float, ...]:
-    """One share a rate from ``rate``, a number, or as many numbers as there are rates. Raises UsageError otherwise."""
-    if text is None:
-        return ()
-    if text == "rate":
-        return tuple(rates)
+def shares(text: str, rates: Sequence[float], option: str) -> tuple[float, ...]:
+    """One share a rate: of ``rate``, ``F*rate``, a number, or as many numbers as there are rates; () for none at all.
+
+    Raises UsageError for anything else.
+    """
+    factor, star, word = text.rpartition("*")
     try:
-        numbers = [float(part) for part in text.split(",")]
+        if word == "rate":
+            numbers = [float(factor if star else 1) * rate for rate in rates]
+        else:
+            numbers = [float(part) for part in text.split(",")]
     except ValueError:
         numbers = []
     if len(numbers) == 1:
         numbers *= len(rates)
     if len(numbers) != len(rates) or any(not 0 <= n < 1 for n in numbers) or numbers != sorted(numbers):
         raise UsageError(
-            f"{option} {text!r}: expected the word rate, a share from 0 to below 1, or {len(rates)} ascending ones"
+            f"{option} {text!r}: expected rate, 0.5*rate, a share from 0 to below 1, or {len(rates)} ascending ones"
         )
-    return tuple(numbers)
+    return tuple(numbers) if any(numbers) else ()
+
+
+def plan_of(method: Method, rates: Sequence[float], checkpoint: Checkpoint) -> Plan:
+    """The method's plan for these rates. Raises UsageError as ``check_plan`` does."""
+    todo = Plan(
+        rates=tuple(rates),
+        seeds=method.seeds,
+        choice=method.choice,
+        budget=method.budget,
+        bypass=method.bypass,
+        columns=shares(method.columns, rates, "--columns"),
+        rows=shares(method.rows, rates, "--rows"),
+        states=shares(method.states, rates, "--states"),
+        refit=method.refit,
+        distill=method.distill,
+    )
+    return check_plan(checkpoint, todo)
 
 
 def check_plan(checkpoint: Checkpoint, todo: Plan) -> Plan:
@@ -153,15 +174,18 @@ def _choose(model: SSMNetwork, measured: list[Measured], todo: Plan, total: int,
 
 
 def _bypass(model: SSMNetwork, channels: list[list[int]], statistics: list[Statistics], bypass: Bypass) -> None:
-    for block, gone, s in zip(model.layers(), channels, statistics, strict=True):
+    """``statistics`` is not read for identity."""
+    for i, (block, gone) in enumerate(zip(model.layers(), channels, strict=True)):
         if not gone:
             continue
-        if bypass == "zero":
-            block.mixing.drop_columns(gone, s.mean[gone])
+        if bypass == "identity":
+            block.ssm.bypass(gone)
+        elif bypass == "gain":
+            block.ssm.bypass(gone, statistics[i].gain[gone])
+        else:
+            block.mixing.drop_columns(gone, statistics[i].mean[gone])
             block.ssm.bypass(gone, torch.zeros(len(gone)))
             block.ssm.fixed[gone] = True
-        else:
-            block.ssm.bypass(gone, s.gain[gone] if bypass == "gain" else None)
 
 
 def _drop_columns(model: SSMNetwork, measured: list[Measured], share: float) -> None:
@@ -198,7 +222,8 @@ def operate(model: SSMNetwork, checkpoint: Checkpoint, data: Dataset, todo: Plan
 
     rng = np.random.default_rng([seed, round(todo.rates[step] * 10_000)])
     reference = copy.deepcopy(model)
-    now = measured()
+    blind = todo.choice == "random" and todo.bypass == "identity"
+    now = [] if blind else measured()
     total = round(todo.rates[step] * config.d_model * config.n_layers)
     _bypass(model, _choose(model, now, todo, total, rng), [m.statistics for m in now], todo.bypass)
     if todo.columns:

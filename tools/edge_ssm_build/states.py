@@ -25,7 +25,7 @@ from edge_ssm_build.calibration import Statistics
 from edge_ssm_build.model import SSM, Block, SSMNetwork
 
 METHODS = ("modal", "last", "aire", "h2")
-ITERATIONS = 40
+ITERATIONS = 25
 RIDGE = 1e-6
 """Penalty on the power of each mode alone, over the target's: without it two poles meet, and their residues grow
 without bound against each other, which float32 can't hold."""
@@ -134,27 +134,30 @@ def _drop_modes(model: SSMNetwork, total: int, method: str) -> None:
 # --- the H2-optimal fit ----------------------------------------------------------------------------------------
 
 
-def _hankel_start(kernel: Tensor, pairs: int) -> Tensor:
-    """(K, pairs) log poles of the balanced reduction that a channel's Hankel matrix gives (Kung 1978)."""
-    length = kernel.shape[1]
-    half = min((length - 1) // 2, 128)
-    rows = torch.arange(half)
-    hankel = kernel[:, 1 + rows[:, None] + rows].numpy()
-    U, S, _ = np.linalg.svd(hankel)
-    order = min(2 * pairs, half - 1)
-    starts = []
-    for u, s in zip(U, S, strict=True):
-        basis = u[:, :order] * np.sqrt(s[:order])
-        step = np.linalg.lstsq(basis[:-1], basis[1:], rcond=None)[0]
-        poles = np.linalg.eigvals(step)
-        poles = poles[poles.imag >= 0]
-        # Slow poles first: they carry more of the response.
-        poles = poles[np.argsort(-np.abs(poles), kind="stable")][:pairs]
-        spare = 0.5 * np.exp(1j * np.pi * (np.arange(pairs - len(poles)) + 0.5) / max(1, pairs))
-        poles = np.concatenate([poles, spare])
-        radius = np.clip(np.abs(poles), 0.05, 0.9995)
-        starts.append(np.log(radius) + 1j * np.angle(poles))
-    return torch.from_numpy(np.stack(starts))
+class _Hankel:
+    """Starts for the fit: the poles of the balanced reduction that each channel's Hankel matrix gives (Kung 1978)."""
+
+    def __init__(self, kernel: Tensor) -> None:
+        self.half = min((kernel.shape[1] - 1) // 2, 128)
+        rows = torch.arange(self.half)
+        self.U, self.S, _ = np.linalg.svd(kernel[:, 1 + rows[:, None] + rows].numpy())
+
+    def poles(self, pairs: int) -> Tensor:
+        """(K, pairs) complex128, their logarithms."""
+        order = max(1, min(2 * pairs, self.half - 1))
+        starts = []
+        for u, s in zip(self.U, self.S, strict=True):
+            basis = u[:, :order] * np.sqrt(s[:order])
+            step = np.linalg.lstsq(basis[:-1], basis[1:], rcond=None)[0]
+            poles = np.linalg.eigvals(step)
+            poles = poles[poles.imag >= 0]
+            # Slow poles first: they carry more of the response.
+            poles = poles[np.argsort(-np.abs(poles), kind="stable")][:pairs]
+            spare = 0.5 * np.exp(1j * np.pi * (np.arange(pairs - len(poles)) + 0.5) / max(1, pairs))
+            poles = np.concatenate([poles, spare])
+            radius = np.clip(np.abs(poles), 0.05, 0.9995)
+            starts.append(np.log(radius) + 1j * np.angle(poles))
+        return torch.from_numpy(np.stack(starts))
 
 
 def _columns(p: Tensor, c: Tensor, length: int) -> tuple[Tensor, Tensor]:
@@ -233,7 +236,7 @@ def _solve(J: Tensor, rest: Tensor, damping: Tensor) -> Tensor:
 
 def orders(largest: int) -> list[int]:
     """Numbers of pairs that are tried, ascending."""
-    return [r for r in (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24) if r < largest]
+    return [r for r in (1, 2, 3, 4, 6, 8, 12, 16, 24) if r < largest]
 
 
 def _fit_layer(ssm: SSM, statistics: Statistics, length: int) -> tuple[dict[int, tuple[Modes, Tensor]], Tensor]:
@@ -243,8 +246,10 @@ def _fit_layer(ssm: SSM, statistics: Statistics, length: int) -> tuple[dict[int,
     fit = _Fit(kernel, weight)
     fits = {}
     most = int(ssm.pairs.max()) if len(ssm.pairs) else 0
+    start = _Hankel(kernel) if len(ssm.pairs) else None
     for r in orders(most):
-        fits[r] = fit.run(_hankel_start(kernel, r))
+        assert start is not None
+        fits[r] = fit.run(start.poles(r))
     return fits, fit.target().square().sum(dim=1)
 
 

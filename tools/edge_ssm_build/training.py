@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from edge_ssm import atomic
-from edge_ssm.errors import InputRefused, RunFailed
+from edge_ssm.errors import InputRefused, RunFailed, UsageError
 from edge_ssm.network import InputSpec
 from edge_ssm_build.datasets import Array, Dataset, SplitName, windows
 from edge_ssm_build.model import Config, LayerShape, SSMNetwork
@@ -135,10 +135,10 @@ def read_torch(path: Path) -> Any:
         raise InputRefused(f"{path}: damaged, or not a checkpoint of edge-ssm-build ({reason})") from None
 
 
-def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
+def dump_checkpoint(checkpoint: Checkpoint) -> bytes:
     spec = checkpoint.spec
-    write_torch(
-        path,
+    buffer = io.BytesIO()
+    torch.save(
         {
             "edge_ssm_checkpoint": CHECKPOINT_VERSION,
             "config": asdict(checkpoint.model.present_config()),
@@ -151,12 +151,27 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
             "history": checkpoint.history,
             "model": checkpoint.model.state_dict(),
         },
+        buffer,
     )
+    return buffer.getvalue()
+
+
+def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    atomic.write(path, dump_checkpoint(checkpoint))
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
     """Raises InputRefused for a missing, damaged or foreign file."""
-    raw = read_torch(path)
+    return _checkpoint_of(read_torch(path), str(path))
+
+
+def parse_checkpoint(content: bytes, name: str) -> Checkpoint:
+    """A checkpoint from ``dump_checkpoint``'s bytes; ``name`` is for errors."""
+    return _checkpoint_of(torch.load(io.BytesIO(content), weights_only=True), name)
+
+
+def _checkpoint_of(raw: Any, path: str) -> Checkpoint:
     if not isinstance(raw, dict) or raw.get("edge_ssm_checkpoint") != CHECKPOINT_VERSION:
         raise InputRefused(f"{path}: not a checkpoint of edge-ssm-build (version {CHECKPOINT_VERSION} expected)")
     try:
@@ -165,7 +180,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
         model = SSMNetwork(Config(**(config | {"layers": tuple(layers)})), raw["mixing_dtype"])
         model.load_state_dict(raw["model"])
         return Checkpoint(
-            model=model,
+            model=model.eval(),
             recipe=Recipe(**raw["recipe"]),
             spec=InputSpec(
                 channels=tuple(spec["channels"]),
@@ -179,7 +194,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
             source=raw["source"],
             history=raw["history"],
         )
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+    except (KeyError, TypeError, ValueError, RuntimeError, UsageError) as error:
         raise InputRefused(
             f"{path}: a checkpoint with parts that do not fit ({' '.join(str(error).split())[:120]})"
         ) from None

@@ -1,0 +1,300 @@
+"""The search over a plan's rates: candidates in parallel, every finished one on disk, the family at the end.
+
+A search that is killed goes on where it was, and the same seeds give the same family wherever the candidates ran.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
+from dataclasses import asdict, dataclass, field, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from edge_ssm import artifact, atomic
+from edge_ssm.engines import create
+from edge_ssm.errors import RunFailed, UsageError
+from edge_ssm.monitor.steptime import StepTable, measure
+from edge_ssm.network import Network, cost
+from edge_ssm_build import datasets
+from edge_ssm_build.convert import to_network
+from edge_ssm_build.datasets import Dataset
+from edge_ssm_build.exporting import export
+from edge_ssm_build.executors import run_all
+from edge_ssm_build.pruning import Plan, candidate
+from edge_ssm_build.training import Checkpoint, Score, as_input, dump_checkpoint, parse_checkpoint
+from edge_ssm_build.training import load_checkpoint, save_checkpoint, score, split_windows
+
+
+@dataclass(frozen=True)
+class Target:
+    """What the search aims at; without any bound it makes every rate's member."""
+
+    latency_us: float | None = None
+    accuracy_loss: float | None = None
+    """Points of balanced accuracy on the validation split, against the unpruned network."""
+    size_bytes: int | None = None
+
+    def given(self) -> bool:
+        return (self.latency_us, self.accuracy_loss, self.size_bytes) != (None, None, None)
+
+
+@dataclass(frozen=True)
+class Member:
+    """One network of the family; rate 0 is the unpruned one."""
+
+    rate: float
+    seed: int | None
+    """Of the candidate that won; None for the unpruned network."""
+    checkpoint: str
+    artifact: str
+    active: list[int]
+    """Active channels a layer."""
+    states: int
+    columns: list[int]
+    rows: list[int]
+    validation: Score
+    parameters: int
+    weight_bytes: int
+    multiply_adds: int
+    file_bytes: int
+    step_us: float
+    """Measured, or told by the step table."""
+    base_step_us: float
+    """Of the unpruned network, in the same measurement."""
+    test: Score | None = None
+
+
+@dataclass(frozen=True)
+class Job:
+    """One candidate, with all that a worker on another machine needs."""
+
+    start: bytes = field(repr=False)
+    base: bytes = field(repr=False)
+    data: str
+    plan: Plan
+    step: int
+    seed: int
+    resume: str | None
+
+
+_dataset = lru_cache(maxsize=1)(datasets.load)
+
+
+def run_job(job: Job) -> bytes:
+    """The finished candidate as a checkpoint's bytes."""
+    start, base = parse_checkpoint(job.start, "candidate's start"), parse_checkpoint(job.base, "base network")
+    resume = None if job.resume is None else Path(job.resume)
+    made, _ = candidate(start, base, _dataset(job.data), job.plan, job.step, job.seed, resume)
+    return dump_checkpoint(made)
+
+
+class StepTimer:
+    """Step latency of a member beside the unpruned network's: measured here, or by a device's table."""
+
+    def __init__(self, base: Network, samples: Any, engine: str, table: StepTable | None) -> None:
+        self.base, self.samples, self.engine, self.table = base, samples, engine, table
+
+    def __call__(self, network: Network) -> tuple[float, float]:
+        if self.table is not None:
+            return self.table.predict(network), self.table.predict(self.base)
+        here, base = measure([create(self.engine, network), create(self.engine, self.base)], self.samples)
+        return here, base
+
+
+def network_of(checkpoint: Checkpoint) -> Network:
+    return to_network(checkpoint.model, checkpoint.spec, checkpoint.recipe.window, checkpoint.labels)
+
+
+def _member(checkpoint: Checkpoint, rate: float, seed: int | None, name: str, timer: StepTimer) -> Member:
+    network = network_of(checkpoint)
+    total = cost(network)
+    here, base = timer(network)
+    return Member(
+        rate=rate,
+        seed=seed,
+        checkpoint=f"{name}.pt",
+        artifact=f"{name}.safetensors",
+        active=[b.active for b in total.blocks],
+        states=sum(2 * b.pairs for b in total.blocks),
+        columns=[b.columns for b in total.blocks],
+        rows=[b.rows for b in total.blocks],
+        validation=_reached(checkpoint),
+        parameters=total.parameters,
+        weight_bytes=total.weight_bytes,
+        multiply_adds=total.multiply_adds,
+        file_bytes=len(artifact.to_bytes(network, {"history": checkpoint.history})[0]),
+        step_us=round(here, 3),
+        base_step_us=round(base, 3),
+    )
+
+
+def _reached(checkpoint: Checkpoint) -> Score:
+    return Score(**checkpoint.history[-1]["validation"])
+
+
+def _candidates(
+    current: Checkpoint,
+    base: Checkpoint,
+    todo: Plan,
+    step: int,
+    folder: Path,
+    fresh: Callable[[], Executor],
+    remote: bool,
+    done: Callable[[], None],
+) -> dict[int, Checkpoint]:
+    """By seed. Those on disk are taken from there; the rest are run, and each is on disk before it counts."""
+    rate = todo.rates[step]
+    paths = {seed: folder / f"rate-{rate:g}-seed-{seed}.pt" for seed in todo.seeds}
+    finished = {}
+    jobs = []
+    start_bytes, base_bytes = dump_checkpoint(current), dump_checkpoint(base)
+    for seed, path in paths.items():
+        if path.exists():
+            finished[seed] = load_checkpoint(path)
+            done()
+        else:
+            resume = None if remote else str(path.with_suffix(".resume").absolute())
+            jobs.append(Job(start_bytes, base_bytes, current.data, todo, step, seed, resume))
+    for job, content in run_all(fresh, run_job, jobs):
+        atomic.write(paths[job.seed], content)
+        paths[job.seed].with_suffix(".resume").unlink(missing_ok=True)
+        finished[job.seed] = parse_checkpoint(content, str(paths[job.seed]))
+        done()
+    return finished
+
+
+def search(
+    start: Checkpoint,
+    data: Dataset,
+    todo: Plan,
+    output: Path,
+    fresh: Callable[[], Executor],
+    *,
+    target: Target | None = None,
+    table: StepTable | None = None,
+    engine: str = "cpu",
+    remote: bool = False,
+    say: Callable[[str], None] = lambda line: None,
+) -> dict[str, Any]:
+    """Make the family and return what ``family.json`` says; ``rate-R.pt`` and ``rate-R.safetensors`` a member.
+
+    With a target the rates are walked upwards until it is met or the accuracy is gone, and the best member within it is
+    also written as ``chosen.safetensors``. The test split is read once, at the end.
+    Raises UsageError if ``output`` holds a search with another plan or checkpoint, RunFailed if nothing meets the target.
+    """
+    target = target or Target()
+    folder = output / "candidates"
+    folder.mkdir(parents=True, exist_ok=True)
+    beginning = {"start": start.history, "recipe": asdict(start.recipe), "data": start.data}
+    _claim(output / "plan.json", asdict(todo) | beginning)
+    if "validation" not in (start.history[-1] if start.history else {}):
+        x, y = split_windows(data, "validation", start.recipe.window)
+        reached = score(start.model, as_input(x, start.spec), torch.from_numpy(y))
+        start = replace(start, history=[*start.history, {"stage": "start", "validation": asdict(reached)}])
+    samples = np.concatenate(split_windows(data, "validation", start.recipe.window)[0][:8])
+    timer = StepTimer(network_of(start), samples, engine, table)
+    members, checkpoints = [_member(start, 0.0, None, "rate-0", timer)], [start]
+    say(_line(members[0]))
+    with tqdm(total=len(todo.rates) * len(todo.seeds), desc="candidates", unit="") as bar:
+        for step, rate in enumerate(todo.rates):
+            found = _candidates(checkpoints[-1], start, todo, step, folder, fresh, remote, bar.update)
+            winner = max(todo.seeds, key=lambda seed: _rank(_reached(found[seed])))
+            checkpoints.append(found[winner])
+            members.append(_member(found[winner], rate, winner, f"rate-{rate:g}", timer))
+            bar.clear()
+            say(_line(members[-1]))
+            if target.given() and _stop(members, target):
+                break
+    chosen = _choose(members, target) if target.given() else None
+    written = [i for i in range(len(members)) if i or chosen is members[0]]
+    for i in written:
+        save_checkpoint(output / members[i].checkpoint, checkpoints[i])
+        _, made_by = export(checkpoints[i], data, output / members[i].artifact)
+        size = (output / members[i].artifact).stat().st_size
+        test = Score(**made_by["scores"]["test"])
+        if chosen is members[i]:
+            atomic.write(output / "chosen.safetensors", (output / members[i].artifact).read_bytes())
+            chosen = members[i] = replace(members[i], test=test, file_bytes=size)
+        members[i] = replace(members[i], test=test, file_bytes=size)
+    family = {
+        "version": 2,
+        "plan": asdict(todo),
+        "data": start.data,
+        "kernel": start.model.config.kernel,
+        "latency": f"step table of {table.machine}, engine {table.engine}" if table else f"measured, engine {engine}",
+        "target": asdict(target),
+        "chosen": None if chosen is None else chosen.rate,
+        "members": [asdict(m) for m in members],
+    }
+    atomic.write(output / "family.json", (json.dumps(family, indent=1) + "\n").encode())
+    if target.given() and chosen is None:
+        raise RunFailed(f"{_nearest(members, target)}; {output / 'family.json'} has all that were made")
+    return family
+
+
+def _rank(reached: Score) -> tuple[float, float]:
+    return reached.balanced_accuracy, -reached.loss
+
+
+def _line(m: Member) -> str:
+    saved = 100 * (1 - m.step_us / m.base_step_us)
+    return (
+        f"rate {m.rate:>4g}: validation {100 * m.validation.balanced_accuracy:.1f} %, step {m.step_us:.2f} us "
+        f"({saved:.0f} % saved), {m.parameters:,} parameters, active {m.active}"
+    )
+
+
+def _loss(m: Member, members: Sequence[Member]) -> float:
+    return 100 * (members[0].validation.balanced_accuracy - m.validation.balanced_accuracy)
+
+
+def _small(m: Member, target: Target) -> bool:
+    """Whether latency and size are within what was asked for."""
+    fast = target.latency_us is None or m.step_us <= target.latency_us
+    return fast and (target.size_bytes is None or m.file_bytes <= target.size_bytes)
+
+
+def _good(m: Member, members: Sequence[Member], target: Target) -> bool:
+    return target.accuracy_loss is None or _loss(m, members) <= target.accuracy_loss
+
+
+def _stop(members: Sequence[Member], target: Target) -> bool:
+    """Upwards only gets smaller: stop where that is enough, or where too much accuracy is gone."""
+    bounded = target.latency_us is not None or target.size_bytes is not None
+    return not _good(members[-1], members, target) or (bounded and _small(members[-1], target))
+
+
+def _choose(members: Sequence[Member], target: Target) -> Member | None:
+    """The most accurate within a bound on latency or size; with a bound on accuracy alone the fastest."""
+    within = [m for m in members if _small(m, target) and _good(m, members, target)]
+    if not within:
+        return None
+    if target.latency_us is None and target.size_bytes is None:
+        return min(within, key=lambda m: m.step_us)
+    return max(within, key=lambda m: _rank(m.validation))
+
+
+def _nearest(members: Sequence[Member], target: Target) -> str:
+    last = members[-1]
+    return (
+        f"target: no member meets it; the smallest, rate {last.rate:g}, has step {last.step_us:.2f} us, "
+        f"{last.file_bytes} bytes and loses {_loss(last, members):.1f} points"
+    )
+
+
+def _claim(path: Path, content: dict[str, Any]) -> None:
+    buffer = io.StringIO()
+    json.dump(content, buffer, indent=1, sort_keys=True)
+    if path.exists() and path.read_text() != buffer.getvalue():
+        raise UsageError(
+            f"{path.parent}: holds a search with another plan or checkpoint; use another --output or delete it"
+        )
+    atomic.write(path, buffer.getvalue().encode())
