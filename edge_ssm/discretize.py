@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from edge_ssm.network import SSM, Discretization
+from edge_ssm.network import SSM, Array, Discretization
 
 ComplexArray = npt.NDArray[np.complex128]
 
@@ -72,24 +72,22 @@ def bilinear_delta(dt_A: ComplexArray) -> ComplexArray:
 
 def step_parameters(ssm: SSM, discretization: Discretization) -> StepParameters:
     """Parameters of one step of the layer's active channels."""
-    dt: npt.NDArray[np.float64] = ssm.dt[ssm.owner]
-    dt_A: ComplexArray = dt * ssm.A
+    dt = ssm.dt[ssm.owner]
+    dt_A: ComplexArray = (dt * ssm.A).astype(np.complex128)
     if discretization == "zoh":
         delta = zoh_delta(dt_A)
-        Bbar = delta / ssm.A * ssm.B
+        Bbar: ComplexArray = delta / ssm.A * ssm.B
     else:
         delta = bilinear_delta(dt_A)
         Bbar = dt * ssm.B / (1 - dt_A / 2)
     if ssm.P is None or not ssm.low_rank.any():
-        nothing = np.zeros_like(delta)
+        nothing: ComplexArray = np.zeros_like(delta)
         k = len(ssm.pairs)
         return StepParameters(delta, ssm.C * Bbar, nothing, nothing, np.zeros(k), ssm.pairs, np.zeros(k, dtype=bool))
     return _low_rank_parameters(ssm, ssm.P, delta, dt)
 
 
-def _low_rank_parameters(
-    ssm: SSM, P: ComplexArray, delta: ComplexArray, dt: npt.NDArray[np.float64]
-) -> StepParameters:
+def _low_rank_parameters(ssm: SSM, P: ComplexArray, delta: ComplexArray, dt: Array) -> StepParameters:
     """The bilinear step of A - P P*, written as a diagonal and one rank-one term of a real inner product.
 
     x += dt (I - dt/2 (A - P P*))^-1 ((A - P P*) x + B u), the inverse by Sherman and Morrison: with
@@ -102,7 +100,8 @@ def _low_rank_parameters(
     owner, k = ssm.owner, len(ssm.pairs)
 
     def over_pairs(values: ComplexArray) -> npt.NDArray[np.float64]:
-        return np.bincount(owner, weights=2 * values.real, minlength=k)
+        total: npt.NDArray[np.float64] = np.bincount(owner, weights=2 * values.real, minlength=k).astype(np.float64)
+        return total
 
     E = 1 / (1 - dt * ssm.A / 2)
     kappa = over_pairs(P.conj() * E * P)
@@ -111,7 +110,7 @@ def _low_rank_parameters(
     r = P.conj() * ((1 - c * kappa)[owner] + c[owner] * E * ssm.A)
     beta = c * over_pairs(P.conj() * E * ssm.B)
     # A state whose B is 0 can't be scaled by it; a tiny B serves, its share of the output being as tiny.
-    Bbar = np.where(Bbar == 0, 1e-12, Bbar)
+    Bbar = np.where(Bbar == 0, 1e-12, Bbar).astype(np.complex128)
     return StepParameters(delta, ssm.C * Bbar, -dt * E * P / Bbar, r * Bbar, beta, ssm.pairs, ssm.low_rank)
 
 

@@ -90,14 +90,16 @@ class SSM:
     @property
     def owner(self) -> Array:
         """(S,) int64: to which of the K channels each state belongs."""
-        return np.repeat(np.arange(len(self.pairs)), self.pairs)
+        owner: Array = np.repeat(np.arange(len(self.pairs)), self.pairs)
+        return owner
 
     @property
     def low_rank(self) -> Array:
         """(K,) bool: which channels have a rank-one term."""
         if self.P is None:
             return np.zeros(len(self.pairs), dtype=bool)
-        return np.bincount(self.owner, weights=self.P != 0, minlength=len(self.pairs)) > 0
+        found: Array = np.bincount(self.owner, weights=self.P != 0, minlength=len(self.pairs)) > 0
+        return found
 
 
 @dataclass(frozen=True)
@@ -145,11 +147,11 @@ class Mixing:
 
     def constant(self) -> Array:
         """(H,) float64: what each removed row adds; 0 where a row is left."""
-        wide = self.bias.astype(np.float64)
+        wide: Array = self.bias.astype(np.float64)
         if self.kind == "glu":
             value, gate = np.split(wide, 2)
             wide = value * 0.5 * (1 + np.tanh(0.5 * gate))
-        added = wide.copy()
+        added: Array = wide.copy()
         added[self.rows] = 0
         return added
 

@@ -4,9 +4,10 @@
     python benchmarks/pruning/run.py measure --work DIR
     python benchmarks/pruning/run.py page
 
-``train`` makes every network (an hour on two cores when two are started side by side: they share the work through the
-folder, which also resumes). ``measure`` times one step of each on the CPU engine, interleaved with its unpruned network,
-and writes results.json. ``page`` draws README.md's tables and the picture from that. Needs the ``host`` extra.
+``train`` makes every network (more than an hour on two cores when two are started side by side: they share the work
+through the folder, which also resumes). ``measure`` times one step of each on the CPU engine, interleaved with its
+unpruned network, and writes results.json. ``page`` draws README.md's tables and the picture from that. Needs the
+``host`` extra.
 
 Every network of a family is trained on the training split, chosen on the validation split and scored here on the test
 split; nothing is chosen by the test score. Accuracies are balanced ones (mean recall over classes).

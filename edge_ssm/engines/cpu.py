@@ -223,7 +223,7 @@ def _as_it_is(value: Any) -> Any:
 
 @njit(inline="always")
 def _from_half(bits: Any) -> Any:
-    return _half(bits)
+    return _half(bits)  # type: ignore[call-arg]  # intrinsics take their context from Numba
 
 
 @njit(inline="always")

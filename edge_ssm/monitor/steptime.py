@@ -1,7 +1,7 @@
 """How long one step takes: measured side by side, and predicted for networks that were not measured.
 
-A step table holds the measured steps of many small networks on one machine and engine. ``edge-ssm profile --step-table``
-writes it on the device; on the workstation it stands for the device while a network is being shrunk.
+A step table holds the measured steps of many small networks on one machine and engine. ``edge-ssm profile
+--step-table`` writes it on the device; on the workstation it stands for the device while a network is being shrunk.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def measure(engines: Sequence[Engine], samples: Array, rounds: int = ROUNDS) -> 
     The engines take turns, so that what else the machine does meets all of them; a round's figure is the mean of its
     steps, the result the median of rounds.
     """
-    chosen = [sample for sample in np.resize(samples, (STEPS, samples.shape[1]))]
+    chosen = list(np.resize(samples, (STEPS, samples.shape[1])))
     found: list[list[float]] = [[] for _ in engines]
     for _ in range(rounds + 1):
         for engine, times in zip(engines, found, strict=True):

@@ -65,7 +65,7 @@ def _signals(model: SSMNetwork, x: Tensor, y: Tensor) -> list[dict[str, Tensor]]
                 signal.retain_grad()
             traces.append(trace)
             u = trace.out
-        nn.functional.cross_entropy(model.decide(u), labels, reduction="sum").backward()  # type: ignore[no-untyped-call]
+        nn.functional.cross_entropy(model.decide(u), labels, reduction="sum").backward()
         for store, trace in zip(found, traces, strict=True):
             for name in ("v", "y", "g", "z"):
                 signal = getattr(trace, name)
@@ -122,13 +122,13 @@ def refit_mixing(model: SSMNetwork, reference: SSMNetwork, x: Tensor, ridge: flo
         wanted = original.signals(target)
         mixing, full = block.mixing, original.mixing
         g = block.signals(u).g[..., mixing.columns].reshape(-1, len(mixing.columns)).double()
-        stacked = mixing._stacked(mixing.rows, g.new_empty(0).new_zeros(wanted.g.shape[-1]).numel())
+        stacked = mixing.stacked_rows()
         of_full = {channel: i for i, channel in enumerate(full.rows.tolist())}
         half = len(full.rows)
         at = [of_full[r] for r in mixing.rows.tolist()]
         rows = at + [a + half for a in at] if mixing.glu else at
         wide = wanted.g[..., full.columns].reshape(-1, len(full.columns)).double()
-        goal = wide @ full.weight[rows].double().T + full.bias[full._stacked(full.rows, wanted.g.shape[-1])][rows]
+        goal = wide @ full.weight[rows].double().T + full.bias[full.stacked_rows()][rows]
         ones = torch.ones(len(g), 1, dtype=g.dtype)
         features = torch.cat([g, ones], dim=1)
         start = torch.cat([mixing.weight, mixing.bias[stacked][:, None]], dim=1).double()

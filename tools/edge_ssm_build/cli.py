@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -21,7 +22,7 @@ OUT_OF_PACKAGE = "watch, digits, forda, ecg5000, or a .npz file of your own (doc
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(edge_ssm.__version__, prog_name="edge-ssm-build")
 def cli() -> None:
-    """Train, prune and export S4D models for edge-ssm."""
+    """Train, prune and export S4 and S4D models for edge-ssm."""
 
 
 def _need_torch() -> None:
@@ -30,8 +31,9 @@ def _need_torch() -> None:
         import tqdm  # noqa: F401
     except ImportError as error:
         raise UsageError(f"{error.name} is missing; pip install 'edge-ssm[host]' on the workstation") from None
-    torch.set_num_threads(max(1, min(4, torch.get_num_threads())))
-    torch.use_deterministic_algorithms(True)
+    from edge_ssm_build.executors import prepare_process
+
+    prepare_process(max(1, min(4, torch.get_num_threads())))
 
 
 def _numbers(text: str, kind: type[int] | type[float], option: str) -> list[Any]:
@@ -87,8 +89,15 @@ def data(name: str) -> None:
 @click.option("--norm", type=click.Choice(["layer", "batch"]), default="layer", show_default=True)
 @click.option("--mixing", type=click.Choice(["glu", "plain"]), default="glu", show_default=True)
 @click.option("--pooling", type=click.Choice(["mean", "last"]), default="mean", show_default=True)
-@click.option("--discretization", type=click.Choice(["zoh", "bilinear"]), default="zoh", show_default=True)
-@click.option("--init", type=click.Choice(["lin", "inv", "legs"]), default="lin", show_default=True)
+@click.option("--discretization", type=click.Choice(["zoh", "bilinear"]), help="[default: zoh; bilinear for s4]")
+@click.option("--init", type=click.Choice(["lin", "inv", "legs"]), help="[default: lin; legs for s4]")
+@click.option(
+    "--kernel",
+    type=click.Choice(["s4d", "s4"]),
+    default="s4d",
+    show_default=True,
+    help="Diagonal, or diagonal plus rank one (DPLR).",
+)
 @click.option("--batch", type=click.IntRange(min=2), default=32, show_default=True)
 @click.option("--lr", type=float, default=4e-3, show_default=True)
 @click.option(
@@ -121,7 +130,7 @@ def data(name: str) -> None:
     help="Spread in degrees of random rotations of training windows; channels are vectors of three.",
 )
 def train(name: str, output: str, **options: Any) -> None:
-    """Train an S4D network in convolution mode; the best validation epoch is kept."""
+    """Train an S4 or S4D network in convolution mode; the best validation epoch is kept."""
     _need_torch()
     from edge_ssm_build import datasets, training
     from edge_ssm_build.model import Config
@@ -130,6 +139,10 @@ def train(name: str, output: str, **options: Any) -> None:
     folder = _folder(output)
     config_names, recipe_names = ({f.name for f in fields(kind)} for kind in (Config, training.Recipe))
     options["prenorm"] = bool(options["prenorm"])
+    low_rank = options["kernel"] == "s4"
+    options["init"] = options["init"] or ("legs" if low_rank else "lin")
+    options["discretization"] = options["discretization"] or ("bilinear" if low_rank else "zoh")
+    options["l_kernel"] = options["window"] if low_rank else 0
     config = Config(
         d_input=len(dataset.channels),
         d_output=len(dataset.labels),
@@ -194,42 +207,109 @@ def evaluate(model: str, name: str | None, split: Any, engine: str | None) -> No
         )
 
 
+SHARE = "rate, 0.5*rate, a number, or one a rate"
+
+
 @cli.command()
 @click.argument("checkpoint")
+@click.option("--output", required=True, metavar="DIR", help="Gets the family; the same command goes on after a kill.")
 @click.option(
-    "--output",
-    required=True,
-    metavar="DIR",
-    help="Gets rate-R.pt a rate and family.json; the same command goes on after a kill.",
-)
-@click.option(
-    "--rates", default="0.1,0.3,0.5,0.7,0.9", show_default=True, help="Shares of all operators removed, ascending."
-)
-@click.option("--seeds", default="0,1,2", show_default=True, help="One candidate a seed and rate.")
-@click.option("--method", default="s4op", show_default=True, help="How channels are chosen: s4op (at random).")
-@click.option(
-    "--budget",
-    type=click.Choice(["depth", "uniform"]),
-    default="depth",
+    "--method",
+    default="best",
     show_default=True,
-    help="How a rate is shared out over layers.",
+    help="s4op, best, compact, or a score: magnitude, taylor, energy, h2, sensitivity. Sets what follows.",
 )
-def prune(checkpoint: str, output: str, rates: str, seeds: str, method: str, budget: Any) -> None:
-    """Prune whole SSM operators of CHECKPOINT step by step, with fine-tuning (S4oP)."""
-    _need_torch()
-    from edge_ssm_build import datasets, pruning, training
+@click.option(
+    "--rates",
+    metavar="R,R,...",
+    help="Shares of all operators removed, ascending.  [default: 0.1,0.3,0.5,0.7,0.9; every 0.1 with a target]",
+)
+@click.option("--seeds", metavar="S,S,...", help="One candidate a seed and rate.  [default: 0,1,2 for s4op, else 0]")
+@click.option("--budget", type=click.Choice(["depth", "uniform", "global"]), help="How layers share a rate.")
+@click.option("--bypass", type=click.Choice(["identity", "gain", "zero"]), help="What a removed operator becomes.")
+@click.option("--columns", metavar="SHARE", help=f"Mixing columns removed: {SHARE}.")
+@click.option("--rows", metavar="SHARE", help=f"Mixing rows removed: {SHARE}.")
+@click.option("--states", metavar="SHARE", help=f"States removed in the channels that are left: {SHARE}.")
+@click.option("--states-method", type=click.Choice(["modal", "last", "aire", "h2"]), default="h2", show_default=True)
+@click.option(
+    "--mixing-dtype",
+    type=click.Choice(["float32", "float16", "int8"]),
+    default="float32",
+    show_default=True,
+    help="How mixing weights are stored and run.",
+)
+@click.option("--refit/--no-refit", default=None, help="Refit the mixing before fine-tuning.")
+@click.option("--distill", type=click.FloatRange(0, 1), help="Weight of the unpruned network's logits in the loss.")
+@click.option("--target-latency", type=click.FloatRange(min=0, min_open=True), metavar="US", help="Of a step.")
+@click.option(
+    "--max-accuracy-loss", type=click.FloatRange(min=0), metavar="POINTS", help="Of balanced validation accuracy."
+)
+@click.option("--target-size", type=click.IntRange(min=1), metavar="BYTES", help="Of the artifact file.")
+@click.option("--engine", default="cpu", show_default=True, help="Whose step is measured here.")
+@click.option("--step-table", metavar="FILE", help="The device's step latencies, written there by edge-ssm profile.")
+@click.option("--workers", type=click.IntRange(min=1), help="Processes.  [default: one a core]")
+@click.option("--scheduler", metavar="ADDRESS", help="Run candidates on a Dask cluster, tcp://HOST:PORT.")
+def prune(checkpoint: str, output: str, method: str, **options: Any) -> None:
+    """Prune whole SSM operators of CHECKPOINT step by step, with fine-tuning: a nested family of artifacts.
 
+    With a target the search stops at the best member within it, and writes that as chosen.safetensors too.
+    """
+    _need_torch()
+    from dataclasses import replace
+
+    from edge_ssm.monitor import steptime
+    from edge_ssm_build import datasets, executors, pruning, search, training
+
+    if method not in pruning.METHODS:
+        raise UsageError(f"method {method!r}: unknown, expected {', '.join(pruning.METHODS)}")
     start = training.load_checkpoint(Path(checkpoint))
-    todo = pruning.plan(start, _numbers(rates, float, "--rates"), _numbers(seeds, int, "--seeds"), method, budget)
-    members = pruning.prune(start, datasets.load(start.data), todo, _folder(output))
-    click.echo(
-        "rate  seed  accuracy  balanced  parameters  multiply-adds  active channels a layer   (validation split)"
-    )
-    for m in members:
-        click.echo(
-            f"{m.rate:>4g}  {m.seed:>4}  {m.validation.accuracy:>8.4f}  {m.validation.balanced_accuracy:>8.4f}  "
-            f"{m.parameters:>10,}  {m.multiply_adds:>13,}  {m.active}"
+    target = search.Target(options["target_latency"], options["max_accuracy_loss"], options["target_size"])
+    every = "0.1,0.2,0.3,0.4,0.5,0.6,0.7,0.8,0.9" if target.given() else "0.1,0.3,0.5,0.7,0.9"
+    rates = _numbers(options["rates"] or every, float, "--rates")
+    named = ("budget", "bypass", "columns", "rows", "states", "refit", "distill")
+    set_here = {name: options[name] for name in named if options[name] is not None}
+    if options["seeds"]:
+        set_here["seeds"] = tuple(_numbers(options["seeds"], int, "--seeds"))
+    todo = pruning.plan_of(replace(pruning.METHODS[method], **set_here), rates, start)
+    todo = replace(todo, states_method=options["states_method"], mixing_dtype=options["mixing_dtype"])
+    todo = pruning.check_plan(start, todo)
+    table = steptime.load_table(Path(options["step_table"])) if options["step_table"] else None
+    data, folder = datasets.load(start.data), _folder(output)
+    workers = options["workers"] or len(os.sched_getaffinity(0))
+    address = options["scheduler"]
+    where = executors.cluster(address) if address else executors.local(min(workers, len(todo.seeds)))
+    with where as fresh:
+        family = search.search(
+            start,
+            data,
+            todo,
+            folder,
+            fresh,
+            method=method,
+            target=target,
+            table=table,
+            engine=options["engine"],
+            remote=address is not None,
+            say=click.echo,
         )
+    click.echo("test split, balanced accuracy:")
+    for m in family["members"]:
+        if m["test"] is not None:
+            click.echo(f"  rate {m['rate']:g}: {100 * m['test']['balanced_accuracy']:.1f} %, {folder / m['artifact']}")
+    if family["chosen"] is not None:
+        click.echo(f"chosen: rate {family['chosen']:g}, {folder / 'chosen.safetensors'}")
+
+
+@cli.command()
+@click.argument("runs", nargs=-1, required=True)
+@click.option("--output", metavar="DIR", help="[default: a folder report in the first run]")
+def report(runs: tuple[str, ...], output: str | None) -> None:
+    """Show the trade-off of one or more families (folders that prune wrote): HTML, PNG, CSV, JSON."""
+    from edge_ssm_build import reporting
+
+    folder = _folder(output or str(Path(runs[0]) / "report"))
+    for path in reporting.write([Path(run) for run in runs], folder):
+        click.echo(str(path))
 
 
 @cli.command()

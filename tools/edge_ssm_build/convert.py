@@ -10,7 +10,18 @@ import torch
 from torch import Tensor, nn
 
 from edge_ssm.errors import UsageError
-from edge_ssm.network import SSM, Block, Decoder, InputSpec, LinearEncoder, Mixing, MixingDtype, Network, Norm, quantised
+from edge_ssm.network import (
+    SSM,
+    Block,
+    Decoder,
+    InputSpec,
+    LinearEncoder,
+    Mixing,
+    MixingDtype,
+    Network,
+    Norm,
+    quantised,
+)
 from edge_ssm_build import model as torch_model
 from edge_ssm_build.model import Config, LayerShape, SSMNetwork
 

@@ -1,4 +1,4 @@
-"""Where candidates run: here, in processes beside this one, or on a Dask cluster. All are concurrent.futures executors."""
+"""Where candidates run: here, in processes beside this one, on a Dask cluster; all concurrent.futures executors."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def run_all(fresh: Callable[[], Executor], fn: Callable[[Job], Any], jobs: Seque
     ends the run, after those that have finished were handed out.
     """
     waiting = list(jobs)
-    for attempt in range(ATTEMPTS):
+    for _ in range(ATTEMPTS):
         executor = fresh()
         futures = {}
         try:
@@ -125,4 +125,4 @@ def run_all(fresh: Callable[[], Executor], fn: Callable[[Job], Any], jobs: Seque
             raise failure if isinstance(failure, EdgeSSMError) else RunFailed(f"a candidate failed: {failure!r}")
         if not waiting:
             return
-    raise RunFailed(f"a worker process died {attempt + 1} times over the same {len(waiting)} candidates; memory?")
+    raise RunFailed(f"a worker process died {ATTEMPTS} times over the same {len(waiting)} candidates; memory?")

@@ -108,9 +108,7 @@ def allocate(h: int, layers: int, total: int, budget: Budget, start: Sequence[in
     others leave. Given one at a time to the layer that lags furthest behind its share, so that a larger total never
     gives a layer back what a smaller one took; ``start`` is where to go on from.
     """
-    weights = (
-        [0.0 if i == 0 and layers > 1 else 2.0**i for i in range(layers)] if budget == "depth" else [1.0] * layers
-    )
+    weights = [0.0 if i == 0 and layers > 1 else 2.0**i for i in range(layers)] if budget == "depth" else [1.0] * layers
     removed = list(start) if start is not None else [0] * layers
     for _ in range(total - sum(removed)):
         open_layers = [i for i in range(layers) if removed[i] < h - 1]

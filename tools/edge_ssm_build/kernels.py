@@ -76,7 +76,8 @@ def low_rank_kernel(A: Tensor, P: Tensor, B: Tensor, C: Tensor, dt: Tensor, leng
     CB, CP, PB, PP = (torch.cat([terms, terms.conj()], dim=2) @ e).unbind(dim=1)
     w = (1 + z) * half[..., 0]
     spectrum = dt[:, None] * (CB - w * CP * PB / (1 + w * PP))
-    return torch.fft.irfft(spectrum, n=length)
+    kernel: Tensor = torch.fft.irfft(spectrum, n=length)
+    return kernel
 
 
 class _Convolution(torch.autograd.Function):
@@ -88,10 +89,11 @@ class _Convolution(torch.autograd.Function):
         U, K = torch.fft.rfft(u, n=2 * length), torch.fft.rfft(kernel, n=2 * length)
         ctx.save_for_backward(U, K)
         ctx.length = length
-        return torch.fft.irfft(U * K, n=2 * length)[..., :length]
+        convolved: Tensor = torch.fft.irfft(U * K, n=2 * length)[..., :length]
+        return convolved
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
         (U, K), length = ctx.saved_tensors, ctx.length
         G = torch.fft.rfft(gradient, n=2 * length)
         u = torch.fft.irfft(G * K.conj(), n=2 * length)[..., :length]

@@ -178,19 +178,22 @@ class Mixing(nn.Module):
         full = nn.Linear(h, 2 * h if self.glu else h)
         self.register_buffer("columns", torch.tensor(shape.columns, dtype=torch.int64))
         self.register_buffer("rows", torch.tensor(shape.rows, dtype=torch.int64))
-        self.weight = nn.Parameter(full.weight.detach()[self._stacked(self.rows, h)][:, self.columns].clone())
         self.bias = full.bias
+        self.weight = nn.Parameter(full.weight.detach()[self.stacked_rows()][:, self.columns].clone())
 
-    def _stacked(self, rows: Tensor, h: int) -> Tensor:
-        """Row numbers in the full matrix: values, then gates."""
-        return torch.cat([rows, rows + h]) if self.glu else rows
+    def stacked_rows(self) -> Tensor:
+        """Where the rows that are left stand in the full matrix: values, then gates."""
+        return torch.cat([self.rows, self.rows + self._h()]) if self.glu else self.rows
+
+    def _h(self) -> int:
+        return len(self.bias) // 2 if self.glu else len(self.bias)
 
     def forward(self, g: Tensor) -> Tensor:
         """(batch, T, H) after GELU -> (batch, T, H)."""
         h = g.shape[-1]
         if len(self.columns) < h:
             g = g[..., self.columns]
-        z = F.linear(g, self.weight, self.bias[self._stacked(self.rows, h)] if len(self.rows) < h else self.bias)
+        z = F.linear(g, self.weight, self.bias[self.stacked_rows()] if len(self.rows) < h else self.bias)
         z = F.glu(z, dim=-1) if self.glu else z
         if len(self.rows) == h:
             return z
@@ -202,10 +205,10 @@ class Mixing(nn.Module):
 
     @torch.no_grad()
     def drop_columns(self, channels: list[int], constant: Tensor | None = None) -> None:
-        """Remove columns; what a channel gave on average, ``constant`` (after GELU, one a channel), goes to the bias."""
+        """Remove columns; what a channel gave on average, ``constant`` (after GELU, one each), goes to the bias."""
         at = [self.columns.tolist().index(c) for c in channels]
         if constant is not None:
-            self.bias[self._stacked(self.rows, self._h())] += self.weight[:, at] @ constant.to(self.weight.dtype)
+            self.bias[self.stacked_rows()] += self.weight[:, at] @ constant.to(self.weight.dtype)
         keep = [i for i in range(len(self.columns)) if i not in set(at)]
         self.weight = nn.Parameter(self.weight.detach()[:, keep].clone())
         self.columns = self.columns[keep]
@@ -223,9 +226,6 @@ class Mixing(nn.Module):
         stacked = keep + [i + len(self.rows) for i in keep] if self.glu else keep
         self.weight = nn.Parameter(self.weight.detach()[stacked].clone())
         self.rows = self.rows[keep]
-
-    def _h(self) -> int:
-        return len(self.bias) // 2 if self.glu else len(self.bias)
 
 
 class Signals(NamedTuple):

@@ -26,11 +26,20 @@ from edge_ssm.network import Network, cost
 from edge_ssm_build import datasets
 from edge_ssm_build.convert import to_network
 from edge_ssm_build.datasets import Dataset
-from edge_ssm_build.exporting import export
 from edge_ssm_build.executors import run_all
+from edge_ssm_build.exporting import export
 from edge_ssm_build.pruning import Plan, candidate
-from edge_ssm_build.training import Checkpoint, Score, as_input, dump_checkpoint, parse_checkpoint
-from edge_ssm_build.training import load_checkpoint, save_checkpoint, score, split_windows
+from edge_ssm_build.training import (
+    Checkpoint,
+    Score,
+    as_input,
+    dump_checkpoint,
+    load_checkpoint,
+    parse_checkpoint,
+    save_checkpoint,
+    score,
+    split_windows,
+)
 
 
 @dataclass(frozen=True)
@@ -178,6 +187,7 @@ def search(
     output: Path,
     fresh: Callable[[], Executor],
     *,
+    method: str = "",
     target: Target | None = None,
     table: StepTable | None = None,
     engine: str = "cpu",
@@ -186,9 +196,10 @@ def search(
 ) -> dict[str, Any]:
     """Make the family and return what ``family.json`` says; ``rate-R.pt`` and ``rate-R.safetensors`` a member.
 
-    With a target the rates are walked upwards until it is met or the accuracy is gone, and the best member within it is
-    also written as ``chosen.safetensors``. The test split is read once, at the end.
-    Raises UsageError if ``output`` holds a search with another plan or checkpoint, RunFailed if nothing meets the target.
+    With a target the rates are walked upwards until it is met or the accuracy is gone, and the best member within it
+    is also written as ``chosen.safetensors``. The test split is read once, at the end. ``method`` names the plan.
+    Raises UsageError if ``output`` holds a search with another plan or checkpoint, RunFailed if no member meets the
+    target.
     """
     target = target or Target()
     folder = output / "candidates"
@@ -226,6 +237,7 @@ def search(
         members[i] = replace(members[i], test=test, file_bytes=size)
     family = {
         "version": 2,
+        "method": method,
         "plan": asdict(todo),
         "data": start.data,
         "kernel": start.model.config.kernel,
