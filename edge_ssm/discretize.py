@@ -111,7 +111,8 @@ def _low_rank_parameters(ssm: SSM, P: ComplexArray, delta: ComplexArray, dt: Arr
     beta = c * over_pairs(P.conj() * E * ssm.B)
     # A state whose B is 0 can't be scaled by it; a tiny B serves, its share of the output being as tiny.
     Bbar = np.where(Bbar == 0, 1e-12, Bbar).astype(np.complex128)
-    return StepParameters(delta, ssm.C * Bbar, -dt * E * P / Bbar, r * Bbar, beta, ssm.pairs, ssm.low_rank)
+    C: ComplexArray = (ssm.C * Bbar).astype(np.complex128)
+    return StepParameters(delta, C, -dt * E * P / Bbar, r * Bbar, beta, ssm.pairs, ssm.low_rank)
 
 
 def gap_power(delta: ComplexArray, k: int) -> ComplexArray:
