@@ -20,7 +20,7 @@ from edge_ssm import artifact
 from edge_ssm.errors import ArtifactError, EdgeSSMError
 from edge_ssm.network import fingerprint
 
-DTYPES = {"F32": "<f4", "F64": "<f8", "I64": "<i8", "I32": "<i4", "F16": "<f2"}
+DTYPES = {"F32": "<f4", "F64": "<f8", "I64": "<i8", "I32": "<i4", "F16": "<f2", "I8": "<i1"}
 
 
 def split(content):
@@ -59,7 +59,10 @@ def join(document, tensors, digest=None):
 
 @pytest.fixture
 def parts():
-    content, _ = artifact.to_bytes(random_network(active=[4, 6]), {"seed": 1})
+    network = random_network(
+        active=[4, 6], columns=5, rows=4, mixing_dtype="int8", low_rank=1.0, discretization="bilinear"
+    )
+    content, _ = artifact.to_bytes(network, {"seed": 1})
     document, tensors = split(content)
     return json.loads(document), tensors
 
@@ -90,7 +93,7 @@ def test_what_is_written_is_read(network, tmp_path_factory):
 
 
 def test_a_reader_written_from_the_specification_agrees(tmp_path):
-    network = random_network(active=[3, 5])
+    network = random_network(active=[3, 5], ragged=True, columns=5, rows=2, mixing_dtype="float16")
     content, digest = artifact.to_bytes(network, {})
     text, tensors = split(content)
     rejoined = join(text, tensors)
@@ -107,7 +110,7 @@ def test_a_reader_written_from_the_specification_agrees(tmp_path):
 def test_the_reader_in_the_documentation_runs(tmp_path):
     page = (Path(__file__).parent.parent / "docs" / "artifact.md").read_text()
     code = re.search(r"```python\n(.*?)```", page, re.S).group(1)
-    network = random_network(active=[3, 5])
+    network = random_network(active=[3, 5], columns=5, mixing_dtype="int8", low_rank=0.5, discretization="bilinear")
     path = tmp_path / "m.safetensors"
     artifact.save(path, network, {})
     namespace = {}
@@ -171,8 +174,8 @@ def test_deep_or_foreign_documents(tmp_path, parts):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format_version": 0}, r"format_version 0 is unknown, expected 1; export"),
-        ({"format_version": 2}, r"format_version 2 is unknown, expected 1; update"),
+        ({"format_version": 1}, r"format_version 1 is unknown, expected 2; export"),
+        ({"format_version": 3}, r"format_version 3 is unknown, expected 2; update"),
         ({"d_model": 7}, r"tensor .*: shape"),
         ({"d_model": 1 << 20}, r"tensor .*: shape"),
         ({"d_model": 1 << 60}, r"document: .*d_model"),
@@ -210,20 +213,45 @@ def changed(tensors, name, index, value):
         ("blocks.0.ssm.active", 0, 2**62, "out of range"),
         ("blocks.1.ssm.active", 1, 0, "repeated or not ascending"),
         ("blocks.1.ssm.active", 0, 5, "repeated or not ascending"),
-        ("blocks.0.mixing.weight", (0, 0), np.nan, "blocks.0.mixing.weight: holds a non-finite value"),
-        ("blocks.0.ssm.A", (0, 0, 1), np.inf, "blocks.0.ssm.A: holds a non-finite value"),
-        ("blocks.0.ssm.A", (0, 0, 0), 0.5, r"blocks.0.ssm.A: unstable: Re A = 0.5 at channel"),
-        ("blocks.0.ssm.A", (0, 0, 0), 0.0, r"unstable"),
+        ("blocks.0.mixing.bias", 0, np.nan, "blocks.0.mixing.bias: holds a non-finite value"),
+        ("blocks.0.ssm.A", (0, 1), np.inf, "blocks.0.ssm.A: holds a non-finite value"),
+        ("blocks.0.ssm.A", (0, 0), 0.5, r"blocks.0.ssm.A: unstable: Re A = 0.5 at channel"),
+        ("blocks.0.ssm.A", (0, 0), 0.0, r"unstable"),
         ("blocks.0.ssm.dt", 0, 0.0, "blocks.0.ssm.dt: a step size is not positive"),
         ("blocks.0.ssm.dt", 0, -1.0, "not positive"),
         ("input.std", 0, 0.0, "input.std: a value is not positive"),
         ("input.mean", 0, np.nan, "input.mean: holds a non-finite value"),
+        ("blocks.0.ssm.pairs", 0, 0, r"blocks.0.ssm.pairs: a number is not from 1 to"),
+        ("blocks.0.ssm.pairs", 0, 2**62, r"blocks.0.ssm.pairs: a number is not from 1 to"),
+        ("blocks.0.ssm.pairs", 0, 1, r"blocks.0.ssm.A: shape \(12,\), expected \(10,\)"),
+        ("blocks.0.ssm.P", (0, 0), np.nan, "blocks.0.ssm.P: holds a non-finite value"),
+        ("blocks.0.mixing.columns", 0, 6, r"blocks.0.mixing.columns: index 6 is out of range"),
+        ("blocks.0.mixing.rows", 0, 5, r"blocks.0.mixing.rows: indices are repeated or not ascending"),
+        ("blocks.0.mixing.scale", 0, 0.0, r"blocks.0.mixing.scale: a value is not positive"),
+        ("blocks.0.mixing.scale", 0, np.nan, r"blocks.0.mixing.scale: holds a non-finite value"),
         ("decoder.bias", 0, -np.inf, "decoder.bias: holds a non-finite value"),
     ],
 )
 def test_tensors_with_wrong_values(tmp_path, parts, name, index, value, message):
     document, tensors = parts
     assert re.search(message, refused(tmp_path, join(document, changed(tensors, name, index, value))))
+
+
+def test_a_channel_that_counts_must_enter_the_mixing(tmp_path, parts):
+    document, tensors = parts
+    columns = tensors["blocks.0.mixing.columns"]
+    absent = int(np.setdiff1d(np.arange(6), columns)[0])
+    message = refused(tmp_path, join(document, changed(tensors, "blocks.0.ssm.D", absent, 0.5)))
+    assert "blocks.0.mixing.columns: a channel with a gain does not enter the mixing" in message
+    moved = changed(tensors, "blocks.0.ssm.D", slice(None), 0.0)
+    active = int(moved["blocks.0.ssm.active"][0])
+    moved["blocks.0.mixing.columns"] = np.sort(np.append(columns[columns != active], absent))
+    assert "is active but does not enter the mixing" in refused(tmp_path, join(document, moved))
+
+
+def test_a_rank_one_term_goes_with_bilinear(tmp_path, parts):
+    document, tensors = parts
+    assert "needs bilinear" in refused(tmp_path, join(document | {"discretization": "zoh"}, tensors))
 
 
 def test_tensors_of_the_wrong_kind(tmp_path, parts):
