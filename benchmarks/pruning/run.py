@@ -44,7 +44,7 @@ class Task:
 
 TASKS = {
     "digits": Task("digits", 64, 32),
-    "ecg5000": Task("ecg5000", 140, 24),
+    "ecg5000": Task("ecg5000", 140, 40),
     "watch": Task("watch", 100, 10),
     "forda": Task("forda", 500, 6, d_model=32),
     # The "ecg" shape of the engine benchmarks, where the call itself weighs little.

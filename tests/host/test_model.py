@@ -1,5 +1,7 @@
 """The torch network, its form as plain arrays, and the stream of the artifact say the same."""
 
+from dataclasses import replace
+
 import convolution
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ from edge_ssm.network import fingerprint
 torch = pytest.importorskip("torch", reason="the host tool needs torch: pip install 'edge-ssm[host]'")
 
 from edge_ssm_build import convert, exporting, training  # noqa: E402
-from edge_ssm_build.model import initial_A  # noqa: E402
+from edge_ssm_build.kernels import initial_A, initial_low_rank  # noqa: E402
 from edge_ssm_build.rotation import rotate  # noqa: E402
 
 FORMS = [
@@ -20,6 +22,8 @@ FORMS = [
     {"norm": "batch", "discretization": "bilinear"},
     {"norm": "batch", "prenorm": True, "pooling": "last", "init": "inv"},
     {"init": "legs", "n_layers": 3, "d_model": 5},
+    {"kernel": "s4", "init": "legs", "discretization": "bilinear", "l_kernel": 50},
+    {"kernel": "s4", "init": "legs", "discretization": "bilinear", "l_kernel": 50, "d_state": 64, "norm": "batch"},
 ]
 
 
@@ -33,8 +37,12 @@ def test_torch_equals_the_independent_convolution_and_every_engine(fresh, data, 
     checkpoint = fresh(**form)
     training.fit(checkpoint, data, checkpoint.recipe)  # BatchNorm has statistics of its own after it
     if pruned:
-        for ssm in checkpoint.model.ssms():
-            ssm.bypass([0, 3])
+        for block in checkpoint.model.layers():
+            block.ssm.bypass([0], torch.tensor([0.7]))
+            block.ssm.bypass([3])
+            block.mixing.drop_columns([0], torch.tensor([0.2]))
+            block.ssm.fix([0], 0.0)
+            block.mixing.drop_rows([1, 4], torch.tensor([0.3, -0.1]))
     network = network_of(checkpoint)
     x, _ = training.split_windows(data, "test", 50)
     x = x[:6]
@@ -44,6 +52,9 @@ def test_torch_equals_the_independent_convolution_and_every_engine(fresh, data, 
         agreement = exporting.compare(checkpoint.model, network, engine, x)
         assert agreement.labels_differing == 0
         assert agreement.max_error < 2e-5
+        if pruned:
+            assert {len(b.mixing.columns) for b in network.blocks} == {network.d_model - 1}
+            assert {len(b.mixing.rows) for b in network.blocks} == {network.d_model - 2}
     rebuilt = convert.to_model(network)
     assert np.allclose(training.predict(rebuilt, training.as_input(x, checkpoint.spec)).numpy(), expected, atol=2e-5)
 
@@ -53,7 +64,46 @@ def test_a_bypassed_channel_passes_its_input(fresh):
     ssm.bypass(list(range(8)))
     u = torch.randn(2, 8, 20)
     assert torch.equal(ssm(u), u)
-    assert sum(p.numel() for p in ssm.parameters()) == 0
+    assert sum(p.numel() for p in ssm.ssm_parameters()) == 0
+
+
+def test_an_identity_stays_one_and_a_fitted_gain_trains_on(fresh, data):
+    checkpoint = fresh()
+    ssm = checkpoint.model.ssms()[0]
+    ssm.bypass([1])
+    ssm.bypass([2], torch.tensor([0.5]))
+    training.fit(checkpoint, data, checkpoint.recipe)
+    assert float(ssm.full_D()[1]) == 1.0
+    assert float(ssm.full_D()[2]) not in (0.5, 1.0)
+
+
+def test_the_start_of_s4_is_hippo():
+    A, P, B = initial_low_rank("legs", 8)
+    both = [torch.cat([v, v.conj()]) for v in (A, P, B)]
+    dense = np.diag(both[0].numpy()) - np.outer(both[1].numpy(), both[1].numpy().conj())
+    p = np.sqrt(2 * np.arange(8) + 1.0)
+    hippo = -np.tril(np.outer(p, p), -1) - np.diag(np.arange(8) + 1.0)  # S4 paper, eq. 2
+    # The same system in other coordinates: equal spectra, equal Markov parameters of (A, B).
+    assert np.allclose(np.sort_complex(np.linalg.eigvals(dense)), np.sort_complex(np.linalg.eigvals(hippo)))
+    own, theirs = both[2].numpy(), p
+    for _ in range(3):
+        assert np.isclose(np.vdot(own, own).real, theirs @ theirs)
+        own, theirs = dense @ own, hippo @ theirs
+    with pytest.raises(UsageError, match="starts from legs only"):
+        initial_low_rank("lin", 8)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "int8"])
+def test_small_mixing_weights_are_what_torch_scores_and_the_engines_run(fresh, data, dtype):
+    checkpoint = fresh()
+    convert.round_mixing(checkpoint.model, dtype)
+    network = network_of(checkpoint)
+    assert {b.mixing.dtype for b in network.blocks} == {dtype}
+    x, _ = training.split_windows(data, "test", 50)
+    for engine in ("reference", "cpu"):
+        assert exporting.compare(checkpoint.model, network, engine, x[:6]).max_error < 2e-5
+    whole = replace(checkpoint, model=convert.to_model(network))
+    assert fingerprint(network_of(whole)) == fingerprint(network)
 
 
 def test_the_initialisations_are_the_papers():

@@ -1,7 +1,7 @@
-"""Training and pruning: what is promised of a run that is killed, repeated, or given bad input."""
+"""Training and its data: what is promised of a run that is killed, repeated, or given bad input."""
 
-import json
 import pickle
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ from edge_ssm.errors import InputRefused, RunFailed, UsageError
 
 torch = pytest.importorskip("torch", reason="the host tool needs torch: pip install 'edge-ssm[host]'")
 
-from edge_ssm_build import datasets, pruning, training  # noqa: E402
+from edge_ssm_build import datasets, training  # noqa: E402
 
 
 class Killed(Exception):
@@ -85,11 +85,27 @@ def test_checkpoints_come_back_as_they_were_and_damaged_ones_are_refused(fresh, 
         with pytest.raises(InputRefused, match=r"c\.pt: ") as caught:
             training.load_checkpoint(path)
         assert "\n" not in str(caught.value), i
-    torch.save({"edge_ssm_checkpoint": 1, "config": {}}, path)
+    torch.save({"edge_ssm_checkpoint": training.CHECKPOINT_VERSION, "config": {}}, path)
     with pytest.raises(InputRefused, match="parts that do not fit"):
         training.load_checkpoint(path)
     with pytest.raises(InputRefused, match="no such file"):
         training.load_checkpoint(tmp_path / "none.pt")
+
+
+def test_distillation_pulls_towards_the_teacher(fresh, data):
+    teacher = fresh(epochs=20, d_model=16)
+    training.fit(teacher, data, teacher.recipe)
+    x, _ = validation(teacher, data)
+    wanted = torch.softmax(training.predict(teacher.model, x), dim=1)
+
+    def distance(weight):
+        student = fresh(epochs=10, d_model=8)
+        recipe = replace(student.recipe, distill=weight)
+        training.fit(student, data, recipe, teacher=teacher.model)
+        own = torch.softmax(training.predict(student.model, x), dim=1)
+        return float((own - wanted).abs().mean())
+
+    assert distance(1.0) < distance(0.0)
 
 
 def test_a_loss_that_is_not_finite_is_one_clear_error(fresh, data):
@@ -98,95 +114,6 @@ def test_a_loss_that_is_not_finite_is_one_clear_error(fresh, data):
         checkpoint.model.decoder.bias.fill_(float("nan"))
     with pytest.raises(RunFailed, match="the loss is nan in epoch 1, step 1"):
         training.fit(checkpoint, data, checkpoint.recipe)
-
-
-def test_the_depth_law_by_hand():
-    # Shares of layers 1, 2, 3 are 2 : 4 : 8; layer 0 is touched only when they are full.
-    assert pruning.allocate(100, 4, 14, "depth") == [0, 2, 4, 8]
-    assert pruning.allocate(100, 4, 140, "depth") == [0, 20, 40, 80]
-    assert pruning.allocate(10, 3, 18, "depth") == [0, 9, 9]
-    assert pruning.allocate(10, 3, 20, "depth") == [2, 9, 9]
-    assert pruning.allocate(10, 1, 5, "depth") == [5]
-    assert pruning.allocate(10, 2, 6, "uniform") == [3, 3]
-    with pytest.raises(UsageError, match="would empty a layer"):
-        pruning.allocate(10, 3, 28, "depth")
-
-
-@pytest.mark.parametrize("budget", pruning.BUDGETS)
-def test_a_larger_budget_never_gives_back(budget):
-    before = [0] * 4
-    for total in range(4 * 31 + 1):
-        after = pruning.allocate(32, 4, total, budget, before)
-        assert after == pruning.allocate(32, 4, total, budget)
-        assert sum(after) == total
-        assert max(after) <= 31
-        assert all(b >= a for a, b in zip(before, after, strict=True))
-        before = after
-
-
-def family(fresh, data, folder, seeds=(0, 1)):
-    start = fresh(epochs=8)
-    plan = pruning.plan(start, [0.25, 0.5, 0.75], seeds, "s4op", "depth")
-    return pruning.prune(start, data, plan, folder), plan
-
-
-def test_the_family_is_nested_and_its_winners_are_the_best_by_validation(fresh, data, tmp_path):
-    members, plan = family(fresh, data, tmp_path)
-    assert plan.epochs == 1  # one eighth of 8
-    active = [set(range(8)) for _ in range(2)]
-    for member in members:
-        model = training.load_checkpoint(tmp_path / member.checkpoint).model
-        assert [len(a) for a in model.active()] == member.active
-        assert 16 - sum(member.active) == round(member.rate * 16)
-        assert min(member.active) >= 1
-        for left, now in zip(active, model.active(), strict=True):
-            assert set(now) <= left
-        active = [set(a) for a in model.active()]
-        scores = []
-        for seed in plan.seeds:
-            candidate = training.load_checkpoint(tmp_path / "candidates" / f"rate-{member.rate:g}-seed-{seed}.pt")
-            scores.append(candidate.history[-1]["validation"]["balanced_accuracy"])
-        assert member.validation.balanced_accuracy == max(scores)
-    assert [m["rate"] for m in json.loads((tmp_path / "family.json").read_text())["members"]] == [0.25, 0.5, 0.75]
-    assert members[0].parameters > members[1].parameters > members[2].parameters
-
-
-def test_a_killed_search_goes_on_to_the_same_family(fresh, data, tmp_path, monkeypatch):
-    expected, _ = family(fresh, data, tmp_path / "whole")
-    with monkeypatch.context() as patch:
-        killed_after(patch, 5)
-        with pytest.raises(Killed):
-            family(fresh, data, tmp_path / "broken")
-    resumed, _ = family(fresh, data, tmp_path / "broken")
-    assert resumed == expected
-    with pytest.raises(UsageError, match="another plan"):
-        family(fresh, data, tmp_path / "broken", seeds=(7,))
-
-
-@pytest.mark.parametrize(
-    ("rates", "seeds", "method", "message"),
-    [
-        ([], [0], "s4op", "rates: "),
-        ([0.5, 0.3], [0], "s4op", "rates: "),
-        ([0.0], [0], "s4op", "rates: "),
-        ([1.0], [0], "s4op", "rates: "),
-        ([float("nan")], [0], "s4op", "rates: "),
-        ([0.99], [0], "s4op", "would empty a layer"),
-        ([0.5], [], "s4op", "seeds: "),
-        ([0.5], [1, 1], "s4op", "seeds: "),
-        ([0.5], [0], "luck", "method 'luck': unknown"),
-    ],
-)
-def test_plans_that_can_not_be(fresh, rates, seeds, method, message):
-    with pytest.raises(UsageError, match=message):
-        pruning.plan(fresh(), rates, seeds, method, "depth")
-
-
-def test_a_pruned_checkpoint_is_no_start(fresh):
-    start = fresh()
-    start.model.ssms()[0].bypass([1])
-    with pytest.raises(UsageError, match="already pruned"):
-        pruning.plan(start, [0.5], [0], "s4op", "depth")
 
 
 def test_only_arrays_come_out_of_a_pickle(tmp_path):

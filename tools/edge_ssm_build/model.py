@@ -73,7 +73,8 @@ class SSM(nn.Module):
 
     active: Tensor  # (K,) int64, ascending
     pairs: Tensor  # (K,) int64
-    fixed: Tensor  # (H,) bool: bypassed by identity, so that the gain does not train
+    fixed: Tensor  # (H,) bool: bypassed with a gain that does not train
+    gain: Tensor  # (H,), that gain: 1 for identity, 0 for a removed column
     kept: Tensor  # (K, M) bool: states that are still there; the first ``pairs`` of each row
 
     def __init__(self, config: Config, shape: LayerShape) -> None:
@@ -97,6 +98,7 @@ class SSM(nn.Module):
         self.register_buffer("active", torch.tensor(shape.active, dtype=torch.int64))
         self.register_buffer("pairs", torch.tensor(shape.pairs, dtype=torch.int64))
         self.register_buffer("fixed", torch.zeros(h, dtype=torch.bool))
+        self.register_buffer("gain", torch.ones(h))
         self.register_buffer("kept", torch.arange(m) < self.pairs[:, None])
         self.log_dt = nn.Parameter(torch.rand(k) * span + math.log(config.dt_min))
         self.log_A_real = nn.Parameter(torch.log(-A.real).float())
@@ -106,7 +108,7 @@ class SSM(nn.Module):
 
     def full_D(self) -> Tensor:
         """(H,): D of the active channels, the gain of the bypassed ones."""
-        return torch.where(self.fixed, self.D.detach(), self.D)
+        return torch.where(self.fixed, self.gain, self.D)
 
     def kernel(self, length: int) -> Tensor:
         """(K, length): the convolution kernel without D."""
@@ -147,10 +149,17 @@ class SSM(nn.Module):
         for name, parameter in list(self.named_parameters()):
             if name != "D":
                 setattr(self, name, nn.Parameter(parameter.detach()[keep].clone()))
-        with torch.no_grad():
-            self.D[channels] = 1.0 if gain is None else gain.to(self.D.dtype)
-        self.fixed[channels] = gain is None
+        if gain is None:
+            self.fix(channels, 1.0)
+        else:
+            with torch.no_grad():
+                self.D[channels] = gain.to(self.D.dtype)
         self.active, self.pairs, self.kept = self.active[keep], self.pairs[keep], self.kept[keep]
+
+    def fix(self, channels: list[int], gain: float) -> None:
+        """Pass these bypassed channels with one gain for ever."""
+        self.fixed[channels] = True
+        self.gain[channels] = gain
 
     def shrink(self) -> None:
         """Cut the shared array down to the widest channel that is left."""

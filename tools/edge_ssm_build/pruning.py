@@ -184,8 +184,8 @@ def _bypass(model: SSMNetwork, channels: list[list[int]], statistics: list[Stati
             block.ssm.bypass(gone, statistics[i].gain[gone])
         else:
             block.mixing.drop_columns(gone, statistics[i].mean[gone])
-            block.ssm.bypass(gone, torch.zeros(len(gone)))
-            block.ssm.fixed[gone] = True
+            block.ssm.bypass(gone)
+            block.ssm.fix(gone, 0.0)
 
 
 def _drop_columns(model: SSMNetwork, measured: list[Measured], share: float) -> None:
@@ -197,9 +197,7 @@ def _drop_columns(model: SSMNetwork, measured: list[Measured], share: float) -> 
     chosen = lowest([m.statistics.taylor_zero for m in measured], candidates, more, keep=0)
     for block, channels, m in zip(model.layers(), chosen, measured, strict=True):
         block.mixing.drop_columns(channels, m.statistics.mean[channels])
-        with torch.no_grad():
-            block.ssm.D[channels] = 0.0
-        block.ssm.fixed[channels] = True
+        block.ssm.fix(channels, 0.0)
 
 
 def _drop_rows(model: SSMNetwork, measured: list[Measured], share: float) -> None:

@@ -111,11 +111,12 @@ class StepTimer:
     def __init__(self, base: Network, samples: Any, engine: str, table: StepTable | None) -> None:
         self.base, self.samples, self.engine, self.table = base, samples, engine, table
 
-    def __call__(self, network: Network) -> tuple[float, float]:
+    def __call__(self, networks: Sequence[Network]) -> tuple[list[float], float]:
+        """Microseconds of a step of each network, all measured together, and of the unpruned one beside them."""
         if self.table is not None:
-            return self.table.predict(network), self.table.predict(self.base)
-        here, base = measure([create(self.engine, network), create(self.engine, self.base)], self.samples)
-        return here, base
+            return [self.table.predict(network) for network in networks], self.table.predict(self.base)
+        *steps, base = measure([create(self.engine, network) for network in [*networks, self.base]], self.samples)
+        return steps, base
 
 
 def network_of(checkpoint: Checkpoint) -> Network:
@@ -125,7 +126,7 @@ def network_of(checkpoint: Checkpoint) -> Network:
 def _member(checkpoint: Checkpoint, rate: float, seed: int | None, name: str, timer: StepTimer) -> Member:
     network = network_of(checkpoint)
     total = cost(network)
-    here, base = timer(network)
+    (here,), base = timer([network])
     return Member(
         rate=rate,
         seed=seed,
@@ -224,6 +225,10 @@ def search(
             say(_line(members[-1]))
             if target.given() and _stop(members, target):
                 break
+    # What is compared is measured together: between two rates the machine may have changed its pace.
+    steps, base_us = timer([network_of(checkpoint) for checkpoint in checkpoints])
+    for i, step_us in enumerate(steps):
+        members[i] = replace(members[i], step_us=round(step_us, 3), base_step_us=round(base_us, 3))
     chosen = _choose(members, target) if target.given() else None
     written = [i for i in range(len(members)) if i or chosen is members[0]]
     for i in written:
