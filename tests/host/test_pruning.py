@@ -56,7 +56,9 @@ def test_a_larger_budget_never_gives_back(budget):
 
 def test_a_global_budget_scales_layers_and_keeps_one_in_each():
     scores = [torch.tensor([1.0, 2.0, 3.0]), torch.tensor([100.0, 200.0, 900.0])]
-    assert lowest(scores, [[0, 1, 2], [0, 1, 2]], 2, keep=1) == [[], [0, 1]]
+    # Over their layer's mean: 0.5 1 1.5, and 0.25 0.5 2.25.
+    assert lowest(scores, [[0, 1, 2], [0, 1, 2]], 2, keep=1) == [[0], [0]]
+    assert lowest(scores, [[0, 1, 2], [0, 1, 2]], 3, keep=1) == [[0], [0, 1]]
     assert lowest(scores, [[0, 1, 2], [0, 1, 2]], 4, keep=1) == [[0, 1], [0, 1]]
     assert lowest(scores, [[0, 1, 2], [0, 1, 2]], 9, keep=1) == [[0, 1], [0, 1]]
 
@@ -152,7 +154,7 @@ def test_every_method_makes_a_nested_family_that_streams(fresh, data, form, meth
             operators = sum(len(b.ssm.active) for b in network.blocks)
             assert pairs == max(operators, round(0.3 * operators * 4))
         if method == "s4op":
-            assert all(float(b.ssm.full_D()[h]) == 1.0 for b in current.model.layers() for h in gone(b))
+            assert all(b.ssm.full_D()[h].item() == 1.0 for b in current.model.layers() for h in gone(b))
     assert current.history[-1]["rate"] == 0.75
     again = base
     for step in range(3):
@@ -263,8 +265,10 @@ def test_the_fit_is_a_stationary_point_of_the_weighted_error(fresh, data):
     assert (cost <= fit.solved(start)[2] + 1e-12).all()
     inside = (modes.p.real > -2.9) & (modes.p.real < -3e-4) & (modes.p.imag.abs() < 3.1)
     for move in (1e-3, -1e-3, 1e-3j, -1e-3j):
-        moved = torch.where(inside, modes.p * (1 + 0j) + move, modes.p)
-        assert (fit.solved(moved)[2] >= cost * (1 - 5e-2) - 1e-9).all()
+        for m in range(3):
+            moved = modes.p.clone()
+            moved[:, m] = torch.where(inside[:, m], moved[:, m] + move, moved[:, m])
+            assert (fit.solved(moved)[2] >= 0.97 * cost - 1e-6).all(), (move, m)
 
 
 def test_a_reduced_rank_one_channel_is_diagonal_and_one_that_keeps_all_is_not(fresh, data):

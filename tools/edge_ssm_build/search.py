@@ -224,22 +224,19 @@ def search(
             bar.clear()
             say(_line(members[-1]))
             if target.given() and _stop(members, target):
-                break
-    # What is compared is measured together: between two rates the machine may have changed its pace.
-    steps, base_us = timer([network_of(checkpoint) for checkpoint in checkpoints])
-    for i, step_us in enumerate(steps):
-        members[i] = replace(members[i], step_us=round(step_us, 3), base_step_us=round(base_us, 3))
+                members = _timed_together(members, checkpoints, timer)
+                if _choose(members, target) or not _good(members[-1], members, target):
+                    break
+    members = _timed_together(members, checkpoints, timer)
     chosen = _choose(members, target) if target.given() else None
-    written = [i for i in range(len(members)) if i or chosen is members[0]]
-    for i in written:
-        save_checkpoint(output / members[i].checkpoint, checkpoints[i])
-        _, made_by = export(checkpoints[i], data, output / members[i].artifact)
-        size = (output / members[i].artifact).stat().st_size
+    for i, checkpoint in enumerate(checkpoints):
+        path = output / members[i].artifact
+        save_checkpoint(output / members[i].checkpoint, checkpoint)
+        _, made_by = export(checkpoint, data, path)
+        if members[i] is chosen:
+            atomic.write(output / "chosen.safetensors", path.read_bytes())
         test = Score(**made_by["scores"]["test"])
-        if chosen is members[i]:
-            atomic.write(output / "chosen.safetensors", (output / members[i].artifact).read_bytes())
-            chosen = members[i] = replace(members[i], test=test, file_bytes=size)
-        members[i] = replace(members[i], test=test, file_bytes=size)
+        members[i] = replace(members[i], test=test, file_bytes=path.stat().st_size)
     family = {
         "version": 2,
         "method": method,
@@ -255,6 +252,15 @@ def search(
     if target.given() and chosen is None:
         raise RunFailed(f"{_nearest(members, target)}; {output / 'family.json'} has all that were made")
     return family
+
+
+def _timed_together(members: Sequence[Member], checkpoints: Sequence[Checkpoint], timer: StepTimer) -> list[Member]:
+    """With steps measured in one go: between two rates the machine may have changed its pace."""
+    steps, base_us = timer([network_of(checkpoint) for checkpoint in checkpoints])
+    return [
+        replace(member, step_us=round(step_us, 3), base_step_us=round(base_us, 3))
+        for member, step_us in zip(members, steps, strict=True)
+    ]
 
 
 def _rank(reached: Score) -> tuple[float, float]:

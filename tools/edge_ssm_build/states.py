@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import heapq
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -138,26 +139,33 @@ class _Hankel:
     """Starts for the fit: the poles of the balanced reduction that each channel's Hankel matrix gives (Kung 1978)."""
 
     def __init__(self, kernel: Tensor) -> None:
+        self.kernel = kernel.numpy()
         self.half = min((kernel.shape[1] - 1) // 2, 128)
-        rows = torch.arange(self.half)
-        self.U, self.S, _ = np.linalg.svd(kernel[:, 1 + rows[:, None] + rows].numpy())
+        rows = np.arange(self.half)
+        self.U, self.S, _ = np.linalg.svd(self.kernel[:, 1 + rows[:, None] + rows])
 
     def poles(self, pairs: int) -> Tensor:
         """(K, pairs) complex128, their logarithms."""
         order = max(1, min(2 * pairs, self.half - 1))
         starts = []
-        for u, s in zip(self.U, self.S, strict=True):
+        for u, s, kernel in zip(self.U, self.S, self.kernel, strict=True):
             basis = u[:, :order] * np.sqrt(s[:order])
             step = np.linalg.lstsq(basis[:-1], basis[1:], rcond=None)[0]
             poles = np.linalg.eigvals(step)
             poles = poles[poles.imag >= 0]
-            # Slow poles first: they carry more of the response.
-            poles = poles[np.argsort(-np.abs(poles), kind="stable")][:pairs]
+            poles = np.clip(np.abs(poles), 0.05, 0.9995) * np.exp(1j * np.angle(poles))
+            poles = poles[np.argsort(-_energy(poles, kernel), kind="stable")][:pairs]
             spare = 0.5 * np.exp(1j * np.pi * (np.arange(pairs - len(poles)) + 0.5) / max(1, pairs))
-            poles = np.concatenate([poles, spare])
-            radius = np.clip(np.abs(poles), 0.05, 0.9995)
-            starts.append(np.log(radius) + 1j * np.angle(poles))
+            starts.append(np.log(np.concatenate([poles, spare])))
         return torch.from_numpy(np.stack(starts))
+
+
+def _energy(poles: Any, kernel: Any) -> Any:
+    """How much of the impulse response (T,) each pole carries, when all together make up the most of it."""
+    powers = poles[:, None] ** np.arange(1, len(kernel))
+    columns = np.concatenate([powers.real, powers.imag])
+    shares = np.linalg.lstsq(columns.T, kernel[1:], rcond=1e-8)[0].reshape(2, -1)
+    return (shares**2).sum(axis=0) / (1 - np.abs(poles) ** 2)
 
 
 def _columns(p: Tensor, c: Tensor, length: int) -> tuple[Tensor, Tensor]:
