@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 from typing import Any
 
 import click
@@ -175,6 +176,23 @@ def inspect_(model: str, as_json: bool) -> None:
     """Show what MODEL holds: layers, channels, cost of a step, provenance."""
     description = inspect.describe(artifact.load(model))
     click.echo(json.dumps(description, indent=1) if as_json else inspect.render(description))
+
+
+@cli.command()
+@click.option(
+    "--step-table",
+    required=True,
+    metavar="FILE",
+    help="Gets the steps of many small networks, for edge-ssm-build prune.",
+)
+@click.option("--engine", default="auto", show_default=True)
+def profile(step_table: str, engine: str) -> None:
+    """Measure what a step costs on this machine."""
+    from edge_ssm.monitor import steptime
+
+    table = steptime.tabulate(engine)
+    steptime.save_table(Path(step_table), table)
+    click.echo(f"{step_table}: {len(table.rows)} networks measured on {table.machine}, engine {table.engine}")
 
 
 @cli.command("doctor")

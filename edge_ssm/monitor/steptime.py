@@ -16,6 +16,7 @@ from typing import Annotated
 import msgspec
 import numpy as np
 
+from edge_ssm import atomic
 from edge_ssm.engines import Engine, create
 from edge_ssm.errors import InputRefused
 from edge_ssm.network import (
@@ -154,6 +155,14 @@ def tabulate(engine: str) -> StepTable:
     engines = [create(engine, network) for network in networks]
     rows = [Row(features(n), us) for n, us in zip(networks, measure(engines, samples, rounds=11), strict=True)]
     return StepTable(VERSION, engines[0].name, f"{platform.node()} {platform.machine()}", rows)
+
+
+def save_table(path: Path, table: StepTable) -> None:
+    """Raises InputRefused if the place can't be written."""
+    try:
+        atomic.write(path, msgspec.json.format(msgspec.json.encode(table), indent=1) + b"\n")
+    except OSError as error:
+        raise InputRefused(f"{path}: can't be written ({error.strerror})") from None
 
 
 def load_table(path: Path) -> StepTable:

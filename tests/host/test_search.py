@@ -1,0 +1,288 @@
+"""The search: resumed, run elsewhere, struck by dying workers, aimed at a budget; and the report of what it made."""
+
+import json
+import os
+import signal
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from edge_ssm import artifact
+from edge_ssm.errors import InputRefused, RunFailed, UsageError
+from edge_ssm.monitor import steptime
+
+torch = pytest.importorskip("torch", reason="the host tool needs torch: pip install 'edge-ssm[host]'")
+
+from edge_ssm_build import executors, pruning, reporting, search, training  # noqa: E402
+
+RATES = (0.25, 0.5, 0.75)
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.fixture
+def start(fresh, data):
+    checkpoint = fresh(epochs=8)
+    reached = training.fit(checkpoint, data, checkpoint.recipe)
+    checkpoint.history.append({"stage": "train", "validation": training.asdict(reached)})
+    return checkpoint
+
+
+def family(start, data, folder, fresh=executors.Inline, seeds=(0, 1), method="s4op", rates=RATES, **options):
+    plan = pruning.replace(pruning.plan_of(pruning.METHODS[method], rates, start), seeds=seeds)
+    return search.search(start, data, plan, folder, fresh, method=method, **options)
+
+
+def timeless(found):
+    """Without what is measured anew each time."""
+    return [{k: v for k, v in m.items() if k not in ("step_us", "base_step_us")} for m in found["members"]]
+
+
+def test_the_family_is_nested_and_its_winners_are_the_best_by_validation(start, data, tmp_path):
+    said = []
+    found = family(start, data, tmp_path, say=said.append)
+    assert json.loads((tmp_path / "family.json").read_text())["members"] == json.loads(json.dumps(found["members"]))
+    assert [m["rate"] for m in found["members"]] == [0, *RATES]
+    active = [set(range(8)) for _ in range(2)]
+    for member in found["members"]:
+        checkpoint = training.load_checkpoint(tmp_path / member["checkpoint"])
+        shipped = artifact.load(tmp_path / member["artifact"])
+        assert [len(b.ssm.active) for b in shipped.network.blocks] == member["active"]
+        assert shipped.file_bytes == member["file_bytes"]
+        assert shipped.provenance["scores"]["test"] == member["test"]
+        assert 16 - sum(member["active"]) == round(member["rate"] * 16)
+        for left, now in zip(active, checkpoint.model.active(), strict=True):
+            assert set(now) <= left
+        active = [set(a) for a in checkpoint.model.active()]
+        if member["rate"]:
+            scores = {}
+            for seed in (0, 1):
+                path = tmp_path / "candidates" / f"rate-{member['rate']:g}-seed-{seed}.pt"
+                scores[seed] = training.load_checkpoint(path).history[-1]["validation"]["balanced_accuracy"]
+            assert member["validation"]["balanced_accuracy"] == max(scores.values())
+        assert member["step_us"] > 0
+    parameters = [m["parameters"] for m in found["members"]]
+    assert parameters == sorted(parameters, reverse=True)
+    assert len(said) == 4
+    assert "step" in said[-1]
+
+
+def test_a_killed_search_goes_on_to_the_same_family(start, data, tmp_path, monkeypatch):
+    expected = family(start, data, tmp_path / "whole")
+    original, left = search.candidate, [3]
+
+    def killed(*arguments):
+        left[0] -= 1
+        if left[0] < 0:
+            raise Killed
+        return original(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(search, "candidate", killed)
+        with pytest.raises(Killed):
+            family(start, data, tmp_path / "broken")
+    assert not (tmp_path / "broken" / "family.json").exists()
+    assert len(list((tmp_path / "broken" / "candidates").glob("*.pt"))) == 3
+    resumed = family(start, data, tmp_path / "broken")
+    assert timeless(resumed) == timeless(expected)
+    for member in resumed["members"]:
+        name = member["artifact"]
+        assert (tmp_path / "broken" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    with pytest.raises(UsageError, match="another plan"):
+        family(start, data, tmp_path / "broken", seeds=(7,))
+
+
+def kill_one_child(parent, until):
+    """SIGKILL the first worker process of ``parent`` that has been at work for a moment."""
+    while not until.is_set():
+        for status in Path("/proc").glob("[0-9]*/stat"):
+            try:
+                fields = status.read_text().rsplit(")", 1)[1].split()
+                name = (status.parent / "cmdline").read_bytes()
+            except OSError:
+                continue
+            if int(fields[1]) == parent and b"spawn_main" in name and int(fields[11]) > 100:
+                os.kill(int(status.parent.name), signal.SIGKILL)
+                return
+        time.sleep(0.05)
+
+
+@pytest.mark.slow
+def test_processes_give_the_same_family_and_one_that_dies_is_replaced(start, data, tmp_path):
+    expected = family(start, data, tmp_path / "here", rates=(0.5,))
+    until = threading.Event()
+    with ThreadPoolExecutor(1) as pool, executors.local(2) as fresh:
+        killer = pool.submit(kill_one_child, os.getpid(), until)
+        found = family(start, data, tmp_path / "there", fresh, rates=(0.5,))
+        until.set()
+        killer.result()
+    assert timeless(found) == timeless(expected)
+    assert sorted(p.name for p in (tmp_path / "there" / "candidates").iterdir()) == [
+        "rate-0.5-seed-0.pt",
+        "rate-0.5-seed-1.pt",
+    ]
+
+
+@pytest.mark.slow
+def test_a_dask_cluster_gives_the_same_family_though_a_worker_is_killed(start, data, tmp_path):
+    distributed = pytest.importorskip("distributed")
+    expected = family(start, data, tmp_path / "here", seeds=(0, 1, 2), rates=(0.5,))
+    cluster = distributed.LocalCluster(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None)
+    with cluster:
+        struck = []
+
+        def strike():
+            # Once a worker is at a candidate, it is killed as a machine that goes down would be.
+            with distributed.Client(cluster.scheduler_address, set_as_default=False) as client:
+                while not struck:
+                    for address, tasks in client.processing().items():
+                        if any("run_job" in str(task) for task in tasks):
+                            (pid,) = client.run(os.getpid, workers=[address]).values()
+                            os.kill(pid, signal.SIGKILL)
+                            struck.append(address)
+                            return
+                    time.sleep(0.02)
+
+        with ThreadPoolExecutor(1) as pool, executors.cluster(cluster.scheduler_address) as fresh:
+            done = pool.submit(strike)
+            found = family(start, data, tmp_path / "there", fresh, seeds=(0, 1, 2), rates=(0.5,), remote=True)
+            struck.append(None)
+            done.result()
+    assert struck[0] is not None
+    assert timeless(found) == timeless(expected)
+    assert len(list((tmp_path / "there" / "candidates").iterdir())) == 3
+
+
+def test_no_scheduler_is_one_clear_line():
+    pytest.importorskip("distributed")
+    with pytest.raises(UsageError, match="no Dask scheduler answers"), executors.cluster("tcp://127.0.0.1:1"):
+        pass
+
+
+def broken(job):
+    os._exit(3)
+
+
+def refuses(job):
+    raise RunFailed("no good")
+
+
+def test_jobs_that_kill_every_worker_end_the_run():
+    with executors.local(2) as fresh, pytest.raises(RunFailed, match="died 3 times over the same 1 candidates"):
+        list(executors.run_all(fresh, broken, ["a"]))
+
+
+def test_the_first_job_that_fails_ends_the_run():
+    with executors.local(2) as fresh, pytest.raises(RunFailed, match="no good"):
+        list(executors.run_all(fresh, refuses, ["a", "b", "c"]))
+
+
+def test_a_failed_candidate_leaves_no_family(start, data, tmp_path):
+    with torch.no_grad():
+        start.model.decoder.bias.fill_(float("nan"))
+    with pytest.raises(RunFailed, match="the loss is nan"):
+        family(start, data, tmp_path)
+    assert not (tmp_path / "family.json").exists()
+    assert list((tmp_path / "candidates").iterdir()) == []
+
+
+# --- targets ---------------------------------------------------------------------------------------------------
+
+
+def table_of_states(path):
+    """A device whose step takes a microsecond a pair of states."""
+    rows = []
+    for k in (1, 2, 4, 8, 16):
+        network = steptime.synthetic(16, 1, k, 2, 16, "float32", False)
+        rows.append(steptime.Row({"states": steptime.features(network)["states"]}, float(2 * k)))
+    steptime.save_table(path, steptime.StepTable(1, "cpu", "test", rows))
+    return steptime.load_table(path)
+
+
+def test_a_latency_target_stops_at_the_first_member_that_meets_it(start, data, tmp_path):
+    table = table_of_states(tmp_path / "t.json")
+    found = family(start, data, tmp_path / "f", target=search.Target(latency_us=17.0), table=table)
+    # 16 operators of 2 pairs are 32 us; half of them 16.
+    assert [m["step_us"] for m in found["members"]] == [32.0, 24.0, 16.0]
+    assert found["chosen"] == 0.5
+    assert (tmp_path / "f" / "chosen.safetensors").read_bytes() == (
+        tmp_path / "f" / "rate-0.5.safetensors"
+    ).read_bytes()
+
+
+def test_an_accuracy_target_takes_the_fastest_within(start, data, tmp_path):
+    table = table_of_states(tmp_path / "t.json")
+    found = family(start, data, tmp_path / "all", target=search.Target(accuracy_loss=100.0), table=table)
+    assert found["chosen"] == 0.75
+    base = found["members"][0]["validation"]["balanced_accuracy"]
+    within = [m["rate"] for m in found["members"] if base - m["validation"]["balanced_accuracy"] <= 0]
+    none = family(start, data, tmp_path / "none", target=search.Target(accuracy_loss=0.0), table=table)
+    assert none["chosen"] in within
+
+
+def test_a_size_target(start, data, tmp_path):
+    sizes = {m["rate"]: m["file_bytes"] for m in family(start, data, tmp_path / "all")["members"]}
+    found = family(start, data, tmp_path / "f", target=search.Target(size_bytes=max(sizes[0.5], sizes[0.25]) + 400))
+    assert found["chosen"] is not None
+    chosen = next(m for m in found["members"] if m["rate"] == found["chosen"])
+    assert (tmp_path / "f" / "chosen.safetensors").stat().st_size == chosen["file_bytes"]
+
+
+def test_a_target_that_nothing_meets_says_how_near_it_came(start, data, tmp_path):
+    table = table_of_states(tmp_path / "t.json")
+    with pytest.raises(RunFailed, match=r"no member meets it; the smallest, rate 0.75, has step 8.00 us"):
+        family(start, data, tmp_path / "f", target=search.Target(latency_us=1.0), table=table)
+    assert json.loads((tmp_path / "f" / "family.json").read_text())["chosen"] is None
+    assert not (tmp_path / "f" / "chosen.safetensors").exists()
+
+
+# --- report ----------------------------------------------------------------------------------------------------
+
+
+def test_the_report_holds_every_member_and_is_self_contained(start, data, tmp_path):
+    pytest.importorskip("matplotlib")
+    table = table_of_states(tmp_path / "t.json")
+    family(start, data, tmp_path / "a <b>", target=search.Target(latency_us=17.0), table=table)
+    family(start, data, tmp_path / "energy", method="energy", seeds=(0,))
+    runs, output = [tmp_path / "a <b>", tmp_path / "energy"], tmp_path / "report"
+    output.mkdir()
+    written = reporting.write(runs, output)
+    rows = json.loads((output / "report.json").read_text())
+    assert [r["rate"] for r in rows] == [0, 0.25, 0.5, 0, *RATES]
+    assert [r["rate"] for r in rows if r["chosen"]] == [0.5]
+    lines = (output / "report.csv").read_text().splitlines()
+    assert len(lines) == 1 + len(rows)
+    page = (output / "report.html").read_text()
+    assert "a &lt;b&gt;" in page
+    assert "<b>" not in page
+    assert page.count("<svg") == 2
+    assert "src=" not in page
+    assert 'class="chosen"' in page
+    for name in ("tradeoff.png", "layers.png"):
+        assert (output / name).read_bytes().startswith(b"\x89PNG")
+    before = {p: p.read_bytes() for p in written}
+    reporting.write(runs, output)
+    assert {p: p.read_bytes() for p in written} == before
+
+
+@pytest.mark.parametrize("content", [None, b"", b"{}", b'{"version": 1}', b"\xff\xfe"])
+def test_a_folder_without_a_family_is_refused(tmp_path, content):
+    if content is not None:
+        (tmp_path / "family.json").write_bytes(content)
+    with pytest.raises(InputRefused, match=r"family\.json: "):
+        reporting.write([tmp_path], tmp_path)
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_the_step_timer_measures_side_by_side(start):
+    network = search.network_of(start)
+    timer = search.StepTimer(network, np.zeros((10, 6)), "cpu", None)
+    steps, base = timer([network, network])
+    assert len(steps) == 2
+    assert 0.2 < steps[0] / base < 5
