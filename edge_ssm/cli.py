@@ -183,7 +183,7 @@ def inspect_(model: str, as_json: bool) -> None:
     "--step-table",
     required=True,
     metavar="FILE",
-    help="Gets the steps of many small networks, for edge-ssm-build prune.",
+    help="Gets the steps of many networks, for edge-ssm-build prune.",
 )
 @click.option("--engine", default="auto", show_default=True)
 def profile(step_table: str, engine: str) -> None:

@@ -51,6 +51,7 @@ TASKS = {
     "digits, large": Task("digits", 64, 24, 128, 64, 4, ("compact",)),
     "ecg5000, large": Task("ecg5000", 140, 24, 128, 64, 4, ("compact",)),
 }
+NARROW_RATES = (0.5, 0.7, 0.9)
 METHODS = ("s4op", "magnitude", "taylor", "energy", "h2", "sensitivity", "best", "compact", "narrow")
 
 
@@ -140,6 +141,8 @@ def _narrow(task: Task, kernel: str, base: Any, data: Any, seed: int, folder: Pa
     fine_tune = _plan("compact", base).epochs
     rows = []
     for i, (rate, row) in enumerate(zip(RATES, compact, strict=True)):
+        if rate not in NARROW_RATES:
+            continue
         width = task.d_model
         while width > 1:
             trial = replace(base, model=SSMNetwork(_config(task, data, kernel, width)))
@@ -205,7 +208,7 @@ def train(arguments: argparse.Namespace) -> None:
                 base = training.load_checkpoint(folder / "base.pt")
                 if claim(folder, "states"):
                     finish(folder, "states", _states_alone(base, data, folder))
-                for method in task.methods or METHODS:
+                for method in [m for m in task.methods or METHODS if m in arguments.methods]:
                     if method == "narrow" and not (folder / "compact.json").exists():
                         continue
                     if not claim(folder, method):
@@ -258,6 +261,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/pruning"), help="networks go here; can be resumed")
     parser.add_argument("--tasks", type=listed, default=list(TASKS), help="separated by +")
     parser.add_argument("--kernels", type=listed, default=["s4d", "s4"], help="separated by +")
+    parser.add_argument("--methods", type=listed, default=list(METHODS), help="separated by +")
     parser.add_argument("--seeds", type=lambda text: [int(s) for s in text.split("+")], default=[0, 1, 2])
     arguments = parser.parse_args()
     if arguments.command == "train":

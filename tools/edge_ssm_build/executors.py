@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Executor, Future, ProcessPoolExecutor, as_completed
+from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -13,6 +13,8 @@ from typing import Any, TypeVar
 from edge_ssm.errors import EdgeSSMError, RunFailed, UsageError
 
 Job = TypeVar("Job")
+Fresh = Callable[[], Executor]
+"""Gives an executor; called again when the last one has broken."""
 ATTEMPTS = 3
 """How often a candidate is begun anew when the process that ran it is gone."""
 
@@ -31,26 +33,11 @@ def prepare_process(threads: int = 1) -> None:
         mallopt(m_trim_threshold, size)
 
 
-class Inline(Executor):
-    """Runs a job when it is submitted, in this process."""
-
-    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
-        future: Future[Any] = Future()
-        try:
-            future.set_result(fn(*args, **kwargs))
-        except BaseException as error:
-            # What an interrupted job has done is kept by the job itself.
-            if not isinstance(error, Exception):
-                raise
-            future.set_exception(error)
-        return future
-
-
 @contextmanager
-def local(workers: int) -> Iterator[Callable[[], Executor]]:
-    """A function that gives an executor of ``workers`` processes, a new one when the last has broken."""
+def local(workers: int) -> Iterator[Fresh | None]:
+    """A function that gives an executor of ``workers`` processes, a new one when the last has broken; None for one."""
     if workers == 1:
-        yield Inline
+        yield None
         return
     pools: list[ProcessPoolExecutor] = []
 
@@ -67,7 +54,7 @@ def local(workers: int) -> Iterator[Callable[[], Executor]]:
 
 
 @contextmanager
-def cluster(address: str) -> Iterator[Callable[[], Executor]]:
+def cluster(address: str) -> Iterator[Fresh]:
     """The same on a Dask cluster. Workers need edge-ssm with the host extra, and the data set at hand.
 
     Raises UsageError if Dask is missing or no scheduler answers at ``address``.
@@ -88,12 +75,16 @@ def cluster(address: str) -> Iterator[Callable[[], Executor]]:
         client.close()
 
 
-def run_all(fresh: Callable[[], Executor], fn: Callable[[Job], Any], jobs: Sequence[Job]) -> Iterator[tuple[Job, Any]]:
+def run_all(fresh: Fresh | None, fn: Callable[[Job], Any], jobs: Sequence[Job]) -> Iterator[tuple[Job, Any]]:
     """Each job with its result, in the order in which they end; every job exactly once.
 
     Jobs whose process died are begun anew, ATTEMPTS times in all. The first job that fails for a reason of its own
-    ends the run, after those that have finished were handed out.
+    ends the run, after those that have finished were handed out. Without executors each runs here in its turn.
     """
+    if fresh is None:
+        for job in jobs:
+            yield job, fn(job)
+        return
     waiting = list(jobs)
     for _ in range(ATTEMPTS):
         executor = fresh()

@@ -154,7 +154,8 @@ class SSM(nn.Module):
         else:
             with torch.no_grad():
                 self.D[channels] = gain.to(self.D.dtype)
-        self.active, self.pairs, self.kept = self.active[keep], self.pairs[keep], self.kept[keep]
+        self.active, self.pairs = self.active[keep], self.pairs[keep]
+        self.shrink()
 
     def fix(self, channels: list[int], gain: float) -> None:
         """Pass these bypassed channels with one gain for ever."""

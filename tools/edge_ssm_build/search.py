@@ -8,7 +8,6 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Callable, Sequence
-from concurrent.futures import Executor
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
@@ -26,7 +25,7 @@ from edge_ssm.network import Network, cost
 from edge_ssm_build import datasets
 from edge_ssm_build.convert import to_network
 from edge_ssm_build.datasets import Dataset
-from edge_ssm_build.executors import run_all
+from edge_ssm_build.executors import Fresh, run_all
 from edge_ssm_build.exporting import export
 from edge_ssm_build.pruning import Plan, candidate
 from edge_ssm_build.training import (
@@ -156,7 +155,7 @@ def _candidates(
     todo: Plan,
     step: int,
     folder: Path,
-    fresh: Callable[[], Executor],
+    fresh: Fresh | None,
     remote: bool,
     done: Callable[[], None],
 ) -> dict[int, Checkpoint]:
@@ -186,7 +185,7 @@ def search(
     data: Dataset,
     todo: Plan,
     output: Path,
-    fresh: Callable[[], Executor],
+    fresh: Fresh | None,
     *,
     method: str = "",
     target: Target | None = None,
