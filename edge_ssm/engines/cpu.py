@@ -437,7 +437,7 @@ class CpuEngine(Engine):
         self._step_parameters = [step_parameters(b.ssm, network.discretization) for b in network.blocks]
         self._pack(network)
         self._step_shape = (network.d_input,) if lanes == 1 else (lanes, network.d_input)
-        self._output_shape = (network.d_output,) if lanes == 1 else (lanes, network.d_output)
+        self._blank = np.empty((*self._step_shape[:-1], network.d_output), dtype=np.float32)
 
     def _pack(self, network: Network) -> None:
         h = network.d_model
@@ -532,20 +532,24 @@ class CpuEngine(Engine):
         return widest
 
     def step(self, sample: npt.ArrayLike, out: Array | None = None) -> Array:
+        # Of a small network's step the call is the most: one lane's arrays are flat already.
         x = np.ascontiguousarray(sample, dtype=np.float64)
         if out is not None or x.shape != self._step_shape:
             return super().step(x, out)
-        result = np.empty(self._output_shape, dtype=np.float32)
-        self._call(x, result)
+        result: Array = self._blank.copy()
+        if self.lanes == 1:
+            accepted = self._kernel(self._w, self._table, self._scale, self._memory, x, result)
+        else:
+            flat = x.reshape(-1), result.reshape(-1)
+            accepted = self._kernel(self._w, self._table, self._scale, self._memory, *flat)
+        if not accepted:
+            raise refusal(self.network, x.reshape(1, self.lanes, -1))
         return result
 
     def _run(self, samples: Array, outputs: Array) -> None:
-        self._call(samples, outputs)
-
-    def _call(self, samples: Array, outputs: Array) -> None:
-        flat = samples.reshape(-1)
-        if not self._kernel(self._w, self._table, self._scale, self._memory, flat, outputs.reshape(-1)):
-            raise refusal(self.network, samples.reshape(-1, self.lanes, self.network.d_input))
+        flat = samples.reshape(-1), outputs.reshape(-1)
+        if not self._kernel(self._w, self._table, self._scale, self._memory, *flat):
+            raise refusal(self.network, samples)
 
     def reset(self, lane: int | None = None) -> None:
         self._x[slice(None) if lane is None else lane] = 0

@@ -47,4 +47,8 @@ def test_the_demo_is_pruned_and_says_where_it_comes_from(demo_model):
     )
     assert bypassed > 0
     assert "BSD-3-Clause" in artifact.provenance["data"]["source"]
-    assert artifact.provenance["history"][-1]["method"] == "s4op"
+    pruned = artifact.provenance["history"][-1]
+    assert (pruned["choice"], pruned["rate"]) == ("sensitivity", 0.7)
+    blocks = artifact.network.blocks
+    assert max(len(b.mixing.columns) for b in blocks) < artifact.network.d_model
+    assert len({int(n) for b in blocks for n in b.ssm.pairs}) > 1
