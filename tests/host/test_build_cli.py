@@ -1,8 +1,10 @@
 """edge-ssm-build from end to end on real recordings, and its refusals."""
 
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -10,6 +12,7 @@ from edge_ssm.cli import run_command
 
 torch = pytest.importorskip("torch", reason="the host tool needs torch: pip install 'edge-ssm[host]'")
 
+from edge_ssm_build import training  # noqa: E402
 from edge_ssm_build.cli import cli  # noqa: E402
 
 BUILD = [sys.executable, "-c", "from edge_ssm_build.cli import main; main()"]
@@ -30,10 +33,20 @@ def build(*arguments):
 def test_train_prune_export_record_and_stream(recordings, tmp_path):
     small = ["--d-model", 8, "--d-state", 4, "--epochs", 8, "--batch", 16]
     build("train", "--data", recordings, "--output", tmp_path / "t", "--window", 50, *small)
-    table = build(
-        "prune", tmp_path / "t" / "checkpoint.pt", "--output", tmp_path / "p", "--rates", "0.5", "--seeds", "3"
-    )
-    assert " 0.5     3" in table
+    start = tmp_path / "t" / "checkpoint.pt"
+    said = build("prune", start, "--output", tmp_path / "p", "--method", "s4op", "--rates", "0.5", "--seeds", "3")
+    assert "rate  0.5: validation" in said
+    compact = ["--method", "compact", "--rates", "0.25,0.5", "--mixing-dtype", "int8", "--max-accuracy-loss", 100]
+    said = build("prune", start, "--output", tmp_path / "c", *compact)
+    assert "chosen: rate " in said
+    shown = build("report", tmp_path / "p", tmp_path / "c", "--output", tmp_path / "r")
+    assert {Path(line).name for line in shown.splitlines()} == set(os.listdir(tmp_path / "r"))
+    described = json.loads(call(RUN, "inspect", tmp_path / "c" / "rate-0.5.safetensors", "--json").stdout)
+    assert {layer["mixing_dtype"] for layer in described["layers"]} == {"int8"}
+    assert described["provenance"]["history"][-1]["mixing_dtype"] == "int8"
+    assert sum(layer["active"] for layer in described["layers"]) == 8
+    found = build("evaluate", tmp_path / "c" / "rate-0.5.safetensors", "--data", recordings, "--engine", "cpu")
+    assert "0 labels differ" in found
     model = tmp_path / "m.safetensors"
     assert "every label equal" in build("export", tmp_path / "p" / "rate-0.5.pt", "--output", model)
     exported = build("evaluate", model, "--data", recordings)
@@ -48,10 +61,13 @@ def test_train_prune_export_record_and_stream(recordings, tmp_path):
     assert f"test: {len(decisions)} windows, accuracy {right / len(decisions):.4f}" in exported
 
 
-def test_refusals_are_one_line(tmp_path, recordings, demo_model, capsys, monkeypatch):
+def test_refusals_are_one_line(tmp_path, recordings, fresh, demo_model, capsys, monkeypatch):
     (tmp_path / "bad.pt").write_bytes(b"garbage")
     file = tmp_path / "file"
     file.touch()
+    good, foreign = tmp_path / "good.pt", tmp_path / "foreign.pt"
+    training.save_checkpoint(good, fresh())
+    torch.save({"state_dict": {"layers.0.weight": torch.zeros(3)}}, foreign)
     train = ["train", "--data", recordings, "--window", 50, "--output"]
     for arguments, status, text in (
         (["train", "--data", "mars", "--window", 5, "--output", tmp_path], 2, "data set 'mars': unknown"),
@@ -59,6 +75,15 @@ def test_refusals_are_one_line(tmp_path, recordings, demo_model, capsys, monkeyp
         ([*train, tmp_path / "x", "--d-state", 3], 2, "d_state: 3, expected an even number"),
         ([*train, tmp_path / "x", "--epochs", 0], 2, "--epochs"),
         (["prune", tmp_path / "bad.pt", "--output", tmp_path], 2, "damaged, or not a checkpoint"),
+        (["prune", good, "--output", tmp_path / "q", "--method", "luck"], 2, "method 'luck': unknown, expected s4op"),
+        (["prune", good, "--output", tmp_path / "q", "--rates", "0.99"], 2, "would empty a layer"),
+        (["prune", good, "--output", tmp_path / "q", "--rates", "a"], 2, "--rates 'a': expected numbers"),
+        (["prune", good, "--output", tmp_path / "q", "--states", "2"], 2, "--states '2': expected rate"),
+        (["prune", good, "--output", tmp_path / "q", "--method", "s4op", "--budget", "global"], 2, "no scores"),
+        (["prune", good, "--output", tmp_path / "q", "--step-table", file], 2, "not a step table"),
+        (["prune", good, "--output", tmp_path / "q", "--scheduler", "nonsense"], 2, "no Dask scheduler answers"),
+        (["prune", foreign, "--output", tmp_path / "q"], 2, "not a checkpoint of edge-ssm-build"),
+        (["report", tmp_path], 2, "family.json: can't be read"),
         (["export", tmp_path / "none.pt", "--output", tmp_path / "m"], 2, "no such file"),
         (["evaluate", tmp_path / "none.safetensors"], 2, "can't be read"),
         (["evaluate", demo_model.with_name("demo.csv")], 2, "damaged, or not a checkpoint"),
@@ -70,3 +95,4 @@ def test_refusals_are_one_line(tmp_path, recordings, demo_model, capsys, monkeyp
         assert line.startswith("edge-ssm-build: error: ")
         assert text in line
     assert not (tmp_path / "m").exists()
+    assert not (tmp_path / "q" / "family.json").exists()

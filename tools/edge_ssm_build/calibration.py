@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from edge_ssm_build.datasets import Dataset
-from edge_ssm_build.model import SSMNetwork
+from edge_ssm_build.model import Signals, SSMNetwork
 from edge_ssm_build.training import Checkpoint, as_input, split_windows
 
 MAX_WINDOWS = 256
@@ -53,10 +53,10 @@ def windows(checkpoint: Checkpoint, data: Dataset) -> tuple[Tensor, Tensor]:
     return as_input(x[chosen.numpy()], checkpoint.spec), torch.from_numpy(y)[chosen]
 
 
-def _signals(model: SSMNetwork, x: Tensor, y: Tensor) -> list[dict[str, Tensor]]:
-    """Of every block: v, y, g, z (windows, T, H) float64 and the loss's gradients dy, dg, dz."""
-    found: list[dict[str, list[Tensor]]] = [{} for _ in model.layers()]
+def measure(model: SSMNetwork, x: Tensor, y: Tensor) -> list[Statistics]:
+    """Statistics of every block, of normalised windows (n, T, d_input) and their labels."""
     model.eval()
+    sums = [_Sums() for _ in model.layers()]
     for part, labels in zip(x.split(BATCH), y.split(BATCH), strict=True):
         u, traces = model.encoder(part), []
         for block in model.layers():
@@ -66,46 +66,61 @@ def _signals(model: SSMNetwork, x: Tensor, y: Tensor) -> list[dict[str, Tensor]]
             traces.append(trace)
             u = trace.out
         nn.functional.cross_entropy(model.decide(u), labels, reduction="sum").backward()
-        for store, trace in zip(found, traces, strict=True):
-            for name in ("v", "y", "g", "z"):
-                signal = getattr(trace, name)
-                store.setdefault(name, []).append(signal.detach())
-                if name != "v":
-                    store.setdefault("d" + name, []).append(signal.grad)
+        for total, trace in zip(sums, traces, strict=True):
+            total.add(trace)
     model.zero_grad(set_to_none=True)
-    return [{name: torch.cat(parts).double() for name, parts in store.items()} for store in found]
+    return [total.statistics(len(x), x.shape[1]) for total in sums]
 
 
-def measure(model: SSMNetwork, x: Tensor, y: Tensor) -> list[Statistics]:
-    """Statistics of every block, of normalised windows (n, T, d_input) and their labels."""
-    return [_statistics(**signals) for signals in _signals(model, x, y)]
+class _Sums:
+    """What the statistics of a block are made of, a batch at a time: nothing here grows with the windows' length."""
+
+    def __init__(self) -> None:
+        self.totals: dict[str, Tensor] = {}
+        self.by_window: dict[str, list[Tensor]] = {}
+
+    def add(self, trace: Signals) -> None:
+        v, y, g, z = (signal.detach().double() for signal in trace[:4])
+        dy, dg, dz = (_gradient(signal) for signal in (trace.y, trace.g, trace.z))
+        spectrum = torch.fft.rfft(v, n=2 * v.shape[1], dim=1).abs().square().sum(dim=0)
+        terms = {"vv": v * v, "yv": y * v, "yy": y * y, "g": g, "gg": g * g, "z": z, "dydy": dy * dy}
+        for name, term in terms.items():
+            self._total(name, term.sum(dim=(0, 1)))
+        self._total("spectrum", spectrum)
+        for name, term in {"y": dy * y, "v": dy * v, "g": dg * g, "dg": dg, "z": dz * z, "dz": dz}.items():
+            self.by_window.setdefault(name, []).append(term.sum(dim=1))
+
+    def _total(self, name: str, term: Tensor) -> None:
+        self.totals[name] = self.totals[name] + term if name in self.totals else term
+
+    def statistics(self, windows: int, length: int) -> Statistics:
+        mean = {name: total / (windows * length) for name, total in self.totals.items()}
+        slopes = {name: torch.cat(parts) for name, parts in self.by_window.items()}
+
+        def first_order(of: str, by: Tensor | float, other: str) -> Tensor:
+            return (slopes[of] - by * slopes[other]).square().mean(dim=0)
+
+        gain = mean["yv"] / mean["vv"].clamp_min(1e-30)
+        return Statistics(
+            input_power=mean["vv"],
+            gain=gain,
+            identity_error=(mean["yy"] - 2 * mean["yv"] + mean["vv"]).clamp_min(0),
+            gain_error=(mean["yy"] - gain * mean["yv"]).clamp_min(0),
+            mean=mean["g"],
+            deviation=(mean["gg"] - mean["g"].square()).clamp_min(0),
+            slope=mean["dydy"],
+            taylor_identity=first_order("y", 1.0, "v"),
+            taylor_gain=first_order("y", gain, "v"),
+            taylor_zero=first_order("g", mean["g"], "dg"),
+            row_mean=mean["z"],
+            row_taylor=first_order("z", mean["z"], "dz"),
+            spectrum=(self.totals["spectrum"] / windows).T.contiguous(),
+        )
 
 
-def _statistics(v: Tensor, y: Tensor, g: Tensor, z: Tensor, dy: Tensor, dg: Tensor, dz: Tensor) -> Statistics:
-    def mean(signal: Tensor) -> Tensor:
-        return signal.mean(dim=(0, 1))
-
-    def first_order(gradient: Tensor, difference: Tensor) -> Tensor:
-        return (gradient * difference).sum(dim=1).square().mean(dim=0)
-
-    power = mean(v * v)
-    gain = mean(y * v) / power.clamp_min(1e-30)
-    centre, row_centre = mean(g), mean(z)
-    return Statistics(
-        input_power=power,
-        gain=gain,
-        identity_error=mean((y - v).square()),
-        gain_error=mean((y - gain * v).square()),
-        mean=centre,
-        deviation=mean((g - centre).square()),
-        slope=mean(dy.square()),
-        taylor_identity=first_order(dy, y - v),
-        taylor_gain=first_order(dy, y - gain * v),
-        taylor_zero=first_order(dg, g - centre),
-        row_mean=row_centre,
-        row_taylor=first_order(dz, z - row_centre),
-        spectrum=torch.fft.rfft(v, n=2 * v.shape[1], dim=1).abs().square().mean(dim=0).T.contiguous(),
-    )
+def _gradient(signal: Tensor) -> Tensor:
+    assert signal.grad is not None
+    return signal.grad.double()
 
 
 @torch.no_grad()

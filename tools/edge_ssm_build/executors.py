@@ -67,7 +67,6 @@ def cluster(address: str) -> Iterator[Fresh]:
         client = Client(address, timeout="10s", set_as_default=False)
     except (OSError, ValueError, TimeoutError) as error:
         raise UsageError(f"--scheduler {address}: no Dask scheduler answers ({error})") from None
-    client.run(prepare_process)
     client.register_worker_callbacks(prepare_process)
     try:
         yield lambda: client.get_executor(pure=False, retries=ATTEMPTS)
