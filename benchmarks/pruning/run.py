@@ -206,7 +206,7 @@ def train(arguments: argparse.Namespace) -> None:
                 if not (folder / "base.json").exists():
                     continue  # the other process is at it; a later call takes what is left
                 base = training.load_checkpoint(folder / "base.pt")
-                if claim(folder, "states"):
+                if not task.methods and claim(folder, "states"):
                     finish(folder, "states", _states_alone(base, data, folder))
                 for method in [m for m in task.methods or METHODS if m in arguments.methods]:
                     if method == "narrow" and not (folder / "compact.json").exists():
