@@ -80,17 +80,19 @@ def render(description: dict[str, Any]) -> str:
         f"  labels      {', '.join(d['labels']) or '(none)'}",
         f"  form        {d['discretization']} discretization, norm {norm} the block",
         "",
-        "  layer  active  bypassed  d_state  states  mixing                norm    parameters  multiply-adds a step",
+        "  layer  active  rank-one  bypassed  d_state  states  mixing                norm    parameters  "
+        "multiply-adds a step",
     ]
     for row in d["layers"]:
         mixing = f"{row['mixing']} {row['mixing_columns']}x{row['mixing_rows']} {row['mixing_dtype']}"
         lines.append(
-            f"  {row['layer']:>5}  {row['active']:>6}  {row['bypassed']:>8}  {_span(row['channel_states']):>7}  "
-            f"{row['states']:>6}  {mixing:<20}  {row['norm'] or 'none':<6}  {row['parameters']:>10,}  "
-            f"{row['multiply_adds']:>20,}"
+            f"  {row['layer']:>5}  {row['active']:>6}  {row['low_rank_channels']:>8}  {row['bypassed']:>8}  "
+            f"{_span(row['channel_states']):>7}  {row['states']:>6}  {mixing:<20}  {row['norm'] or 'none':<6}  "
+            f"{row['parameters']:>10,}  {row['multiply_adds']:>20,}"
         )
     lines += [
-        f"  total  {sum(r['active'] for r in d['layers']):>6}  {sum(r['bypassed'] for r in d['layers']):>8}"
+        f"  total  {sum(r['active'] for r in d['layers']):>6}  "
+        f"{sum(r['low_rank_channels'] for r in d['layers']):>8}  {sum(r['bypassed'] for r in d['layers']):>8}"
         f"{'':>9}  {sum(r['states'] for r in d['layers']):>6}{'':>30}  {d['parameters']:>10,}  "
         f"{d['multiply_adds_per_step']:>20,}",
         "",

@@ -1,9 +1,11 @@
 """Every engine is held to the convolution mode, computed independently of it, and to the engines' common interface."""
 
 import math
+import os
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import convolution
 import numpy as np
@@ -253,6 +255,42 @@ def test_the_rational_functions_keep_their_stated_errors():
     inner = x[np.abs(x) < 20]
     gelu = np.array([0.5 * v * (1 + math.erf(v / math.sqrt(2))) for v in inner.astype(np.float64)])
     assert (np.abs(on_all(inner, 2) - gelu) <= 4e-7 * np.maximum(1, np.abs(inner))).all()
+
+
+def test_every_finite_half_is_read_exactly():
+    from numba import njit
+
+    from edge_ssm.engines import cpu
+
+    @njit
+    def read(bits, values):
+        for i in range(len(bits)):
+            values[i] = cpu._half(bits[i])
+
+    bits = np.arange(1 << 16, dtype=np.uint16)
+    halves = bits.view(np.float16)
+    values = np.empty(len(bits), dtype=np.float32)
+    read(bits, values)
+    finite = np.isfinite(halves)
+    assert np.array_equal(values[finite], halves[finite].astype(np.float32))
+    assert np.array_equal(np.signbit(values), np.signbit(halves))
+
+
+def test_a_processor_without_extensions_will_do(tmp_path):
+    """Nothing in the kernel may need what x86-64 or AArch64 does not always have."""
+    code = (
+        "import sys; sys.path.insert(0, 'tests'); from networks import *; from edge_ssm.engines import create\n"
+        "for dtype in ('float32', 'float16', 'int8'):\n"
+        "    network = random_network(h=19, mixing_dtype=dtype, low_rank=0.5, discretization='bilinear')\n"
+        "    x = samples_for(network, 0, 50)\n"
+        "    print(abs(create('cpu', network).chunk(x) - create('reference', network).chunk(x)).max() < 1e-4)\n"
+    )
+    plain = {"NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": "", "NUMBA_CACHE_DIR": str(tmp_path)}
+    root = Path(__file__).parent.parent
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | plain, cwd=root
+    )
+    assert done.stdout.split() == ["True"] * 3, done.stderr
 
 
 def test_the_two_discretizations_meet_as_the_step_shrinks():

@@ -88,10 +88,23 @@ _DTYPES = ("float32", "float16", "int8")
 
 @intrinsic
 def _half(typingctx: Any, bits: Any) -> Any:
-    """The value of a float16 given by its bits."""
+    """The value of a finite float16 given by its bits (IEEE 754-2019, 3.4).
+
+    By integer arithmetic: LLVM's own conversion calls a library function that is not there on a processor without
+    F16C, and float32 arithmetic on the bits of a half subnormal would be flushed.
+    """
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.fpext(builder.bitcast(arguments[0], ir.HalfType()), ir.FloatType())
+        i32, f32 = ir.IntType(32), ir.FloatType()
+        wide = builder.zext(arguments[0], i32)
+        size = builder.and_(wide, ir.Constant(i32, 0x7FFF))
+        # Ten bits of fraction become 23, and the exponent's bias 15 becomes 127.
+        normal = builder.add(builder.shl(size, ir.Constant(i32, 13)), ir.Constant(i32, 112 << 23))
+        subnormal = builder.fmul(builder.uitofp(size, f32), ir.Constant(f32, 2.0**-24))
+        is_normal = builder.icmp_unsigned(">=", size, ir.Constant(i32, 0x400))
+        magnitude = builder.select(is_normal, normal, builder.bitcast(subnormal, i32))
+        sign = builder.shl(builder.and_(wide, ir.Constant(i32, 0x8000)), ir.Constant(i32, 16))
+        return builder.bitcast(builder.or_(magnitude, sign), f32)
 
     return types.float32(types.uint16), codegen
 

@@ -14,7 +14,7 @@ import click
 import edge_ssm
 from edge_ssm import atomic
 from edge_ssm.cli import run_command
-from edge_ssm.errors import UsageError
+from edge_ssm.errors import RunFailed, UsageError
 
 OUT_OF_PACKAGE = "watch, digits, forda, ecg5000, or a .npz file of your own (docs/build.md)"
 
@@ -332,6 +332,68 @@ def export(checkpoint: str, output: str) -> None:
         f"{output}: {Path(output).stat().st_size:,} bytes, test accuracy {reached['accuracy']:.4f}, "
         f"balanced {reached['balanced_accuracy']:.4f}"
     )
+
+
+FROM = "auto, state-spaces-s4d, state-spaces-s4block or s4op."
+
+
+@cli.command("import")
+@click.argument("checkpoint")
+@click.option("--from", "form", default="auto", show_default=True, help=FROM)
+@click.option("--arch", required=True, metavar="FILE", help="ARCH.toml: what the keys can't tell (docs/import.md).")
+@click.option("--output", required=True, metavar="FILE", help="The artifact, *.safetensors.")
+@click.option("--input", "recording", metavar="FILE", help="A recording to compare on, beside random input.")
+def import_(checkpoint: str, form: str, arch: str, output: str, recording: str | None) -> None:
+    """Turn a CHECKPOINT of state-spaces or S4oP into an artifact, if its stream says what its convolution says."""
+    _need_torch()
+    from edge_ssm_build import foreign, importing
+
+    read = foreign.read(Path(checkpoint), form, foreign.read_arch(Path(arch)))
+    heard = None if recording is None else Path(recording)
+    network, agreements = importing.write(read, Path(checkpoint), Path(output), heard)
+    for a in agreements:
+        click.echo(f"{a.engine}: {a.steps} samples, largest error of a logit {a.error:.1e}")
+    active = [len(block.ssm.active) for block in network.blocks]
+    click.echo(f"{output}: {read.form}, {len(active)} layers, {network.d_model} channels, active {active}")
+
+
+@cli.command()
+@click.argument("model")
+@click.argument("checkpoint", required=False)
+@click.option("--from", "form", default="auto", show_default=True, help=FROM)
+@click.option("--arch", metavar="FILE", help="ARCH.toml of CHECKPOINT.")
+@click.option("--steps", type=click.IntRange(min=1), default=1000, show_default=True, help="Against the convolution.")
+@click.option(
+    "--drift", type=click.IntRange(min=0), default=1_000_000, show_default=True, help="Samples of one long stream."
+)
+def verify(model: str, checkpoint: str | None, form: str, arch: str | None, steps: int, drift: int) -> None:
+    """Compare MODEL's stream with its convolution (or CHECKPOINT's own), each engine with float64, over a long stream.
+
+    Exit status 1 if an output is off by more than 1e-4.
+    """
+    _need_torch()
+    from tqdm import tqdm
+
+    from edge_ssm import artifact
+    from edge_ssm.engines import ENGINES
+    from edge_ssm_build import foreign, verification
+
+    if (checkpoint is None) != (arch is None):
+        raise UsageError("verify: a CHECKPOINT and its --arch go together")
+    network = artifact.load(model).network
+    found = [("its convolution", a) for a in verification.against_convolution(network, steps)]
+    if checkpoint is not None and arch is not None:
+        read = foreign.read(Path(checkpoint), form, foreign.read_arch(Path(arch)))
+        samples = verification.samples_for(network, steps)
+        found += [("the checkpoint", a) for a in verification.against_checkpoint(network, read, samples)]
+    for engine in (name for name in ENGINES if name != "reference" and drift):
+        with tqdm(total=drift, desc=f"{engine}, long stream", unit=" samples") as bar:
+            found.append(("float64, one long stream", verification.drift(network, engine, drift, bar.update)))
+    for against, a in found:
+        mark = "ok" if a.error <= verification.BOUND else "TOO LARGE"
+        click.echo(f"{a.engine:<10} {a.steps:>8} samples against {against}: largest error {a.error:.1e}  {mark}")
+    if any(not a.error <= verification.BOUND for _, a in found):
+        raise RunFailed(f"{model}: an output is off by more than {verification.BOUND:g}")
 
 
 @cli.command()

@@ -72,7 +72,7 @@ def _slices(pairs: Any) -> list[slice]:
     return [slice(int(end - count), int(end)) for end, count in zip(ends, pairs, strict=True)]
 
 
-def _untruncated_C(A: Any, P: Any, C: Any, dt: Any, pairs: Any, length: int) -> Any:
+def untruncated_C(A: Any, P: Any, C: Any, dt: Any, pairs: Any, length: int) -> Any:
     """The C of which ``truncated_C`` makes ``C``. Arguments as in SSM."""
     result = np.empty_like(C)
     for k, at in enumerate(_slices(pairs)):
@@ -95,7 +95,7 @@ def ssm_of(ssm: torch_model.SSM) -> SSM:
     B, P = np.ones_like(A), None
     if ssm.low_rank:
         B, P = states(ssm.B), states(ssm.P)
-        C = _untruncated_C(A, P, C, dt, pairs, ssm.l_kernel)
+        C = untruncated_C(A, P, C, dt, pairs, ssm.l_kernel)
         P = P if P.any() else None
     return SSM(ssm.active.numpy().astype(np.int64), pairs, A, B, C, _array(ssm.full_D()), dt, P)
 

@@ -1,0 +1,297 @@
+"""Is the stream what the convolution says? That the two disagree is the oldest complaint of state-spaces users.
+
+Two independent float64 computations of the convolution stand here: of a foreign checkpoint's own parameters, the way
+that project computes it (Vandermonde sums; for DPLR the generating function of the truncated C), and of an artifact's.
+Neither uses the step parameters that the engines run on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from edge_ssm.engines import ENGINES, create
+from edge_ssm.errors import InputRefused
+from edge_ssm.network import SSM, Array, Block, Network, TokenEncoder, input_range
+from edge_ssm.stream import frames
+from edge_ssm_build.convert import truncated_C
+from edge_ssm_build.foreign import Checkpoint, Layer
+from edge_ssm_build.kernels import low_rank_kernel
+
+BOUND = 1e-4
+"""Largest difference of a logit (docs/import.md)."""
+STEPS = 1000
+
+
+@dataclass(frozen=True)
+class Agreement:
+    engine: str
+    steps: int
+    error: float
+    """Largest absolute difference of a logit: of what a window that ends with any of the samples would decide by."""
+
+
+# --- kernels ---------------------------------------------------------------------------------------------------
+
+
+def _vandermonde(C: Array, log_Abar: Array, length: int) -> Array:
+    """(K, length): 2 Re(sum_m C_m Abar_m^l), of (K, M) complex."""
+    rows = []
+    for c, a in zip(C, log_Abar, strict=True):
+        rows.append(2 * (c @ np.exp(a[:, None] * np.arange(length))).real)
+    return np.array(rows).reshape(len(C), length)
+
+
+def _diagonal(A: Array, B: Array, C: Array, dt: Array, discretization: str, length: int) -> Array:
+    """(K, length), of (K, M) complex and dt (K, 1) or (K, M)."""
+    dt_A = dt * A
+    if discretization == "zoh":
+        return _vandermonde(C * B * (np.exp(dt_A) - 1) / A, dt_A, length)
+    return _vandermonde(C * B * dt / (1 - dt_A / 2), np.log((1 + dt_A / 2) / (1 - dt_A / 2)), length)
+
+
+def _generating(A: Array, P: Array, B: Array, C: Array, dt: Array, length: int) -> Array:
+    """(K, length) from a C truncated to ``length``, channel by channel to bound the memory."""
+    rows = []
+    for k in range(len(A)):
+        a, p, b, c = (torch.from_numpy(np.ascontiguousarray(values[k : k + 1])) for values in (A, P, B, C))
+        rows.append(low_rank_kernel(a, p, b, c, torch.from_numpy(dt[k : k + 1]), length)[0].numpy())
+    return np.array(rows).reshape(len(A), length)
+
+
+def _dense_Abar(A: Array, P: Array, dt: float) -> Array:
+    both, low = np.concatenate([A, A.conj()]), np.concatenate([P, P.conj()])
+    half = dt / 2 * (np.diag(both) - np.outer(low, low.conj()))
+    one = np.eye(len(both))
+    return np.linalg.solve(one - half, one + half)
+
+
+def checkpoint_kernel(layer: Layer, discretization: str, length: int) -> Array:
+    """(K, length): as state-spaces computes it, doubling the length of a truncated C until it is enough."""
+    if layer.P is None:
+        return _diagonal(layer.A, layer.B, layer.C, layer.dt, discretization, length)
+    C, reach = layer.C.copy(), layer.l_kernel
+    for k in range(len(C)):
+        Abar, full = _dense_Abar(layer.A[k], layer.P[k], float(layer.dt[k, 0])), np.concatenate([C[k], C[k].conj()])
+        covered = layer.l_kernel or length
+        power = np.linalg.matrix_power(Abar, covered)
+        if not layer.l_kernel:
+            full = full - full @ power
+        while covered < length:
+            full, power, covered = full + full @ power, power @ power, 2 * covered
+        C[k], reach = full[: len(C[k])], covered
+    return _generating(layer.A, layer.P, layer.B, C, layer.dt[:, 0], reach)[:, :length]
+
+
+def network_kernel(ssm: SSM, discretization: str, length: int) -> Array:
+    """(K, length) of an artifact's layer, whose channels may differ in their states."""
+    rows = []
+    low_rank = ssm.low_rank
+    ends = np.cumsum(ssm.pairs)
+    truncated = truncated_C(ssm, length) if low_rank.any() else ssm.C
+    for k, end in enumerate(ends):
+        at = slice(int(end - ssm.pairs[k]), int(end))
+        A, B, dt = ssm.A[None, at], ssm.B[None, at], ssm.dt[k : k + 1]
+        if low_rank[k]:
+            assert ssm.P is not None
+            rows.append(_generating(A, ssm.P[None, at], B, truncated[None, at], dt, length)[0])
+        else:
+            rows.append(_diagonal(A, B, ssm.C[None, at], dt[:, None], discretization, length)[0])
+    return np.array(rows).reshape(len(ssm.pairs), length)
+
+
+# --- networks --------------------------------------------------------------------------------------------------
+
+
+def _convolve(kernel: Array, v: Array) -> Array:
+    """(K, T), (T, K) -> (T, K), causal, by FFT."""
+    n = 2 * len(v)
+    spectrum = np.fft.rfft(v, n=n, axis=0) * np.fft.rfft(kernel.T, n=n, axis=0)
+    result: Array = np.fft.irfft(spectrum, n=n, axis=0)[: len(v)]
+    return result
+
+
+def _gelu(y: Array) -> Array:
+    x = torch.from_numpy(np.ascontiguousarray(y))
+    result: Array = torch.nn.functional.gelu(x).numpy()
+    return result
+
+
+def _layer_norm(u: Array, eps: float = 1e-5) -> Array:
+    centred = u - u.mean(axis=1, keepdims=True)
+    result: Array = centred / np.sqrt((centred**2).mean(axis=1, keepdims=True) + eps)
+    return result
+
+
+def _mixed(g: Array, weight: Array, bias: Array) -> Array:
+    z = g @ weight.T + bias
+    if z.shape[1] == 2 * g.shape[1]:
+        value, gate = np.split(z, 2, axis=1)
+        z = value / (1 + np.exp(-gate))
+    result: Array = z
+    return result
+
+
+def _run(u: Array, blocks: Iterator[tuple[Callable[[Array], Array], Callable[[Array], Array]]], prenorm: bool) -> Array:
+    """The residual stream through (layer, norm) pairs."""
+    for layer, norm in blocks:
+        u = u + layer(norm(u) if prenorm else u)
+        u = u if prenorm else norm(u)
+    return u
+
+
+def checkpoint_outputs(checkpoint: Checkpoint, samples: Array) -> Array:
+    """(T, d_input) in the sensor's units -> (T, d_output), from the checkpoint's own parameters alone."""
+    arch = checkpoint.arch
+
+    def layer_of(layer: Layer) -> Callable[[Array], Array]:
+        def apply(v: Array) -> Array:
+            y = v.copy()  # a pruned channel passes unchanged
+            kernel = checkpoint_kernel(layer, checkpoint.discretization, len(v))
+            y[:, layer.active] = _convolve(kernel, v[:, layer.active]) + layer.D * v[:, layer.active]
+            return _mixed(_gelu(y), layer.weight, layer.bias)
+
+        return apply
+
+    def norm_of(layer: Layer) -> Callable[[Array], Array]:
+        if layer.running is None:
+            return lambda u: _layer_norm(u) * layer.norm_weight + layer.norm_bias
+        mean, variance = layer.running
+        return lambda u: (u - mean) / np.sqrt(variance + 1e-5) * layer.norm_weight + layer.norm_bias
+
+    if checkpoint.encoder is not None:
+        x = samples
+        if arch.mean:
+            x = x - np.array(arch.mean)
+        if arch.std:
+            x = x / np.array(arch.std)
+        u = x @ checkpoint.encoder[0].T + checkpoint.encoder[1]
+    else:
+        assert checkpoint.embedding is not None
+        u = checkpoint.embedding[samples[:, 0].astype(np.int64)]
+    u = _run(u, ((layer_of(layer), norm_of(layer)) for layer in checkpoint.layers), checkpoint.prenorm)
+    outputs: Array = u @ checkpoint.decoder[0].T + checkpoint.decoder[1]
+    return outputs
+
+
+def network_outputs(network: Network, samples: Array) -> Array:
+    """The same from a network, pruned or not."""
+    h = network.d_model
+
+    def layer_of(block: Block) -> Callable[[Array], Array]:
+        def apply(v: Array) -> Array:
+            ssm, mixing = block.ssm, block.mixing
+            y = v * ssm.D.astype(np.float64)
+            if len(ssm.active):
+                kernel = network_kernel(ssm, network.discretization, len(v))
+                y[:, ssm.active] += _convolve(kernel, v[:, ssm.active])
+            parts = 2 if mixing.kind == "glu" else 1
+            full = np.zeros((parts, h, h))
+            for whole, kept in zip(full, np.split(mixing.values(), parts), strict=True):
+                whole[np.ix_(mixing.rows, mixing.columns)] = kept
+            return _mixed(_gelu(y), full.reshape(parts * h, h), mixing.bias.astype(np.float64))
+
+        return apply
+
+    def norm_of(block: Block) -> Callable[[Array], Array]:
+        norm = block.norm
+        if norm is None:
+            return lambda u: u
+        if norm.kind == "layer":
+            return lambda u: _layer_norm(u, norm.eps) * norm.weight.astype(np.float64) + norm.bias
+        return lambda u: u * norm.weight.astype(np.float64) + norm.bias
+
+    if isinstance(network.encoder, TokenEncoder):
+        u = network.encoder.embedding[samples[:, 0].astype(np.int64)].astype(np.float64)
+    else:
+        x = (samples - network.input.mean) / network.input.std
+        u = x @ network.encoder.weight.T.astype(np.float64) + network.encoder.bias
+    u = _run(u, ((layer_of(block), norm_of(block)) for block in network.blocks), network.prenorm)
+    outputs: Array = u @ network.decoder.weight.T.astype(np.float64) + network.decoder.bias
+    return outputs
+
+
+# --- comparisons -----------------------------------------------------------------------------------------------
+
+
+def samples_for(network: Network, steps: int, seed: int = 0) -> Array:
+    """(steps, d_input): tokens, or slow and fast noise with an offset, as sensors have and slow states show."""
+    rng = np.random.default_rng(seed)
+    if isinstance(network.encoder, TokenEncoder):
+        return rng.integers(0, len(network.encoder.embedding), (steps, 1)).astype(np.float64)
+    noise = rng.standard_normal((steps, network.d_input))
+    smooth = np.empty_like(noise)
+    level = np.zeros(network.d_input)
+    for t, value in enumerate(noise):
+        level = 0.98 * level + 0.2 * value
+        smooth[t] = level
+    allowed = input_range(network)
+    x = network.input.mean + network.input.std * (smooth + 0.5 * noise + 0.5)
+    clipped: Array = np.clip(x, allowed.low, allowed.high)
+    return clipped
+
+
+def recorded(network: Network, path: Path) -> Array:
+    """(T, d_input): the good samples of a recording, as ``edge-ssm run`` reads it. Raises InputRefused if none is."""
+    decoder = frames.decoder(frames.guess_format(str(path)), network.input)
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise InputRefused(f"{path}: can't be read ({error.strerror})") from None
+    found = [*decoder.feed(content), *decoder.finish()]
+    values = np.array([frame.values for frame in found if isinstance(frame, frames.Frame)]).reshape(-1, network.d_input)
+    good: Array = values[~input_range(network).bad(values).any(axis=1)]
+    if not len(good):
+        raise InputRefused(f"{path}: no sample with the channels {', '.join(network.input.channels)}")
+    return good
+
+
+def pooled(outputs: Array, pooling: str) -> Array:
+    """(T, d_output) -> the outputs of windows 0..t, for every t: what a decision at that length would be."""
+    if pooling != "mean":
+        return outputs
+    running: Array = np.cumsum(outputs, axis=0) / np.arange(1, len(outputs) + 1)[:, None]
+    return running
+
+
+def _compare(network: Network, expected: Array, samples: Array, engines: list[str]) -> list[Agreement]:
+    found = []
+    for name in engines:
+        outputs = create(name, network).chunk(samples).astype(np.float64)
+        difference = pooled(outputs, network.pooling) - pooled(expected, network.pooling)
+        found.append(Agreement(name, len(samples), float(np.abs(difference).max())))
+    return found
+
+
+def against_checkpoint(
+    network: Network, checkpoint: Checkpoint, samples: Array | None = None, engines: list[str] | None = None
+) -> list[Agreement]:
+    """Every engine's stream against the checkpoint's own convolution."""
+    x = samples_for(network, max(STEPS, checkpoint.window)) if samples is None else samples
+    return _compare(network, checkpoint_outputs(checkpoint, x), x, engines or list(ENGINES))
+
+
+def against_convolution(
+    network: Network, steps: int = STEPS, engines: list[str] | None = None, samples: Array | None = None
+) -> list[Agreement]:
+    """Every engine's stream against the artifact's own convolution."""
+    x = samples_for(network, steps) if samples is None else samples
+    return _compare(network, network_outputs(network, x), x, engines or list(ENGINES))
+
+
+def drift(network: Network, engine: str, steps: int, progress: Callable[[int], Any] = lambda n: None) -> Agreement:
+    """An engine against the float64 reference: every window's logits over one long stream, state carried throughout."""
+    own, truth, worst, window = create(engine, network), create("reference", network), 0.0, network.window
+    samples = samples_for(network, max(1, min(steps, 20_000) // window) * window)
+    for start in range(0, steps, window):
+        part = samples[start % len(samples) :][: min(window, steps - start)]
+        difference = own.chunk(part) - truth.chunk(part)
+        logits = difference.mean(axis=0) if network.pooling == "mean" else difference[-1]
+        worst = max(worst, float(np.abs(logits).max()))
+        progress(len(part))
+    return Agreement(engine, steps, worst)
