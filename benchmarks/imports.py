@@ -2,9 +2,10 @@
 
     python benchmarks/imports.py [--output benchmarks/imports.json]
 
-For each form, N and age (fresh HiPPO initialisation, or trained on the `watch` recordings) a checkpoint is written in the
-layout of its project, imported, and streamed for 1,000 and 20,000 samples of the CPU engine and the reference. Also times
-a step of a rank-one network beside a diagonal one of the same N. Writes the table of docs/import.md between its marks.
+For each form, N and age (fresh HiPPO initialisation, or trained on the `watch` recordings) a checkpoint is written in
+the layout of its project, imported, and streamed for 1,000 and 20,000 samples of the CPU engine and the reference. Also
+times a step of a rank-one network beside a diagonal one of the same N. Writes the table of docs/import.md between its
+marks.
 Needs the `host` extra; exit status 1 if a logit is off by over 1e-4.
 """
 
@@ -15,6 +16,7 @@ import json
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -52,9 +54,7 @@ def checkpoints(data: datasets.Dataset, n: int, options: dict[str, object]) -> d
     return made
 
 
-def errors(
-    folder: Path, checkpoint: training.Checkpoint, layout: object, stated: dict[str, object]
-) -> dict[str, float]:
+def errors(folder: Path, checkpoint: training.Checkpoint, layout: Any, stated: dict[str, str]) -> dict[str, float]:
     path, arch = folder / "model.pth", folder / "arch.toml"
     torch.save(layout(checkpoint.model), path)
     spec = checkpoint.spec
@@ -96,23 +96,18 @@ def main() -> None:
     ratio = step_ratio()
     print(f"a rank-one step takes {ratio:.2f} times a diagonal one")
     arguments.output.write_text(json.dumps({"step_ratio": ratio, "rows": rows}, indent=1) + "\n")
-    head = "| checkpoint | N | parameters | 1,000 samples | 20,000 samples | rank-one channels of 32 |\n| --- | --- | --- | --- | --- | --- |\n"
-    lines = [
-        f"| {r['form']} | {r['N']} | {r['age']} | {r['cpu 1000']:.1e} | {r['cpu 20000']:.1e} | {r['rank_one']} |\n"
-        for r in rows
-    ]
+    names = ["checkpoint", "N", "parameters", "1,000 samples", "20,000 samples", "rank-one channels of 32"]
+    table = [names, ["---"] * len(names)]
+    for r in rows:
+        figures = [f"{r['cpu 1000']:.1e}", f"{r['cpu 20000']:.1e}", str(r["rank_one"])]
+        table.append([str(r["form"]), str(r["N"]), str(r["age"]), *figures])
+    text = "".join(f"| {' | '.join(line)} |\n" for line in table)
     page = ROOT / "docs" / "import.md"
     before, rest = page.read_text().split("<!-- table -->\n", 1)
     _, after = rest.split("<!-- end -->\n", 1)
-    page.write_text(f"{before}<!-- table -->\n{head}{''.join(lines)}<!-- end -->\n{after}")
-    sys.exit(
-        any(
-            not r[f"{engine} {steps}"] <= 1e-4
-            for r in rows
-            for engine in ("cpu", "reference")
-            for steps in (1000, 20_000)
-        )
-    )
+    page.write_text(f"{before}<!-- table -->\n{text}<!-- end -->\n{after}")
+    compared = [f"{engine} {steps}" for engine in ("cpu", "reference") for steps in (1000, 20_000)]
+    sys.exit(any(not r[name] <= 1e-4 for r in rows for name in compared))
 
 
 if __name__ == "__main__":
