@@ -10,6 +10,7 @@ import pytest
 from edge_ssm import artifact
 from edge_ssm.cli import run_command
 from edge_ssm.errors import InputRefused, RunFailed, UsageError
+from edge_ssm.network import at_sample_rate
 
 torch = pytest.importorskip("torch", reason="the host tool needs torch: pip install 'edge-ssm[host]'")
 
@@ -152,6 +153,19 @@ def test_each_channel_takes_the_form_that_float32_holds(made, tmp_path):
     network, agreements = importing.write(read(path, arch), path, tmp_path / "fourier.safetensors")
     assert not any(b.ssm.low_rank.any() for b in network.blocks)
     assert max(a.error for a in agreements) < 1e-4
+
+
+@pytest.mark.parametrize("form", ["minimal S4D", "S4Block dplr, N 64"])
+@pytest.mark.parametrize("factor", [0.5, 2.0])
+def test_another_sample_rate_is_the_convolution_discretised_anew(made, form, factor):
+    _, path, arch = made(form, sample_rate_hz=50.0)
+    network = at_sample_rate(importing.to_network(read(path, arch)), 50.0 * factor)
+    assert network.window == 50 * factor
+    assert max(a.error for a in verification.against_convolution(network, 1000)) < 1e-4
+    x = verification.samples_for(network, 120)
+    # And against the tests' own convolution, whose matrices know only dt.
+    expected = convolution.outputs(network, x)
+    assert np.abs(verification.network_outputs(network, x) - expected).max() < 1e-9
 
 
 def test_tokens(made, fresh, tmp_path):
