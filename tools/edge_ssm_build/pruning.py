@@ -77,6 +77,7 @@ METHODS: dict[str, Method] = {
     **{name: Method(name) for name in SCORES},
     "best": Method("sensitivity", refit=True, distill=0.5),
     "compact": Method("sensitivity", refit=True, distill=0.5, columns="0.75*rate", rows="0.75*rate", states="0.7"),
+    "smallest": Method("sensitivity", refit=True, distill=0.5, columns="rate", rows="rate", states="0.8"),
 }
 
 
