@@ -20,7 +20,7 @@ MEANING = {
     "sensitivity": "energy of operator minus fitted gain, times the loss's mean squared slope there; global budget",
     "best": "sensitivity, mixing refitted by ridge regression, half of the loss from the unpruned network's logits",
     "compact": "best, and 0.75 of the rate of mixing columns and rows and 70 % of the states go too",
-    "smallest": "best, and as large a share of mixing columns and rows, and 80 % of the states, go too (large networks)",
+    "smallest": "best, and as large a share of mixing columns and rows, and 80 % of the states, go (large networks)",
     "narrow": "a narrower network trained from scratch: at most compact's multiply-adds, as many epochs in all",
 }
 

@@ -275,6 +275,8 @@ def prune(checkpoint: str, output: str, method: str, **options: Any) -> None:
     todo = pruning.check_plan(start, todo)
     table = steptime.load_table(Path(options["step_table"])) if options["step_table"] else None
     data, folder = datasets.load(start.data), _folder(output)
+    # One thread a candidate, here as in workers: sums come out the same wherever it runs.
+    executors.prepare_process()
     workers = options["workers"] or len(os.sched_getaffinity(0))
     address = options["scheduler"]
     where = executors.cluster(address) if address else executors.local(min(workers, len(todo.seeds)))
