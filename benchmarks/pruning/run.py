@@ -27,7 +27,6 @@ from typing import Any
 import numpy as np
 
 HERE = Path(__file__).parent
-RATES = (0.1, 0.3, 0.5, 0.7, 0.9)
 
 
 @dataclass(frozen=True)
@@ -40,6 +39,7 @@ class Task:
     n_layers: int = 2
     methods: tuple[str, ...] = ()
     """Empty: all."""
+    rates: tuple[float, ...] = (0.1, 0.3, 0.5, 0.7, 0.9)
 
 
 TASKS = {
@@ -48,8 +48,8 @@ TASKS = {
     "watch": Task("watch", 100, 10),
     "forda": Task("forda", 500, 6, d_model=32),
     # The "ecg" shape of the engine benchmarks, where the call itself weighs little.
-    "digits, large": Task("digits", 64, 24, 128, 64, 4, ("smallest",)),
-    "ecg5000, large": Task("ecg5000", 140, 24, 128, 64, 4, ("smallest",)),
+    "digits, large": Task("digits", 64, 24, 128, 64, 4, ("smallest",), (0.3, 0.5, 0.6, 0.7, 0.8)),
+    "ecg5000, large": Task("ecg5000", 140, 24, 128, 64, 4, ("smallest",), (0.3, 0.5, 0.6, 0.7, 0.8)),
 }
 
 NARROW_RATES = (0.5, 0.7, 0.9)
@@ -109,23 +109,23 @@ def _row(checkpoint: Any, data: Any, name: str, folder: Path, **known: Any) -> d
     }
 
 
-def _plan(method: str, base: Any) -> Any:
+def _plan(method: str, base: Any, rates: tuple[float, ...]) -> Any:
     from edge_ssm_build import pruning
 
-    return pruning.plan_of(pruning.METHODS[method], RATES, base)
+    return pruning.plan_of(pruning.METHODS[method], rates, base)
 
 
-def _family(method: str, base: Any, data: Any, seed: int, folder: Path) -> list[dict[str, Any]]:
+def _family(method: str, task: Task, base: Any, data: Any, seed: int, folder: Path) -> list[dict[str, Any]]:
     from edge_ssm_build import pruning
 
-    todo = _plan(method, base)
+    todo = _plan(method, base, task.rates)
     if method == "s4op":
         # Three candidates a rate, other ones for each seed of the base network.
         todo = replace(todo, seeds=tuple(3 * seed + i for i in range(3)))
     else:
         todo = replace(todo, seeds=(seed,))
     current, rows = base, []
-    for step, rate in enumerate(RATES):
+    for step, rate in enumerate(task.rates):
         made = [pruning.candidate(current, base, data, todo, step, s) for s in todo.seeds]
         current, _ = max(made, key=lambda c: (c[1].balanced_accuracy, -c[1].loss))
         rows.append(_row(current, data, f"{method}-{rate:g}", folder, rate=rate))
@@ -140,9 +140,9 @@ def _narrow(task: Task, kernel: str, base: Any, data: Any, seed: int, folder: Pa
     from edge_ssm_build.search import network_of
 
     compact = json.loads((folder / "compact.json").read_text())
-    fine_tune = _plan("compact", base).epochs
+    fine_tune = _plan("compact", base, task.rates).epochs
     rows = []
-    for i, (rate, row) in enumerate(zip(RATES, compact, strict=True)):
+    for i, (rate, row) in enumerate(zip(task.rates, compact, strict=True)):
         if rate not in NARROW_RATES:
             continue
         width = task.d_model
@@ -218,7 +218,7 @@ def train(arguments: argparse.Namespace) -> None:
                     if method == "narrow":
                         rows = _narrow(task, kernel, base, data, seed, folder)
                     else:
-                        rows = _family(method, base, data, seed, folder)
+                        rows = _family(method, task, base, data, seed, folder)
                     finish(folder, method, rows)
 
 
