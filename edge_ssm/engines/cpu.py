@@ -1,8 +1,8 @@
 """The CPU engine: one compiled call runs T samples of all lanes through the whole network, in float32.
 
-What makes it fast: everything of a step lies in one packed array, in the order in which it is read; the SSM loops
-run over channels innermost and mixing adds four columns at a time, so both become vector code on AVX and NEON; the
-recurrence is in delta form (``discretize``), which float32 needs for slow states; subnormals are flushed.
+What makes it fast: everything of a step lies in one packed array, in the order in which it is read; the inner loops
+run over channels, or over the rows of the mixing, as explicit vectors (``vector``); the recurrence is in delta form
+(``discretize``), which float32 needs for slow states; subnormals are flushed.
 
 What pruning removed is not there: channels are sorted by their number of states, so that those which still have an
 n-th one are the first of the row; mixing has only the columns and rows that are left, in the type they are stored in.
@@ -10,38 +10,45 @@ n-th one are the first of the row; mixing has only the columns and rows that are
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
-from llvmlite import ir
-from numba import njit, types
-from numba.extending import intrinsic
+from numba import njit
 
 from edge_ssm.discretize import StepParameters, decayed, step_parameters
-from edge_ssm.engines import flush
+from edge_ssm.engines import flush, vector
 from edge_ssm.engines.base import Engine, refusal
-from edge_ssm.engines.rational import gelu, sigmoid
 from edge_ssm.network import Array, Mixing, Network, Norm, TokenEncoder, input_range
 
 _FLAGS = {"contract", "reassoc", "nsz", "arcp"}
-_VECTOR = 8
-"""Rows are padded to this many float32, one AVX register or two NEON ones, so that loops have no remainder."""
 _ALIGN = 16
 """Packed arrays begin at a multiple of this many float32: a cache line."""
 
 # The layout table: one array of integers, first the head, then a row a block, then index lists.
 # "w" is an offset into the packed weights in float32, "i" an offset into the table, "x" one into a lane's state.
-_HEAD_COLUMNS = ("lanes", "lane", "h", "d_output", "prenorm", "vocabulary", "encoder", "decoder", "blocks", "scratch")
-_LANES, _LANE, _H, _D_OUTPUT, _PRENORM, _VOCABULARY, _ENCODER, _DECODER, _BLOCKS, _SCRATCH = range(len(_HEAD_COLUMNS))
+# "room": scratch for one value a channel, whole vectors.
+_HEAD_COLUMNS = (
+    "lanes",
+    "lane",
+    "h",
+    "d_output",
+    "prenorm",
+    "vocabulary",
+    "encoder",
+    "decoder",
+    "blocks",
+    "scratch",
+    "room",
+)
+_LANES, _LANE, _H, _D_OUTPUT, _PRENORM, _VOCABULARY, _ENCODER, _DECODER, _BLOCKS, _SCRATCH, _ROOM = range(11)
 _BLOCK_COLUMNS = (
     "diagonal",  # i: the group of diagonal channels, or -1
     "low_rank",  # i: the group of those with a rank-one term, or -1
     "D",  # w: [G]
     "columns",  # G
     "column_index",  # i: [G], channel of each column
-    "mixing",  # w: [G][rows] in the weights' own type: W transposed, one column of W after another
+    "mixing",  # w: [G, padded to fours][rows] in the weights' own type: W transposed, one column of W after another
     "dtype",  # 0: float32, 1: float16, 2: int8
     "scale",  # w: [rows]
     "bias",  # w: [rows]
@@ -86,29 +93,6 @@ _FIRST_BLOCK, _BLOCK_SIZE = len(_HEAD_COLUMNS), len(_BLOCK_COLUMNS)
 _DTYPES = ("float32", "float16", "int8")
 
 
-@intrinsic
-def _half(typingctx: Any, bits: Any) -> Any:
-    """The value of a finite float16 given by its bits (IEEE 754-2019, 3.4).
-
-    By integer arithmetic: LLVM's own conversion calls a library function that is not there on a processor without
-    F16C, and float32 arithmetic on the bits of a half subnormal would be flushed.
-    """
-
-    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        i32, f32 = ir.IntType(32), ir.FloatType()
-        wide = builder.zext(arguments[0], i32)
-        size = builder.and_(wide, ir.Constant(i32, 0x7FFF))
-        # Ten bits of fraction become 23, and the exponent's bias 15 becomes 127.
-        normal = builder.add(builder.shl(size, ir.Constant(i32, 13)), ir.Constant(i32, 112 << 23))
-        subnormal = builder.fmul(builder.uitofp(size, f32), ir.Constant(f32, 2.0**-24))
-        is_normal = builder.icmp_unsigned(">=", size, ir.Constant(i32, 0x400))
-        magnitude = builder.select(is_normal, normal, builder.bitcast(subnormal, i32))
-        sign = builder.shl(builder.and_(wide, ir.Constant(i32, 0x8000)), ir.Constant(i32, 16))
-        return builder.bitcast(builder.or_(magnitude, sign), f32)
-
-    return types.float32(types.uint16), codegen
-
-
 @njit(inline="always", fastmath=_FLAGS)
 def _norm(u: Array, v: Array, w: Array, weight: int, layer: int, eps: int, h: int) -> None:
     """v = norm(u); the two may be the same array."""
@@ -129,175 +113,121 @@ def _norm(u: Array, v: Array, w: Array, weight: int, layer: int, eps: int, h: in
             v[i] = u[i] * w[weight + i] + w[bias + i]
 
 
-@njit(inline="always", fastmath=_FLAGS)
-def _diagonal(v: Array, y: Array, x: Array, w: Array, table: Array, group: int, work: Array) -> None:
+@njit(inline="always")
+def _gather(scratch: Array, v: int, work: int, table: Array, group: int) -> None:
+    """The group's inputs at ``work``, zero where padded, and zeros behind them for the outputs."""
+    count, left = table[group + _COUNT], group + _LEFT
+    channels, width = left + table[group + _PAIRS], table[left]
+    for j in range(count):
+        scratch[work + j] = scratch[v + table[channels + j]]
+    for j in range(count, 2 * width):
+        scratch[work + j] = np.float32(0)
+
+
+@njit(inline="always")
+def _scatter(scratch: Array, y: int, summed: int, table: Array, group: int) -> None:
+    """Add the group's outputs to the columns of their channels."""
+    count = table[group + _COUNT]
+    places = group + _LEFT + table[group + _PAIRS] + count
+    for j in range(count):
+        scratch[y + table[places + j]] += scratch[summed + j]
+
+
+@njit(inline="always")
+def _diagonal(v: int, y: int, x: Array, w: Array, table: Array, group: int, scratch: Array, work: int) -> None:
     """y += 2 Re(C x) after x += delta x + v, for a group of diagonal channels; the factor 2 is in the packed C."""
-    count, weights, state = table[group + _COUNT], table[group + _WEIGHTS], table[group + _STATE]
-    left = group + _LEFT
-    channels = left + table[group + _PAIRS]
-    places = channels + count
-    width = table[left]
-    gathered, summed = work[:width], work[width : 2 * width]
-    for j in range(count):
-        gathered[j] = v[table[channels + j]]
-    for j in range(count, width):
-        gathered[j] = np.float32(0)
-    for j in range(width):
-        summed[j] = np.float32(0)
+    at, place, left = table[group + _WEIGHTS], table[group + _STATE], group + _LEFT
+    summed = work + table[left]
+    _gather(scratch, v, work, table, group)
     for n in range(table[group + _PAIRS]):
         k = table[left + n]
-        a = w[weights : weights + 4 * k]
-        s = x[state : state + 2 * k]
-        for j in range(k):
-            re, im = s[j], s[k + j]
-            dr, di = a[j], a[k + j]
-            new_re = (re + gathered[j]) + dr * re - di * im
-            new_im = im + di * re + dr * im
-            s[j] = new_re
-            s[k + j] = new_im
-            summed[j] += a[2 * k + j] * new_re + a[3 * k + j] * new_im
-        weights += 4 * k
-        state += 2 * k
-    for j in range(count):
-        y[table[places + j]] += summed[j]
+        vector.diagonal_row(w, at, x, place, scratch, work, summed, k)  # type: ignore[call-arg]
+        at += 4 * k
+        place += 2 * k
+    _scatter(scratch, y, summed, table, group)
 
 
 @njit(inline="always", fastmath=_FLAGS)
-def _low_rank(v: Array, y: Array, x: Array, w: Array, table: Array, group: int, work: Array) -> None:
+def _low_rank(v: int, y: int, x: Array, w: Array, table: Array, group: int, scratch: Array, work: int) -> None:
     """The same for channels with a rank-one term: q = 2 Re(r x) + beta v first, the factor 2 in the packed r."""
-    count, weights, state = table[group + _COUNT], table[group + _WEIGHTS], table[group + _STATE]
-    left = group + _LEFT
-    channels = left + table[group + _PAIRS]
-    places = channels + count
+    at, place, left, beta = table[group + _WEIGHTS], table[group + _STATE], group + _LEFT, table[group + _BETA]
     width = table[left]
-    gathered, summed, q = work[:width], work[width : 2 * width], work[2 * width : 3 * width]
-    beta = table[group + _BETA]
-    for j in range(count):
-        gathered[j] = v[table[channels + j]]
-    for j in range(count, width):
-        gathered[j] = np.float32(0)
+    summed, q = work + width, work + 2 * width
+    _gather(scratch, v, work, table, group)
     for j in range(width):
-        summed[j] = np.float32(0)
-        q[j] = w[beta + j] * gathered[j]
-    at, place = weights, state
+        scratch[q + j] = w[beta + j] * scratch[work + j]
+    behind, far = at, place
     for n in range(table[group + _PAIRS]):
         k = table[left + n]
-        r = w[at + 6 * k : at + 8 * k]
-        s = x[place : place + 2 * k]
-        for j in range(k):
-            q[j] += r[j] * s[j] + r[k + j] * s[k + j]
+        vector.inner_row(w, behind, x, far, scratch, q, k)  # type: ignore[call-arg]
+        behind += 8 * k
+        far += 2 * k
+    for n in range(table[group + _PAIRS]):
+        k = table[left + n]
+        vector.low_rank_row(w, at, x, place, scratch, work, summed, q, k)  # type: ignore[call-arg]
         at += 8 * k
         place += 2 * k
-    for n in range(table[group + _PAIRS]):
-        k = table[left + n]
-        a = w[weights : weights + 6 * k]
-        s = x[state : state + 2 * k]
-        for j in range(k):
-            re, im = s[j], s[k + j]
-            dr, di = a[j], a[k + j]
-            new_re = re + ((dr * re - di * im) + (a[4 * k + j] * q[j] + gathered[j]))
-            new_im = im + ((di * re + dr * im) + a[5 * k + j] * q[j])
-            s[j] = new_re
-            s[k + j] = new_im
-            summed[j] += a[2 * k + j] * new_re + a[3 * k + j] * new_im
-        weights += 8 * k
-        state += 2 * k
-    for j in range(count):
-        y[table[places + j]] += summed[j]
-
-
-def _mixer(value: Callable[[Any], Any]) -> Any:
-    """Adds W g to z, as a sum of columns of weights that ``value`` turns into float32."""
-
-    @njit(inline="always", fastmath=_FLAGS)
-    def mix(g: Array, z: Array, w: Array, count: int, rows: int) -> None:
-        k = 0
-        while k + 4 <= count:
-            columns = w[k * rows : (k + 4) * rows]
-            a, b, c, d = g[k], g[k + 1], g[k + 2], g[k + 3]
-            for i in range(rows):
-                z[i] += (value(columns[i]) * a + value(columns[rows + i]) * b) + (
-                    value(columns[2 * rows + i]) * c + value(columns[3 * rows + i]) * d
-                )
-            k += 4
-        while k < count:
-            column = w[k * rows : (k + 1) * rows]
-            for i in range(rows):
-                z[i] += value(column[i]) * g[k]
-            k += 1
-
-    return mix
-
-
-@njit(inline="always")
-def _as_it_is(value: Any) -> Any:
-    return value
-
-
-@njit(inline="always")
-def _from_half(bits: Any) -> Any:
-    return _half(bits)  # type: ignore[call-arg]  # intrinsics take their context from Numba
-
-
-@njit(inline="always")
-def _from_int(value: Any) -> Any:
-    return np.float32(value)
-
-
-_mix_float32, _mix_float16, _mix_int8 = _mixer(_as_it_is), _mixer(_from_half), _mixer(_from_int)
+    _scatter(scratch, y, summed, table, group)
 
 
 @njit(inline="always", fastmath=_FLAGS)
-def _mixing(g: Array, z: Array, w: Array, table: Array, row: int, both: int) -> None:
-    """z = W g + bias, (rows) values and, for GLU, (rows) gates behind them."""
+def _mixing(g: int, z: int, w: Array, table: Array, row: int, both: int, scratch: Array) -> None:
+    """z = W g + bias, (rows) values and, for GLU, (rows) gates behind them; four columns of W at a time."""
     columns, at, dtype, bias = table[row + _COLUMNS], table[row + _MIXING], table[row + _DTYPE], table[row + _BIAS]
     if dtype == 0:
         for i in range(both):
-            z[i] = w[bias + i]
-        _mix_float32(g, z, w[at : at + columns * both], columns, both)
+            scratch[z + i] = w[bias + i]
+        for k in range(0, columns, 4):
+            vector.four_columns_float32(w, at + k * both, scratch, g + k, z, both)
         return
     for i in range(both):
-        z[i] = np.float32(0)
+        scratch[z + i] = np.float32(0)
     if dtype == 1:
-        _mix_float16(g, z, w[at:].view(np.uint16), columns, both)
+        halves = w.view(np.uint16)
+        for k in range(0, columns, 4):
+            vector.four_columns_float16(halves, 2 * at + k * both, scratch, g + k, z, both)
     else:
-        _mix_int8(g, z, w[at:].view(np.int8), columns, both)
+        bytes_ = w.view(np.int8)
+        for k in range(0, columns, 4):
+            vector.four_columns_int8(bytes_, 4 * at + k * both, scratch, g + k, z, both)
     scale = table[row + _SCALE]
     for i in range(both):
-        z[i] = z[i] * w[scale + i] + w[bias + i]
+        scratch[z + i] = scratch[z + i] * w[scale + i] + w[bias + i]
 
 
 @njit(inline="always", fastmath=_FLAGS)
-def _block(u: Array, x: Array, w: Array, table: Array, row: int, scratch: Array, h: int, prenorm: int) -> None:
-    """One block of one lane, in place on u (network.py states the equations)."""
+def _block(x: Array, w: Array, table: Array, row: int, scratch: Array, h: int, prenorm: int) -> None:
+    """One block of one lane, in place on u, the first h of scratch (network.py states the equations)."""
     columns, rows, norm = table[row + _COLUMNS], table[row + _ROWS], table[row + _NORM]
     index, D = table[row + _COLUMN_INDEX], table[row + _D]
-    v, y, z, work = scratch[h : 2 * h], scratch[2 * h : 3 * h], scratch[3 * h :], scratch[3 * h + 2 * rows :]
+    room = table[_ROOM]
+    v, y, z, work = 0, 2 * room, 3 * room, 3 * room + 2 * rows
+    u = scratch[0:h]
     if prenorm and norm >= 0:
-        _norm(u, v, w, norm, table[row + _LAYER], table[row + _EPS], h)
-    else:
-        v = u
+        v = room
+        _norm(u, scratch[v : v + h], w, norm, table[row + _LAYER], table[row + _EPS], h)
     # y has an entry a column; a group knows at which of them each of its channels stands.
     for j in range(columns):
-        y[j] = w[D + j] * v[table[index + j]]
+        scratch[y + j] = w[D + j] * scratch[v + table[index + j]]
+    filled = (columns + vector.WIDTH - 1) // vector.WIDTH * vector.WIDTH
+    for j in range(columns, filled):
+        scratch[y + j] = np.float32(0)
     if table[row + _DIAGONAL] >= 0:
-        _diagonal(v, y, x, w, table, table[row + _DIAGONAL], work)
+        _diagonal(v, y, x, w, table, table[row + _DIAGONAL], scratch, work)
     if table[row + _LOW_RANK] >= 0:
-        _low_rank(v, y, x, w, table, table[row + _LOW_RANK], work)
-    for j in range(columns):
-        y[j] = gelu(y[j])
+        _low_rank(v, y, x, w, table, table[row + _LOW_RANK], scratch, work)
+    vector.gelu(scratch, y, filled)  # type: ignore[call-arg]
     both = 2 * rows if table[row + _GLU] else rows
-    _mixing(y, z, w, table, row, both)
+    _mixing(y, z, w, table, row, both, scratch)
     if table[row + _GLU]:
-        for i in range(rows):
-            z[i] = z[i] * sigmoid(z[rows + i])
+        vector.gate(scratch, z, z + rows, rows)
     if table[row + _R] == h:
         for i in range(h):
-            u[i] += z[i]
+            u[i] += scratch[z + i]
     else:
         index = table[row + _ROW_INDEX]
         for i in range(table[row + _R]):
-            u[table[index + i]] += z[i]
+            u[table[index + i]] += scratch[z + i]
         constant = table[row + _CONSTANT]
         if constant >= 0:
             for i in range(h):
@@ -353,7 +283,7 @@ def _run(w: Array, table: Array, scale: Array, state: Array, samples: Array, out
                 for i in range(h):
                     u[i] += w[column + i] * z
         for b in range(table[_BLOCKS]):
-            _block(u, x, w, table, _FIRST_BLOCK + b * _BLOCK_SIZE, scratch, h, table[_PRENORM])
+            _block(x, w, table, _FIRST_BLOCK + b * _BLOCK_SIZE, scratch, h, table[_PRENORM])
         for o in range(d_output):
             total = np.float32(0)
             for i in range(h):
@@ -375,7 +305,7 @@ def _compile() -> Any:
 _kernel: Any = None
 
 
-def _padded(n: int, to: int = _VECTOR) -> int:
+def _padded(n: int, to: int = vector.WIDTH) -> int:
     return -(-n // to) * to
 
 
@@ -476,12 +406,12 @@ class CpuEngine(Engine):
             row[_LAYER], row[_EPS] = int(norm.kind == "layer"), packer.add(np.array([norm.eps]))
             places = np.searchsorted(block.mixing.columns, block.ssm.active)
             widest = self._pack_groups(row, step, block.ssm.active, places, packer, lists)
-            scratch = max(scratch, 3 * h + 2 * int(row[_ROWS]) + 3 * widest)
+            scratch = max(scratch, 3 * _padded(h) + 2 * int(row[_ROWS]) + 3 * widest)
         decoder_at = packer.add(network.decoder.weight, network.decoder.bias)
         self._w = packer.packed()
         lane = _padded(self._state_size, _ALIGN)
         head = [self.lanes, lane, h, network.d_output, int(network.prenorm), vocabulary, encoder_at, decoder_at]
-        head += [len(rows), self.lanes * lane]
+        head += [len(rows), self.lanes * lane, _padded(h)]
         self._table = np.concatenate([np.array(head), rows.ravel(), *lists]).astype(np.int64)
         allowed = input_range(network)
         self._scale = np.stack([network.input.mean, 1 / network.input.std, allowed.low, allowed.high])
@@ -508,7 +438,9 @@ class CpuEngine(Engine):
         row[_COLUMNS], row[_ROWS], row[_R], row[_GLU] = columns, rows, left, parts - 1
         row[_ROW_INDEX] = self._add_list(lists, mixing.rows)
         row[_DTYPE] = _DTYPES.index(mixing.dtype)
-        row[_MIXING] = packer.add_raw(np.ascontiguousarray(padded(mixing.weight).T))
+        whole = np.zeros((_padded(columns, 4), parts * rows), dtype=mixing.weight.dtype)
+        whole[:columns] = padded(mixing.weight).T
+        row[_MIXING] = packer.add_raw(whole)
         row[_BIAS] = packer.add(padded(mixing.bias[mixing.stacked_rows()]))
         if mixing.scale is not None:
             row[_SCALE] = packer.add(padded(mixing.scale))
