@@ -49,6 +49,7 @@ TASKS = {
     "forda": Task("forda", 500, 6, d_model=32),
     # The "ecg" shape of the engine benchmarks, where the call itself weighs little.
     "digits, large": Task("digits", 64, 24, 128, 64, 4, ("smallest",), (0.3, 0.5, 0.6, 0.7, 0.8)),
+    "watch, large": Task("watch", 100, 10, 128, 64, 4, ("smallest",), (0.3, 0.5, 0.6, 0.7, 0.8)),
     "ecg5000, large": Task("ecg5000", 140, 24, 128, 64, 4, ("smallest",), (0.3, 0.5, 0.6, 0.7, 0.8)),
 }
 
