@@ -235,6 +235,14 @@ def test_a_size_target(start, data, tmp_path):
     assert (tmp_path / "f" / "chosen.safetensors").stat().st_size == chosen["file_bytes"]
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_target_must_be_finite(bad):
+    with pytest.raises(UsageError, match="--target-latency"):
+        search.Target(latency_us=bad)
+    with pytest.raises(UsageError, match="--max-accuracy-loss"):
+        search.Target(accuracy_loss=bad)
+
+
 def test_a_target_that_nothing_meets_says_how_near_it_came(start, data, tmp_path):
     table = table_of_states(tmp_path / "t.json")
     with pytest.raises(RunFailed, match=r"no member meets it; the smallest, rate 0.75, has step 8.00 us"):

@@ -78,7 +78,7 @@ def data(name: str) -> None:
 )
 @click.option("--window", type=click.IntRange(min=1), required=True, help="Samples that one decision pools over.")
 @click.option("--epochs", type=click.IntRange(min=1), default=40, show_default=True)
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
+@click.option("--seed", type=click.IntRange(0, 2**31 - 1), default=0, show_default=True)
 @click.option("--d-model", type=click.IntRange(min=1), default=64, show_default=True, help="H, channels.")
 @click.option(
     "--d-state", type=click.IntRange(min=2), default=32, show_default=True, help="N, states a channel (even)."

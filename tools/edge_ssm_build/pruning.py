@@ -28,6 +28,7 @@ from edge_ssm_build.model import SSMNetwork
 from edge_ssm_build.training import Checkpoint, Recipe, Score, as_input, fit, score, split_windows
 
 FINE_TUNE_SHARE = 1 / 8
+MAX_SEED = 1 << 31
 
 
 @dataclass(frozen=True)
@@ -125,8 +126,9 @@ def check_plan(checkpoint: Checkpoint, todo: Plan) -> Plan:
     rates = todo.rates
     if not rates or any(not 0 < r < 1 for r in rates) or list(rates) != sorted(set(rates)):
         raise UsageError(f"rates: {list(rates)}, expected ascending numbers between 0 and 1, such as 0.1,0.3,0.5")
-    if not todo.seeds or len(set(todo.seeds)) != len(todo.seeds):
-        raise UsageError(f"seeds: {list(todo.seeds)}, expected one or more different whole numbers")
+    seeds = todo.seeds
+    if not seeds or len(set(seeds)) != len(seeds) or not all(0 <= seed < MAX_SEED for seed in seeds):
+        raise UsageError(f"seeds: {list(seeds)}, expected one or more different whole numbers from 0 to {MAX_SEED - 1}")
     for name, value, known in (
         ("method", todo.choice, ("random", *SCORES)),
         ("budget", todo.budget, BUDGETS),
@@ -145,8 +147,12 @@ def check_plan(checkpoint: Checkpoint, todo: Plan) -> Plan:
         raise UsageError(f"states method {todo.states_method!r}: needs a diagonal kernel; h2 reduces s4 as well")
     if checkpoint.model.present_config().shapes() != replace(config, layers=None).shapes():
         raise UsageError("checkpoint: already pruned; begin with the unpruned one, its rates are nested")
-    for rate in rates:
-        allocate(config.d_model, config.n_layers, round(rate * config.d_model * config.n_layers), todo.budget)
+    operators = config.d_model * config.n_layers
+    counts = [round(rate * operators) for rate in rates]
+    if counts[0] == 0 or len(set(counts)) != len(counts):
+        raise UsageError(f"rates: {list(rates)} remove {counts} of {operators} operators; each must remove more")
+    for count in counts:
+        allocate(config.d_model, config.n_layers, count, todo.budget)
     return replace(todo, epochs=max(1, round(checkpoint.recipe.epochs * FINE_TUNE_SHARE)))
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
@@ -49,6 +50,11 @@ class Target:
     accuracy_loss: float | None = None
     """Points of balanced accuracy on the validation split, against the unpruned network."""
     size_bytes: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in (("--target-latency", self.latency_us), ("--max-accuracy-loss", self.accuracy_loss)):
+            if value is not None and not math.isfinite(value):
+                raise UsageError(f"{name} {value}: expected a finite number")
 
     def given(self) -> bool:
         return (self.latency_us, self.accuracy_loss, self.size_bytes) != (None, None, None)
