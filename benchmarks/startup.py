@@ -35,7 +35,7 @@ def start(engine: str, cache: Path, stream: Path) -> tuple[float, float]:
     command += ["--stream", "--engine", engine, "--input", str(stream)]
     began = time.perf_counter()
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env={**os.environ, "NUMBA_CACHE_DIR": str(cache)}
+        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env={**os.environ, "EDGE_SSM_CACHE": str(cache)}
     )
     assert process.stdout is not None
     line = process.stdout.readline()

@@ -10,8 +10,8 @@ from typing import Any
 import click
 
 import edge_ssm
-from edge_ssm import artifact, doctor, inspect
-from edge_ssm.engines import ENGINES, create
+from edge_ssm import artifact
+from edge_ssm.engines import ENGINES, Engine, create
 from edge_ssm.errors import EdgeSSMError, UsageError
 from edge_ssm.network import Network, at_sample_rate
 from edge_ssm.stream import frames, sinks
@@ -101,7 +101,7 @@ def run(model: str, stream: bool, **options: Any) -> None:
         click.echo("edge-ssm: reading samples from the terminal, Ctrl-D ends", err=True)
     codec = options["format_"] or frames.guess_format(options["input_"])
     decoder = frames.decoder(codec, network.input, _scale(options["scale"]))
-    engine = create(options["engine"], network, windows.lanes)
+    engine, why = _engine(options["engine"], network, windows.lanes)
     sink = sinks.open_sink(options["output"], options["output_format"], network, options["logits"], options["truth"])
     gap: GapPolicy = options["gap"]
     loop = Loop(engine, windows, sink, gap, options["max_gap"], options["strict"], _Reporter(source.name))
@@ -111,12 +111,24 @@ def run(model: str, stream: bool, **options: Any) -> None:
     finally:
         source.close()
         sink.close()
-    click.echo(summary(account, network, engine.name), err=True)
+    click.echo(summary(account, network, why), err=True)
     if account.malformed and not account.samples:
         raise EdgeSSMError(
             f"{source.name}: no valid sample among {account.malformed} rows; expected {codec} with "
             f"{len(network.input.channels)} channels ({', '.join(network.input.channels)})"
         )
+
+
+def _engine(name: str, network: Network, lanes: int) -> tuple[Engine, str]:
+    """The engine, and its name with the reason where "auto" chose it."""
+    from edge_ssm.engines import choice, compiled
+
+    if name in ("auto", "cpu") and compiled.best() is None:
+        click.echo("edge-ssm: compiling for this processor, once; takes some seconds", err=True)
+    if name != "auto":
+        return create(name, network, lanes), name
+    engine, trial = choice.choose(network, lanes)
+    return engine, f"{engine.name} (by trial: {trial.why()})"
 
 
 def _scale(text: str) -> list[float]:
@@ -174,6 +186,8 @@ def summary(account: Account, network: Network, engine: str) -> str:
 @click.option("--json", "as_json", is_flag=True, help="For programs.")
 def inspect_(model: str, as_json: bool) -> None:
     """Show what MODEL holds: layers, channels, cost of a step, provenance."""
+    from edge_ssm import inspect
+
     description = inspect.describe(artifact.load(model))
     click.echo(json.dumps(description, indent=1) if as_json else inspect.render(description))
 
@@ -195,10 +209,28 @@ def profile(step_table: str, engine: str) -> None:
     click.echo(f"{step_table}: {len(table.rows)} networks measured on {table.machine}, engine {table.engine}")
 
 
+@cli.command("compile")
+@click.option("--target", default="host", show_default=True, help="host, or the processor of another device.")
+@click.option("--output", metavar="FILE", help="[default: this machine's folder of compiled kernels]")
+@click.option("--assembly", metavar="FILE", help="Write the assembly there, to be read.")
+def compile_(target: str, output: str | None, assembly: str | None) -> None:
+    """Compile the CPU engine's kernel ahead of its first use, here or for a device that shall need no compiler."""
+    from edge_ssm.engines import compiled
+
+    kept, image = compiled.compile_and_keep(
+        target, None if output is None else Path(output), None if assembly is None else Path(assembly)
+    )
+    click.echo(f"{kept}: kernel for {image.header.target}, {len(image.code)} bytes of code")
+    if image.header.target == target:
+        click.echo(f"copy it to the device, into {compiled.USER_FOLDER} there (or $EDGE_SSM_CACHE)")
+
+
 @cli.command("doctor")
 @click.option("--json", "as_json", is_flag=True, help="For programs.")
 def doctor_(as_json: bool) -> None:
     """Show what this machine has, what is missing, and the command that adds it."""
+    from edge_ssm import doctor
+
     findings = doctor.examine()
     click.echo(json.dumps(doctor.as_json(findings), indent=1) if as_json else doctor.render(findings))
 

@@ -18,6 +18,7 @@ from typing import Any
 import psutil
 
 import edge_ssm
+from edge_ssm.engines import compiled
 from edge_ssm.profiles import board_name, matching
 
 OLDEST, NEWEST = (3, 10), (3, 12)
@@ -58,6 +59,13 @@ def _board() -> Finding:
         return Finding("board", False, "not a Jetson (no device tree)")
     profiles = ", ".join(p.name for p in matching(board))
     return Finding("board", True, f"{board}; profiles: {profiles or 'none'}")
+
+
+def _kernel() -> Finding:
+    kept = compiled.best()
+    if kept is not None:
+        return Finding("engine cpu", True, f"kernel compiled for {kept.header.target}, in {compiled.folder()}")
+    return Finding("engine cpu", False, f"no compiled kernel in {compiled.folder()} yet", "edge-ssm compile")
 
 
 def _cuda_driver() -> Finding:
@@ -107,7 +115,8 @@ _CHECKS: tuple[Callable[[], Finding], ...] = (
     _python,
     _board,
     _memory,
-    lambda: _first_package("numba (engine cpu)", ("numba",), "pip install numba"),
+    _kernel,
+    lambda: _first_package("numba (compiles it)", ("numba",), "pip install numba"),
     _cuda_driver,
     lambda: _first_package("numba-cuda", ("numba-cuda",), "pip install 'edge-ssm[cuda]'"),
     lambda: _first_package("onnx runtime", ("onnxruntime-gpu", "onnxruntime"), "pip install 'edge-ssm[onnx]'"),

@@ -243,7 +243,7 @@ def test_inspect(folder):
 def test_doctor_lists_what_is_here_and_how_to_add_the_rest():
     findings = {f["name"]: f for f in json.loads(run("doctor", "--json").stdout)["findings"]}
     assert findings["python"]["ok"]
-    assert findings["numba (engine cpu)"]["ok"]
+    assert findings["numba (compiles it)"]["ok"]
     for finding in findings.values():
         assert finding["found"]
     assert run("doctor").stdout.decode().count("\n") >= len(findings)
@@ -284,5 +284,5 @@ def test_a_read_only_home_only_costs_the_compile_cache(folder, tmp_path):
     shutil.copytree(
         os.path.dirname(edge_ssm.__file__), package / "edge_ssm", ignore=shutil.ignore_patterns("__pycache__")
     )
-    env = {"PYTHONPATH": str(package), "NUMBA_CACHE_DIR": "/proc/nowhere", "PYTHONDONTWRITEBYTECODE": "1"}
+    env = {"PYTHONPATH": str(package), "EDGE_SSM_CACHE": "/proc/nowhere", "PYTHONDONTWRITEBYTECODE": "1"}
     assert len(decisions(stream(folder, "--input", folder / "s.csv", "--engine", "cpu", env=env))) == 4

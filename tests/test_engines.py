@@ -1,11 +1,9 @@
 """Every engine is held to the convolution mode, computed independently of it, and to the engines' common interface."""
 
 import math
-import os
 import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import convolution
 import numpy as np
@@ -230,23 +228,24 @@ def test_the_rational_functions_keep_their_stated_errors():
     from edge_ssm.engines import vector
 
     @njit
-    def gelu(x):
-        vector.gelu(x, 0, len(x))
+    def gelu(address, count):
+        vector.gelu(vector.float32_at(address), count)
 
     @njit
-    def gate(x):
-        vector.gate(x, 0, len(x) // 2, len(x) // 2)
+    def gate(address, count):
+        values = vector.float32_at(address)
+        vector.gate(values, vector.behind(values, count), count)
 
     x = np.concatenate([np.linspace(-12, 12, 100_000), [-1e30, 1e30, -1e-30, 0.0, 3.9, -3.9, 8.6, -8.6]])
     x = x.astype(np.float32)
     wide = x.astype(np.float64)
     found = np.concatenate([np.ones_like(x), x])
-    gate(found)
+    gate(found.ctypes.data, len(x))
     exact = 0.5 * (1 + np.tanh(wide / 2))
     assert np.abs(found[: len(x)] - exact).max() <= 4e-7
     inner = x[np.abs(x) < 20][: len(x) // 8 * 8 - 8]
     found = inner.copy()
-    gelu(found)
+    gelu(found.ctypes.data, len(found))
     exact = np.array([0.5 * v * (1 + math.erf(v / math.sqrt(2))) for v in inner.astype(np.float64)])
     assert (np.abs(found - exact) <= 4e-7 * np.maximum(1, np.abs(inner))).all()
 
@@ -256,40 +255,21 @@ def test_every_finite_half_is_read_exactly():
 
     from edge_ssm.engines import vector
 
+    read_column = vector.SINGLE["float16"][1]
+
     @njit
-    def read(bits, work):
-        # Four columns of eight rows at a time; the last three count for nothing.
-        for i in range(0, len(bits) - 24, 8):
-            vector.four_columns_float16(bits, i, work, len(bits), i, 8)
+    def read(weights, ones, out, count):
+        w, y, z = vector.float32_at(weights), vector.float32_at(ones), vector.float32_at(out)
+        for i in range(0, count, 8):
+            read_column(w, i, 8, 1, y, 1, vector.behind(z, i), 8)
 
     bits = np.arange(1 << 16, dtype=np.uint16)
     halves = bits.view(np.float16)
     finite = np.isfinite(halves)
     bits[~finite] = 0
-    work = np.zeros(len(bits) + 4, dtype=np.float32)
-    work[len(bits)] = 1
-    padded = np.concatenate([bits, np.zeros(24, dtype=np.uint16)])
-    work = np.zeros(len(padded) + 4, dtype=np.float32)
-    work[len(padded)] = 1
-    read(padded, work)
-    assert np.array_equal(work[: len(bits)][finite], halves[finite].astype(np.float32))
-
-
-def test_a_processor_without_extensions_will_do(tmp_path):
-    """Nothing in the kernel may need what x86-64 or AArch64 does not always have."""
-    code = (
-        "import sys; sys.path.insert(0, 'tests'); from networks import *; from edge_ssm.engines import create\n"
-        "for dtype in ('float32', 'float16', 'int8'):\n"
-        "    network = random_network(h=19, mixing_dtype=dtype, low_rank=0.5, discretization='bilinear')\n"
-        "    x = samples_for(network, 0, 50)\n"
-        "    print(abs(create('cpu', network).chunk(x) - create('reference', network).chunk(x)).max() < 1e-4)\n"
-    )
-    plain = {"NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": "", "NUMBA_CACHE_DIR": str(tmp_path)}
-    root = Path(__file__).parent.parent
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | plain, cwd=root
-    )
-    assert done.stdout.split() == ["True"] * 3, done.stderr
+    one, found = np.ones(1, dtype=np.float32), np.empty(len(bits), dtype=np.float32)
+    read(bits.ctypes.data, one.ctypes.data, found.ctypes.data, len(bits))
+    assert np.array_equal(found, halves.astype(np.float32))
 
 
 def test_the_two_discretizations_meet_as_the_step_shrinks():
@@ -347,10 +327,10 @@ def test_importing_the_package_imports_neither_numba_nor_torch():
 
 
 def test_auto_falls_back_where_an_engine_does_not_load(monkeypatch):
-    broken = replace(ENGINES["cpu"], requires=("no_such_package",))
+    broken = replace(ENGINES["cpu"], requires=("no_such_package",), hint="pip install it")
     monkeypatch.setitem(engines.ENGINES, "cpu", broken)
     assert create("auto", random_network()).name == "reference"
-    with pytest.raises(EngineUnavailable, match="package no_such_package is missing; pip install numba"):
+    with pytest.raises(EngineUnavailable, match="package no_such_package is missing; pip install it"):
         create("cpu", random_network())
     monkeypatch.setitem(engines.ENGINES, "cpu", replace(broken, module="edge_ssm.engines.none", requires=()))
     assert create("auto", random_network()).name == "reference"

@@ -23,26 +23,21 @@ class EngineEntry:
     """The command that adds them."""
 
 
-# In the order of preference of "auto".
 ENGINES: dict[str, EngineEntry] = {
-    "cpu": EngineEntry("edge_ssm.engines.cpu", "CpuEngine", ("numba",), "pip install numba"),
+    "cpu": EngineEntry("edge_ssm.engines.cpu", "CpuEngine", (), ""),
     "reference": EngineEntry("edge_ssm.engines.reference", "ReferenceEngine", (), ""),
 }
 
 
 def create(name: str, network: Network, lanes: int = 1) -> Engine:
-    """An engine for ``lanes`` streams, all states zero; "auto" takes the first of ENGINES that loads here.
+    """An engine for ``lanes`` streams, all states zero; "auto" is the fastest here, by trial (``choice``).
 
     Raises UsageError for an unknown name, EngineUnavailable if its package is missing or does not load.
     """
     if name == "auto":
-        *preferred, last = ENGINES
-        for candidate in preferred:
-            try:
-                return _load(candidate)(network, lanes)
-            except EngineUnavailable:
-                continue
-        name = last
+        from edge_ssm.engines.choice import choose
+
+        return choose(network, lanes)[0]
     if name not in ENGINES:
         raise UsageError(f"engine {name!r}: unknown, expected auto, {', '.join(ENGINES)}")
     return _load(name)(network, lanes)

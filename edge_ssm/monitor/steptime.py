@@ -7,8 +7,6 @@ A step table holds the measured steps of many small networks on one machine and 
 from __future__ import annotations
 
 import platform
-import statistics
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -17,7 +15,7 @@ import msgspec
 import numpy as np
 
 from edge_ssm import atomic
-from edge_ssm.engines import Engine, create
+from edge_ssm.engines import Engine, choice, create
 from edge_ssm.errors import InputRefused
 from edge_ssm.network import (
     SSM,
@@ -41,21 +39,8 @@ STEPS = 100
 
 
 def measure(engines: Sequence[Engine], samples: Array, rounds: int = ROUNDS) -> list[float]:
-    """Median microseconds of a step of each engine, one lane each. ``samples`` is (n, d_input), in the sensor's units.
-
-    The engines take turns, so that what else the machine does meets all of them; a round's figure is the mean of its
-    steps, the result the median of rounds.
-    """
-    chosen = list(np.resize(samples, (STEPS, samples.shape[1])))
-    found: list[list[float]] = [[] for _ in engines]
-    for _ in range(rounds + 1):
-        for engine, times in zip(engines, found, strict=True):
-            begin = time.perf_counter_ns()
-            for sample in chosen:
-                engine.step(sample)
-            times.append((time.perf_counter_ns() - begin) / 1000 / STEPS)
-    # The first round warms caches and branch predictors.
-    return [statistics.median(times[1:]) for times in found]
+    """Median microseconds of a step of each engine, one lane each. ``samples`` is (n, d_input), in the sensor's units."""
+    return choice.measure(engines, list(np.resize(samples, (STEPS, samples.shape[1]))), rounds)
 
 
 def features(network: Network) -> dict[str, float]:

@@ -1,0 +1,222 @@
+"""The CPU kernel: T samples of all lanes through the whole network, in float32, in one call.
+
+Samples and lanes go through in tiles of ``layout.TILE`` items, block by block, so that a chunk reads the weights once
+a tile; one sample of one lane is a tile of one. Numba turns this into LLVM's language and ``compiler`` that into
+machine code. The recurrence is in delta form (``discretize``), which float32 needs for slow states. Pointers only, and
+nothing that can raise: the machine code must stand alone.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numba import njit
+
+from edge_ssm.engines import layout as at
+from edge_ssm.engines import vector
+from edge_ssm.engines.layout import ITEMS, TILE, WIDTH
+from edge_ssm.engines.vector import behind
+
+_SINGLE, _SEVERAL = vector.SINGLE, vector.SEVERAL
+
+
+@njit(error_model="numpy")
+def _normed(w: Any, table: Any, row: Any, norm: int, mask: Any, source: Any, target: Any, room: int) -> None:
+    weight = behind(w, norm + at.NORM_HEAD)
+    bias = behind(weight, room)
+    if table[row + at.LAYER_NORM]:
+        vector.layer_norm(behind(w, norm), weight, bias, mask, source, target, room)
+    else:
+        vector.affine(weight, bias, source, target, room)
+
+
+def _recurrence(channels: Any, head: int, values: int) -> Any:
+    """y += 2 Re(C x) after x += delta x + gathered, for all channels of one form; the factor 2 is in the packed C.
+
+    A vector of channels goes through all items at once, while its weights (``head``, and ``values`` for each pair) are
+    in the first cache.
+    """
+
+    @njit(error_model="numpy")
+    def run(
+        w: Any, x: Any, pairs: Any, vectors: int, lane: int, lanes: int, items: int, gathered: Any, y: Any, stride: int
+    ) -> None:
+        for v in range(vectors):
+            for k in range(lanes):
+                item = k
+                while item < items:
+                    column = item * stride + v * WIDTH
+                    channels(w, behind(x, k * lane), pairs[v], behind(gathered, column), behind(y, column))
+                    item += lanes
+            w = behind(w, (head + values * pairs[v]) * WIDTH)
+            x = behind(x, 2 * WIDTH * pairs[v])
+
+    return run
+
+
+_diagonal, _low_rank = _recurrence(vector.diagonal, 0, 4), _recurrence(vector.low_rank, 1, 8)
+
+
+def _mixer(kind: str) -> Any:
+    """z = W y for weights of one type, by tiles of rows."""
+    one8, one4, one2, one1 = (_SINGLE[kind][v] for v in (8, 4, 2, 1))
+    several2, several1 = _SEVERAL[kind][2], _SEVERAL[kind][1]
+
+    @njit(error_model="numpy")
+    def mix(w: Any, weights: int, columns: int, rows: int, items: int, y: Any, z: Any, stride: int) -> None:
+        done, size = 0, 8 * WIDTH
+        while done < rows:
+            while size > rows - done:
+                size //= 2
+            target = behind(z, done)
+            item = 0
+            while item + ITEMS <= items:
+                inputs, outputs = behind(y, item * stride), behind(target, item * stride)
+                if size == WIDTH:
+                    several1(w, weights, size, columns, inputs, stride, outputs, stride)
+                else:
+                    for part in range(0, size, 2 * WIDTH):
+                        several2(w, weights + part, size, columns, inputs, stride, behind(outputs, part), stride)
+                item += ITEMS
+            while item < items:
+                inputs, outputs = behind(y, item * stride), behind(target, item * stride)
+                if size == 8 * WIDTH:
+                    one8(w, weights, size, columns, inputs, stride, outputs, stride)
+                elif size == 4 * WIDTH:
+                    one4(w, weights, size, columns, inputs, stride, outputs, stride)
+                elif size == 2 * WIDTH:
+                    one2(w, weights, size, columns, inputs, stride, outputs, stride)
+                else:
+                    one1(w, weights, size, columns, inputs, stride, outputs, stride)
+                item += 1
+            weights += columns * size
+            done += size
+
+    return mix
+
+
+_mix_float32, _mix_float16, _mix_int8 = (_mixer(kind) for kind in at.DTYPES)
+
+
+@njit(error_model="numpy")
+def _block(
+    w: Any, table: Any, row: Any, x: Any, lane: int, lanes: int, items: int, scratch: Any, stride: int, mask: Any
+) -> None:
+    """One block, in place on u, the first buffer of the scratch (network.py states the equations)."""
+    room, prenorm, norm = table[at.ROOM], table[at.PRENORM], table[row + at.NORM]
+    width, columns, gather = table[row + at.WIDE], table[row + at.COLUMNS], table[row + at.GATHER]
+    rows, left = table[row + at.ROWS], table[row + at.R]
+    u, v, gathered = scratch, behind(scratch, TILE * stride), behind(scratch, 2 * TILE * stride)
+    y, z = behind(scratch, 3 * TILE * stride), behind(scratch, 4 * TILE * stride)
+    if prenorm and norm >= 0:
+        for item in range(items):
+            _normed(w, table, row, norm, mask, behind(u, item * stride), behind(v, item * stride), room)
+    else:
+        v = u
+    if gather >= 0:
+        for item in range(items):
+            for k in range(width):
+                gathered[item * stride + k] = v[item * stride + table[gather + k]]
+    else:
+        gathered = v
+    for item in range(items):
+        start = item * stride
+        vector.multiply(behind(w, table[row + at.D]), behind(gathered, start), behind(y, start), width)
+    vectors, pairs = table[row + at.DIAGONAL], behind(table, table[row + at.DIAGONAL_PAIRS])
+    weights, state = behind(w, table[row + at.DIAGONAL_W]), behind(x, table[row + at.DIAGONAL_X])
+    _diagonal(weights, state, pairs, vectors, lane, lanes, items, gathered, y, stride)
+    first = vectors * WIDTH
+    vectors, pairs = table[row + at.LOW_RANK], behind(table, table[row + at.LOW_RANK_PAIRS])
+    weights, state = behind(w, table[row + at.LOW_RANK_W]), behind(x, table[row + at.LOW_RANK_X])
+    _low_rank(weights, state, pairs, vectors, lane, lanes, items, behind(gathered, first), behind(y, first), stride)
+    for item in range(items):
+        vector.gelu(behind(y, item * stride), width)
+    glu = table[row + at.GLU]
+    both = 2 * rows if glu else rows
+    dtype, mixing = table[row + at.DTYPE], table[row + at.MIXING]
+    if dtype == 0:
+        _mix_float32(w, mixing, columns, both, items, y, z, stride)
+    elif dtype == 1:
+        _mix_float16(w, 2 * mixing, columns, both, items, y, z, stride)
+    else:
+        _mix_int8(w, 4 * mixing, columns, both, items, y, z, stride)
+    scale, bias = behind(w, table[row + at.SCALE]), behind(w, table[row + at.BIAS])
+    index, constant = table[row + at.ROW_INDEX], table[row + at.CONSTANT]
+    for item in range(items):
+        values, channels = behind(z, item * stride), behind(u, item * stride)
+        vector.affine(scale, bias, values, values, both)
+        if glu:
+            vector.gate(values, behind(values, rows), rows)
+        if index < 0:
+            vector.add(values, channels, room)
+        else:
+            for i in range(left):
+                channels[table[index + i]] += values[i]
+        if constant >= 0:
+            vector.add(behind(w, constant), channels, room)
+        if not prenorm and norm >= 0:
+            _normed(w, table, row, norm, mask, channels, channels, room)
+
+
+@njit(error_model="numpy")
+def _acceptable(samples: Any, count: int, scale: Any, d_input: int, tokens: int) -> bool:
+    """Whether every value may reach the state (network.InputRange.bad, over all samples)."""
+    for t in range(count):
+        for c in range(d_input):
+            value = samples[t * d_input + c]
+            # Comparisons with NaN are false, so it is refused.
+            if not (value >= scale[2 * d_input + c] and value <= scale[3 * d_input + c]):
+                return False
+            if tokens and value != np.float64(np.int64(value)):
+                return False
+    return True
+
+
+def run(call: Any) -> int:
+    """``call``: layout.CALL_COLUMNS. Samples (steps, lanes, d_input) float64 -> outputs (steps, lanes, d_output)
+    float32. 0, with nothing changed, if a sample is not acceptable; else 1."""
+    w, table = vector.float32_at(call[at.CALL_WEIGHTS]), vector.int64_at(call[at.CALL_TABLE])
+    scale, memory = vector.float64_at(call[at.CALL_SCALE]), vector.float32_at(call[at.CALL_MEMORY])
+    samples, outputs = vector.float64_at(call[at.CALL_SAMPLES]), vector.float32_at(call[at.CALL_OUTPUTS])
+    lanes, lane, room, stride = table[at.LANES], table[at.LANE], table[at.ROOM], table[at.STRIDE]
+    d_input, d_output, tokens = table[at.D_INPUT], table[at.D_OUTPUT], table[at.VOCABULARY]
+    steps = call[at.CALL_STEPS]
+    if not _acceptable(samples, steps * lanes, scale, d_input, tokens):
+        return 0
+    encoder, decoder = behind(w, table[at.ENCODER]), behind(w, table[at.DECODER])
+    mask, scratch = behind(w, table[at.MASK]), behind(memory, table[at.SCRATCH])
+    biases = behind(decoder, d_output * room)
+    abreast = TILE if lanes > TILE else lanes
+    together = TILE // abreast
+    begin = 0
+    # A range whose step may be zero would raise.
+    while begin < steps:
+        first = 0
+        while first < lanes:
+            group = abreast if first + abreast <= lanes else lanes - first
+            taken = together if begin + together <= steps else steps - begin
+            for t in range(taken):
+                for k in range(group):
+                    sample = behind(samples, ((begin + t) * lanes + first + k) * d_input)
+                    u = behind(scratch, (t * group + k) * stride)
+                    if tokens:
+                        vector.copy(behind(encoder, np.int64(sample[0]) * room), u, room)
+                    else:
+                        vector.copy(encoder, u, room)
+                        for c in range(d_input):
+                            z = np.float32((sample[c] - scale[c]) * scale[d_input + c])
+                            vector.add_multiple(behind(encoder, (c + 1) * room), z, u, room)
+            x = behind(memory, first * lane)
+            for b in range(table[at.BLOCKS]):
+                row = at.FIRST_BLOCK + b * at.BLOCK_SIZE
+                _block(w, table, row, x, lane, group, taken * group, scratch, stride, mask)
+            for t in range(taken):
+                for k in range(group):
+                    output = behind(outputs, ((begin + t) * lanes + first + k) * d_output)
+                    u = behind(scratch, (t * group + k) * stride)
+                    for o in range(d_output):
+                        output[o] = vector.dot(behind(decoder, o * room), u, room) + biases[o]
+            first += abreast
+        begin += together
+    return 1

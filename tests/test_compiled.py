@@ -1,0 +1,211 @@
+"""Machine code on disk: found where it fits, never trusted where it does not, made anew where it can be."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from edge_ssm.engines import compiled, image
+from edge_ssm.errors import EdgeSSMError, EngineUnavailable, InputRefused, UsageError
+
+ROOT = Path(__file__).parent.parent
+GENERIC = f"{image.platform.machine()}-generic"
+CHECK = """
+import sys; sys.path.insert(0, 'tests')
+from networks import random_network, samples_for
+from edge_ssm.engines import create, compiled
+for dtype in ('float32', 'float16', 'int8'):
+    network = random_network(h=19, mixing_dtype=dtype, low_rank=0.5, discretization='bilinear')
+    x = samples_for(network, 0, 50)
+    print(abs(create('cpu', network).chunk(x) - create('reference', network).chunk(x)).max() < 1e-4)
+print(compiled.load().header.target, *({'numba', 'llvmlite'} & set(sys.modules)))
+"""
+
+
+def run(code, **environment):
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=os.environ | environment
+    )
+
+
+@pytest.fixture(scope="module")
+def generic(tmp_path_factory):
+    """A kernel for this machine's kind of processor without any extension."""
+    path = tmp_path_factory.mktemp("kernels") / "generic.kernel"
+    compiled.compile_and_keep(GENERIC, path, None)
+    return path
+
+
+@pytest.fixture(scope="module")
+def content(generic):
+    return generic.read_bytes()
+
+
+def changed(content, **fields):
+    """The image with other words in its header."""
+    header, code = content.removeprefix(image.MAGIC).split(b"\n", 1)
+    return image.MAGIC + msgspec.json.encode(msgspec.json.decode(header) | fields) + b"\n" + code
+
+
+def test_a_processor_without_extensions_will_do_and_numba_stays_outside(generic, tmp_path):
+    (tmp_path / "copied-here.kernel").write_bytes(generic.read_bytes())
+    done = run(CHECK, EDGE_SSM_CACHE=str(tmp_path))
+    assert done.stdout.split() == ["True"] * 3 + [GENERIC], done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["copied-here.kernel"]
+
+
+def test_the_device_needs_no_numba_where_a_kernel_was_copied(generic, tmp_path):
+    hidden = "import sys, importlib.util as u; find = u.find_spec\n"
+    hidden += "u.find_spec = lambda name: None if name == 'numba' else find(name)\n"
+    done = run(hidden + CHECK, EDGE_SSM_CACHE=str(generic.parent))
+    assert done.stdout.split() == ["True"] * 3 + [GENERIC], done.stderr
+    done = run(hidden + CHECK, EDGE_SSM_CACHE=str(tmp_path))
+    assert "no compiled kernel for this processor in" in done.stderr
+    assert "edge-ssm compile --target" in done.stderr
+    auto = hidden + "sys.path.insert(0, 'tests')\nfrom networks import random_network\n"
+    auto += "from edge_ssm.engines import create\nprint(create('auto', random_network()).name)"
+    assert run(auto, EDGE_SSM_CACHE=str(tmp_path)).stdout.split() == ["reference"]
+
+
+def test_a_damaged_or_stale_image_is_compiled_anew(content, tmp_path):
+    (tmp_path / "torn.kernel").write_bytes(content[:-100])
+    (tmp_path / "empty.kernel").write_bytes(b"")
+    (tmp_path / "stale.kernel").write_bytes(changed(content, sources="0" * 64))
+    (tmp_path / "folder.kernel").mkdir()
+    done = run(CHECK, EDGE_SSM_CACHE=str(tmp_path))
+    assert done.stdout.split()[:3] == ["True"] * 3, done.stderr
+    assert GENERIC not in done.stdout
+    assert len(list(tmp_path.glob("*.kernel"))) == 5  # the four, and the new one
+    done = run(CHECK, EDGE_SSM_CACHE=str(tmp_path))
+    assert done.stdout.split()[:3] == ["True"] * 3, done.stderr
+
+
+def test_what_makes_most_of_the_processor_is_taken(content, tmp_path, monkeypatch):
+    monkeypatch.setenv("EDGE_SSM_CACHE", str(tmp_path))
+    every = sorted(image.processor_features())
+    (tmp_path / "a.kernel").write_bytes(changed(content, target="a", features=every[:1]))
+    (tmp_path / "b.kernel").write_bytes(changed(content, target="b", features=every[:3]))
+    (tmp_path / "c.kernel").write_bytes(changed(content, target="c", features=["no_such_feature"]))
+    best = compiled.best()
+    assert best is not None
+    assert best.header.target == "b"
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"machine": "riscv64"}, "made for riscv64, this machine is"),
+        ({"features": ["no_such_feature"]}, "this processor lacks no_such_feature"),
+        ({"sources": "0" * 64}, "made by another version of edge-ssm"),
+        ({"digest": "0" * 64}, "damaged code"),
+        ({"entry": 1 << 40}, "damaged code"),
+        ({"entry": -1}, "damaged header"),
+        ({"unknown": 1}, "damaged header"),
+    ],
+)
+def test_why_an_image_is_refused(content, tmp_path, fields, reason):
+    path = tmp_path / "x.kernel"
+    path.write_bytes(changed(content, **fields))
+    with pytest.raises(InputRefused, match=f"x.kernel: .*{reason}.*; compile it anew"):
+        compiled.read(path)
+
+
+def test_code_that_anyone_may_write_is_not_run(generic, tmp_path):
+    path = tmp_path / "open.kernel"
+    path.write_bytes(generic.read_bytes())
+    path.chmod(0o666)
+    with pytest.raises(InputRefused, match="anyone may write it"):
+        compiled.read(path)
+    if os.geteuid() == 0:
+        path.chmod(0o644)
+        os.chown(path, 12345, 12345)
+        with pytest.raises(InputRefused, match="belongs to another user"):
+            compiled.read(path)
+
+
+@given(at=st.floats(0, 1), flip=st.integers(1, 255))
+def test_no_changed_byte_passes(content, at, flip):
+    place = min(int(at * len(content)), len(content) - 1)
+    damaged = bytearray(content)
+    damaged[place] ^= flip
+    try:
+        found = image.decode(bytes(damaged))
+    except InputRefused:
+        return
+    # The target's name and the order of features are words, not code.
+    assert found.code == image.decode(content).code
+    assert found.header.entry == image.decode(content).header.entry
+
+
+@given(st.binary(max_size=300))
+def test_any_bytes_are_refused_or_whole(data):
+    for content in (data, image.MAGIC + data):
+        with pytest.raises(EdgeSSMError):
+            image.decode(content)
+
+
+def test_the_other_processor_s_code_is_vectors_and_stands_alone(tmp_path):
+    path, listing = tmp_path / "orin.kernel", tmp_path / "orin.s"
+    _, made = compiled.compile_and_keep("aarch64-cortex-a78ae", path, listing)
+    assert made.header.machine == "aarch64"
+    assert len(made.code) < 1 << 16
+    text = listing.read_text()
+    # Of the recurrence and the mixing: fused vector multiply-adds, four float32 each; nothing is called outside.
+    assert text.count("fmla\tv") > 100
+    assert [line.split()[1] for line in text.splitlines() if line.startswith("\tbl\t")] == ["body"]
+    if image.platform.machine() != "aarch64":
+        with pytest.raises(InputRefused, match="made for aarch64, this machine is"):
+            compiled.read(path)
+
+
+def test_what_can_not_be_compiled_or_kept_says_so(tmp_path, monkeypatch):
+    with pytest.raises(UsageError, match="--target 'z80': unknown, expected host, aarch64-cortex-a78ae"):
+        compiled.compile_and_keep("z80", tmp_path / "x", None)
+    with pytest.raises(EdgeSSMError, match="/proc/nowhere/x: cannot be written"):
+        compiled.compile_and_keep(GENERIC, Path("/proc/nowhere/x"), None)
+    for program in ("/bin/false", "/proc/nowhere", ""):
+        monkeypatch.setattr(sys, "executable", program)
+        with pytest.raises(EngineUnavailable, match="the kernel could not be compiled"):
+            compiled.compile_and_keep(GENERIC, tmp_path / "x", None)
+    assert not (tmp_path / "x").exists()
+
+
+def test_an_object_that_needs_a_library_is_refused():
+    import llvmlite.binding as llvm
+
+    llvm.initialize_native_target()
+    llvm.initialize_native_asmprinter()
+    text = f"declare i64 @outside(ptr)\ndefine i64 @{image.ENTRY}(ptr %c) {{\n %r = call i64 @outside(ptr %c)\n"
+    module = llvm.parse_assembly(text + " ret i64 %r\n}")
+    machine = llvm.Target.from_default_triple().create_target_machine(reloc="pic", codemodel="small")
+    with pytest.raises(EngineUnavailable, match="does not stand alone, it needs 'outside'"):
+        image.link("x", "x", (), machine.emit_object(module))
+
+
+def test_where_kernels_are_kept(monkeypatch):
+    for name in ("EDGE_SSM_CACHE", "CACHE_DIRECTORY", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", "/home/x")
+    assert compiled.folder() == Path("/home/x/.cache/edge-ssm")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/c")
+    assert compiled.folder() == Path("/c/edge-ssm")
+    monkeypatch.setenv("CACHE_DIRECTORY", "/var/cache/edge-ssm:/var/cache/other")
+    assert compiled.folder() == Path("/var/cache/edge-ssm")
+    monkeypatch.setenv("EDGE_SSM_CACHE", "/k")
+    assert compiled.folder() == Path("/k")
+
+
+def test_the_floating_point_mode_is_the_caller_s_again():
+    from networks import random_network, samples_for
+
+    from edge_ssm.engines import create
+
+    network = random_network()
+    create("cpu", network).chunk(samples_for(network, 0, 5))
+    assert np.float32(1e-40) * np.float32(1.0) != 0
