@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -85,6 +86,19 @@ def cli() -> None:
     metavar="N",
     help="Longest gap in samples; a longer one resets.  [default: the window; 100 without pooling]",
 )
+@click.option(
+    "--chunk",
+    default="1",
+    metavar="N|auto",
+    help="Step up to N samples in one go, never across the end of a window; auto: as many as --latency-budget allows."
+    "  [default: 1]",
+)
+@click.option(
+    "--latency-budget",
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="MS",
+    help="For --chunk auto: how long the engine may take from the last sample of a chunk to its outputs.",
+)
 @click.option("--pace", is_flag=True, help="Replay a recording at its sample rate.")
 @click.option("--strict", is_flag=True, help="Stop at the first malformed row.")
 def run(model: str, stream: bool, **options: Any) -> None:
@@ -104,14 +118,15 @@ def run(model: str, stream: bool, **options: Any) -> None:
     engine, why = _engine(options["engine"], network, windows.lanes)
     sink = sinks.open_sink(options["output"], options["output_format"], network, options["logits"], options["truth"])
     gap: GapPolicy = options["gap"]
-    loop = Loop(engine, windows, sink, gap, options["max_gap"], options["strict"], _Reporter(source.name))
+    chunk = _chunk(options["chunk"], options["latency_budget"], engine, windows)
+    loop = Loop(engine, windows, sink, gap, options["max_gap"], options["strict"], _Reporter(source.name), chunk)
     try:
         with Stop() as stop:
             account = loop.run(source, decoder, stop, pace if options["pace"] else None)
     finally:
         source.close()
         sink.close()
-    click.echo(summary(account, network, why), err=True)
+    click.echo(summary(account, network, why, chunk), err=True)
     if account.malformed and not account.samples:
         raise EdgeSSMError(
             f"{source.name}: no valid sample among {account.malformed} rows; expected {codec} with "
@@ -129,6 +144,30 @@ def _engine(name: str, network: Network, lanes: int) -> tuple[Engine, str]:
         return create(name, network, lanes), name
     engine, trial = choice.choose(network, lanes)
     return engine, f"{engine.name} (by trial: {trial.why()})"
+
+
+def _chunk(text: str, budget_ms: float | None, engine: Engine, windows: Windows) -> int:
+    from edge_ssm.stream import chunks
+
+    if text != "auto":
+        if budget_ms is not None:
+            raise UsageError("--latency-budget: only with --chunk auto")
+        try:
+            size = int(text)
+        except ValueError:
+            size = 0
+        if not 1 <= size <= chunks.LARGEST:
+            raise UsageError(f"--chunk {text!r}: expected auto, or 1 to {chunks.LARGEST} samples")
+        return size
+    if budget_ms is None or not math.isfinite(budget_ms):
+        raise UsageError("--chunk auto: needs --latency-budget, in milliseconds")
+    network = engine.network
+    wait = 0.0
+    if network.pooling == "none":
+        if network.input.sample_rate_hz is None:
+            raise UsageError("--chunk auto: the model states no sample rate; give --sample-rate")
+        wait = 1 / network.input.sample_rate_hz
+    return chunks.largest(engine, windows.hop if wait == 0 else chunks.LARGEST, budget_ms / 1e3, wait)
 
 
 def _scale(text: str) -> list[float]:
@@ -153,7 +192,7 @@ class _Reporter:
             click.echo("edge-ssm: further malformed rows are counted, not shown", err=True)
 
 
-def summary(account: Account, network: Network, engine: str) -> str:
+def summary(account: Account, network: Network, engine: str, chunk: int = 1) -> str:
     """The account of a run, for people."""
     gaps = ", ".join(f"{n} {reason}" for reason, n in sorted(account.gaps.items())) or "0"
     latency = account.latency
@@ -170,9 +209,9 @@ def summary(account: Account, network: Network, engine: str) -> str:
         real_time = (
             f", {speed / network.input.sample_rate_hz:.3g} times real time" if network.input.sample_rate_hz else ""
         )
-        lines.append(
-            f"step      p50 {p50:.1f} us, p99 {p99:.1f} us, max {longest:.1f} us; {speed:.0f} samples/s{real_time}"
-        )
+        name = "step" if chunk == 1 else f"chunk {chunk}"
+        times = f"p50 {p50:.1f} us, p99 {p99:.1f} us, max {longest:.1f} us"
+        lines.append(f"{name:<9} {times}; {speed:.0f} samples/s{real_time}")
     if account.labelled:
         share = account.correct / account.labelled
         lines.append(

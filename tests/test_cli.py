@@ -271,6 +271,53 @@ def test_a_reader_that_leaves_is_no_error(folder):
     assert (done.returncode, done.stderr) == (0, b"")
 
 
+def test_a_recording_in_chunks_decides_the_same(folder):
+    def run_with(*options):
+        done = stream(folder, "--input", folder / "s.csv", "--logits", "--engine", "cpu", *options)
+        assert done.returncode == 0, done.stderr
+        return done
+
+    expected = run_with().stdout
+    for options in (("--chunk", "3"), ("--chunk", "1024"), ("--chunk", "auto", "--latency-budget", "50")):
+        done = run_with(*options)
+        assert done.stdout == expected
+        assert b"\nchunk " in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        (["--chunk", "0"], "--chunk '0': expected auto, or 1 to 1024 samples"),
+        (["--chunk", "many"], "--chunk 'many': expected auto"),
+        (["--chunk", "auto"], "--chunk auto: needs --latency-budget"),
+        (["--chunk", "auto", "--latency-budget", "nan"], "--chunk auto: needs --latency-budget"),
+        (["--latency-budget", "5"], "--latency-budget: only with --chunk auto"),
+        (["--chunk", "auto", "--latency-budget", "1e-6"], "but a single step takes"),
+    ],
+)
+def test_chunks_that_can_not_be_are_refused(folder, options, text):
+    done = stream(folder, "--input", folder / "s.csv", *options)
+    assert done.returncode == 2
+    assert text in done.stderr.decode()
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_kernel_is_compiled_for_another_processor(tmp_path):
+    done = run("compile", "--target", "aarch64-generic", "--output", tmp_path / "k", "--assembly", tmp_path / "s")
+    assert b"kernel for aarch64-generic" in done.stdout
+    assert (tmp_path / "k").read_bytes().startswith(b"edge-ssm kernel")
+    assert "fmla" in (tmp_path / "s").read_text()
+    done = run("compile", "--target", "z80")
+    assert (done.returncode, done.stdout) == (2, b"")
+    assert b"--target 'z80': unknown" in done.stderr
+
+
+def test_auto_says_what_it_chose_and_why(folder):
+    done = stream(folder, "--input", folder / "s.csv")
+    assert b"(by trial: cpu " in done.stderr
+    assert b", reference " in done.stderr
+
+
 def test_recorded_labels_can_not_write_to_the_terminal(folder):
     rows = (folder / "bare.csv").read_text().splitlines()
     content = "c0,c1,label\n" + "".join(f"{row},\x1b[2Jx\n" for row in rows)

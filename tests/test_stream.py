@@ -237,6 +237,29 @@ def test_every_accepted_sample_is_accounted_for(policy, data):
     assert ends == sorted(set(ends))
 
 
+@pytest.mark.parametrize("engine", ["reference", "cpu"])
+@given(
+    seed=st.integers(0, 1000),
+    chunk=st.integers(2, 30),
+    policy=st.sampled_from(["hold", "skip", "reset"]),
+    pooling=st.sampled_from(["mean", "last", "none"]),
+    hop=st.sampled_from([None, 1, 3, 7]),
+    carry=st.booleans(),
+    bad=st.lists(st.integers(0, 59), max_size=12),
+)
+def test_chunks_change_nothing_but_the_time(engine, seed, chunk, policy, pooling, hop, carry, bad):
+    network = random_network(seed, window=8, pooling=pooling)
+    samples = samples_for(network, seed, 60)
+    samples[bad, 0] = np.nan
+    labels = ["x"] * 30 + ["y"] * 30
+    options = {"gap": policy, "max_gap": 3, "engine": engine}
+    one, many = (Stream(network, hop, carry, chunk=size, **options).feed(samples, labels) for size in (1, chunk))
+    many.loop._flush()
+    assert many.lines == one.lines
+    del one.account.latency, many.account.latency
+    assert vars(many.account) == vars(one.account)
+
+
 def test_truth_is_the_commonest_label_and_never_an_input():
     network = random_network(window=4)
     samples = samples_for(network, 0, 8)

@@ -39,7 +39,7 @@ STEPS = 100
 
 
 def measure(engines: Sequence[Engine], samples: Array, rounds: int = ROUNDS) -> list[float]:
-    """Median microseconds of a step of each engine, one lane each. ``samples`` is (n, d_input), in the sensor's units."""
+    """Median microseconds of a step of each engine, one lane each; ``samples`` (n, d_input) in the sensor's units."""
     return choice.measure(engines, list(np.resize(samples, (STEPS, samples.shape[1]))), rounds)
 
 

@@ -48,7 +48,7 @@ class Account:
     """Samples of the window that was open at the end."""
     seconds: float = 0.0
     latency: LatencyHistogram = field(default_factory=LatencyHistogram)
-    """Of ``Engine.step``, one entry a stepped sample."""
+    """Of the engine, one entry a step, or a chunk."""
     ended_by: str = "end of input"
 
 
@@ -64,6 +64,7 @@ class Loop:
         max_gap: int | None = None,
         strict: bool = False,
         report: Callable[[str], None] = lambda line: None,
+        chunk: int = 1,
     ) -> None:
         if engine.lanes != windows.lanes:
             raise UsageError(f"engine has {engine.lanes} lanes, the windows need {windows.lanes}")
@@ -75,6 +76,8 @@ class Loop:
         self._max_gap = windows.longest_gap if max_gap is None else max_gap
         self._strict = strict
         self._report = report
+        self._chunk = chunk
+        self._pending: list[tuple[Array, Frame, bool]] = []  # accepted and not yet stepped: values, frame, gap
         self.account = Account()
         self._held = np.full(engine.network.d_input, np.nan)
         self._in_gap = 0
@@ -104,6 +107,7 @@ class Loop:
             else:
                 for item in decoder.finish():
                     self._item(item)
+            self._flush()
         except SinkClosed:
             account.ended_by = "closed output"
         finally:
@@ -117,6 +121,7 @@ class Loop:
             return
         self.account.malformed += 1
         if self._strict:
+            self._flush()
             raise RunFailed(f"{item.where}: {item.problem} (--strict)")
         self._report(f"{item.where}: {item.problem}; left out")
 
@@ -137,6 +142,7 @@ class Loop:
         account.gaps["missing" if np.isnan(frame.values[bad]).all() else "out_of_range"] += 1
         self._in_gap += 1
         if not self._waiting and (self._gap_policy == "reset" or self._in_gap > self._max_gap):
+            self._flush()
             self._restart("reset", reason="gap", gap_samples=self._in_gap)
             self._waiting = True
         if self._waiting:
@@ -149,19 +155,50 @@ class Loop:
         self._advance(self._held if hold else None, frame, gap=True)
 
     def _advance(self, values: Array | None, frame: Frame, gap: bool = False) -> None:
-        """Step and pool one sample (None: let the state decay), and decide if a window ends with it."""
-        engine, windows, account = self._engine, self._windows, self.account
-        lane = windows.begin()
-        if lane is not None:
-            engine.reset(lane)
+        """Take one sample in (None: let the state decay); what is pending is stepped once the chunk is full, or a
+        window begins or ends."""
         if values is None:
-            engine.skip(1)
-            outputs = None
-        else:
+            self._flush()
+            self._begin()
+            self._engine.skip(1)
+            self._end(None, frame, gap)
+            return
+        self._pending.append((values, frame, gap))
+        if len(self._pending) >= min(self._chunk, self._windows.together()):
+            self._flush()
+
+    def _flush(self) -> None:
+        """Step, pool and decide what is pending."""
+        pending, self._pending = self._pending, []
+        if not pending:
+            return
+        engine = self._engine
+        self._begin()
+        if len(pending) == 1:
+            values = pending[0][0]
             sample = values if engine.lanes == 1 else np.broadcast_to(values, (engine.lanes, len(values)))
             began = clock.perf_counter_ns()
-            outputs = engine.step(sample)
-            account.latency.record(clock.perf_counter_ns() - began)
+            outputs = [engine.step(sample)]
+        else:
+            samples = np.array([values for values, _, _ in pending])
+            if engine.lanes > 1:
+                samples = np.repeat(samples[:, None], engine.lanes, axis=1)
+            began = clock.perf_counter_ns()
+            outputs = list(engine.chunk(samples))
+        self.account.latency.record(clock.perf_counter_ns() - began)
+        for i, ((_, frame, gap), output) in enumerate(zip(pending, outputs, strict=True)):
+            if i:
+                self._begin()
+            self._end(output, frame, gap)
+
+    def _begin(self) -> None:
+        lane = self._windows.begin()
+        if lane is not None:
+            self._engine.reset(lane)
+
+    def _end(self, outputs: Array | None, frame: Frame, gap: bool) -> None:
+        """Pool one sample's outputs, and decide if a window ends with it."""
+        engine, windows, account = self._engine, self._windows, self.account
         closed = windows.end(outputs, gap, frame.label)
         if closed is None:
             return

@@ -65,6 +65,13 @@ class Windows:
         self._origin = 0
         self._opened = 0
 
+    def together(self) -> int:
+        """How many samples from the next one on may be stepped in one go: up to where a window begins or ends."""
+        until_begin = self.hop - (self.sample - self._origin) % self.hop
+        if not self._starts:
+            return min(until_begin, self.window)
+        return min(until_begin, self._starts[0][0] + self.window - self.sample)
+
     def begin(self) -> int | None:
         """Before a sample is stepped: open the window that starts with it. Returns the lane to reset, if any."""
         if (self.sample - self._origin) % self.hop:

@@ -1,0 +1,77 @@
+"""What "auto" is: tried once, kept, tried again where the kept figures no longer fit."""
+
+import json
+
+import pytest
+from networks import random_network
+
+from edge_ssm import engines
+from edge_ssm.engines import choice, compiled, create
+from edge_ssm.errors import EngineUnavailable
+
+
+@pytest.fixture
+def kept(tmp_path, monkeypatch):
+    compiled.load()  # found where it is, before the folder changes
+    monkeypatch.setenv("EDGE_SSM_CACHE", str(tmp_path))
+    return tmp_path
+
+
+def only(folder):
+    (path,) = folder.glob("*.trial")
+    return path
+
+
+def test_the_fastest_is_taken_and_the_figures_are_kept(kept):
+    network = random_network()
+    engine, trial = choice.choose(network, 1)
+    assert set(trial.step_us) == {"cpu", "reference"}
+    assert engine.name == trial.winner == min(trial.step_us, key=trial.step_us.get)
+    assert trial.why().startswith(f"{trial.winner} ")
+    # Other figures in the file, and it is they that decide.
+    turned = {"step_us": {"cpu": 9.0, "reference": 1.0}, "unavailable": {}}
+    only(kept).write_text(json.dumps(turned))
+    assert create("auto", network).name == "reference"
+    assert choice.choose(network, 1)[1].why() == "reference 1 us, cpu 9 us a step"
+
+
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", '{"step_us": {}, "unavailable": {}}', '{"step_us": {"gone": 1.0}, "unavailable": {}}']
+)
+def test_figures_that_do_not_fit_are_measured_again(kept, content):
+    network = random_network()
+    choice.choose(network, 1)
+    only(kept).write_text(content)
+    assert set(choice.choose(network, 1)[1].step_us) == {"cpu", "reference"}
+    assert json.loads(only(kept).read_text())["step_us"].keys() == {"cpu", "reference"}
+
+
+def test_another_network_or_number_of_lanes_is_another_trial(kept):
+    choice.choose(random_network(0), 1)
+    choice.choose(random_network(1), 1)
+    choice.choose(random_network(1), 2)
+    assert len(list(kept.glob("*.trial"))) == 3
+
+
+def test_the_trial_leaves_no_state_behind(kept):
+    engine, _ = choice.choose(random_network(), 2)
+    assert all((x == 0).all() for x in engine.snapshot().state)
+
+
+def test_what_does_not_load_is_left_out_and_named(kept, monkeypatch):
+    def fails():
+        raise EngineUnavailable("engine 'cpu': not today")
+
+    monkeypatch.setattr(compiled, "load", fails)
+    engine, trial = choice.choose(random_network(), 1)
+    assert engine.name == "reference"
+    assert trial.unavailable == {"cpu": "engine 'cpu': not today"}
+    monkeypatch.delitem(engines.ENGINES, "reference")
+    with pytest.raises(EngineUnavailable, match="not today"):
+        choice.choose(random_network(1), 1)
+
+
+def test_an_unwritable_folder_only_costs_the_next_trial(monkeypatch):
+    compiled.load()
+    monkeypatch.setenv("EDGE_SSM_CACHE", "/proc/nowhere")
+    assert choice.choose(random_network(), 1)[0].name in ("cpu", "reference")
