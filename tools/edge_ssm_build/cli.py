@@ -389,7 +389,7 @@ def verify(model: str, checkpoint: str | None, form: str, arch: str | None, step
         samples = verification.samples_for(network, steps)
         found += [("the checkpoint", a) for a in verification.against_checkpoint(network, read, samples)]
     for engine in (name for name in ENGINES if name != "reference" and drift):
-        with tqdm(total=drift, desc=f"{engine}, long stream", unit=" samples") as bar:
+        with tqdm(total=drift, desc=f"{engine}, long stream", unit=" samples", mininterval=1) as bar:
             found.append(("float64, one long stream", verification.drift(network, engine, drift, bar.update)))
     for against, a in found:
         mark = "ok" if a.error <= verification.BOUND else "TOO LARGE"
