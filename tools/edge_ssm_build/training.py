@@ -130,9 +130,11 @@ def read_torch(path: Path) -> Any:
         return torch.load(path, weights_only=True)
     except FileNotFoundError:
         raise InputRefused(f"{path}: no such file") from None
+    except OSError as error:
+        raise InputRefused(f"{path}: can't be read ({error.strerror})") from None
     except Exception as error:  # on damaged bytes its unpickler raises whatever it trips over
-        reason = " ".join(str(error).split())[:120]
-        raise InputRefused(f"{path}: damaged, or not a checkpoint of edge-ssm-build ({reason})") from None
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
+        raise InputRefused(f"{path}: damaged, or not a checkpoint of tensors and plain values ({reason})") from None
 
 
 def dump_checkpoint(checkpoint: Checkpoint) -> bytes:
