@@ -191,8 +191,8 @@ def test_an_object_that_needs_a_library_is_refused():
 def test_where_kernels_are_kept(monkeypatch):
     for name in ("EDGE_SSM_CACHE", "CACHE_DIRECTORY", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("HOME", "/home/x")
-    assert compiled.folder() == Path("/home/x/.cache/edge-ssm")
+    monkeypatch.setenv("HOME", "/x")
+    assert compiled.folder() == Path("/x/.cache/edge-ssm")
     monkeypatch.setenv("XDG_CACHE_HOME", "/c")
     assert compiled.folder() == Path("/c/edge-ssm")
     monkeypatch.setenv("CACHE_DIRECTORY", "/var/cache/edge-ssm:/var/cache/other")
