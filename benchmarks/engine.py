@@ -68,7 +68,7 @@ eight_vectors = vector.SINGLE["float32"][8]
 
 @njit
 def read(w: int, y: int, z: int, columns: int) -> None:
-    eight_vectors(vector.float32_at(w), 0, 64, columns, vector.float32_at(y), 0, vector.float32_at(z), 0)
+    eight_vectors(vector.float32_at(w), 0, vector.float32_at(w), columns, vector.float32_at(y), vector.float32_at(z), 0)
 
 
 def reader(size: int) -> Callable[[], Any]:

@@ -261,7 +261,7 @@ def test_every_finite_half_is_read_exactly():
     def read(weights, ones, out, count):
         w, y, z = vector.float32_at(weights), vector.float32_at(ones), vector.float32_at(out)
         for i in range(0, count, 8):
-            read_column(w, i, 8, 1, y, 1, vector.behind(z, i), 8)
+            read_column(w, i, z, 1, y, vector.behind(z, i), 8)
 
     bits = np.arange(1 << 16, dtype=np.uint16)
     halves = bits.view(np.float16)

@@ -66,21 +66,63 @@ def _translated() -> tuple[str, str]:
     return made.library.get_llvm_str(), made.fndesc.llvm_func_name
 
 
-HALF = "edge_ssm_half_values"  # vector.HALF, which can't be imported before the settings are made
+# vector.HALF and vector.PAIRS, which can't be imported before the settings are made.
+HALF, PAIRS = "edge_ssm_half_values", "edge_ssm_pair_products"
+_HALVES = """  %values = bitcast <8 x i16> %.1 to <8 x half>
+  %wide = fpext <8 x half> %values to <8 x float>
+  ret <8 x float> %wide"""
+_PAIRS_OPERANDS = """  %w = sext <16 x i8> %.1 to <16 x i16>
+  %one = insertelement <8 x i32> undef, i32 %.2, i32 0
+  %all = shufflevector <8 x i32> %one, <8 x i32> undef, <8 x i32> zeroinitializer
+  %y = bitcast <8 x i32> %all to <16 x i16>
+"""
+_AVX2_PAIRS = (
+    _PAIRS_OPERANDS
+    + """  %sums = call <8 x i32> @llvm.x86.avx2.pmadd.wd(<16 x i16> %w, <16 x i16> %y)
+  ret <8 x i32> %sums"""
+)
+_FIRST, _SECOND = (", ".join(f"i32 {i}" for i in range(start, start + 8)) for start in (0, 8))
+_SSE2_PAIRS = (
+    _PAIRS_OPERANDS
+    + f"""  %part = shufflevector <16 x i16> %y, <16 x i16> undef, <8 x i32> <{_FIRST}>
+  %low = shufflevector <16 x i16> %w, <16 x i16> undef, <8 x i32> <{_FIRST}>
+  %high = shufflevector <16 x i16> %w, <16 x i16> undef, <8 x i32> <{_SECOND}>
+  %first = call <4 x i32> @llvm.x86.sse2.pmadd.wd(<8 x i16> %low, <8 x i16> %part)
+  %second = call <4 x i32> @llvm.x86.sse2.pmadd.wd(<8 x i16> %high, <8 x i16> %part)
+  %sums = shufflevector <4 x i32> %first, <4 x i32> %second, <8 x i32> <{_FIRST}>
+  ret <8 x i32> %sums"""
+)
 
 
-def _alone(text: str, name: str, machine: str, native_half: bool) -> str:
+def _native(target: Target) -> dict[str, str]:
+    """Bodies of functions for which the processor has an instruction that LLVM would not find."""
+    found = {}
+    if target.native_half:
+        found[HALF] = _HALVES
+    if target.machine == "x86_64":
+        found[PAIRS] = _AVX2_PAIRS if "avx2" in target.features else _SSE2_PAIRS
+    return found
+
+
+_DECLARED = """
+declare <8 x i32> @llvm.x86.avx2.pmadd.wd(<16 x i16>, <16 x i16>)
+declare <4 x i32> @llvm.x86.sse2.pmadd.wd(<8 x i16>, <8 x i16>)
+"""
+
+
+def _alone(text: str, name: str, target: Target) -> str:
     """The translation with one entry of C's calling convention, everything else internal to it."""
     text = re.sub(r"^target (datalayout|triple) = .*$", "", text, flags=re.MULTILINE)
     text = re.sub(r"^(@\S+ =) (?:common|linkonce)\S* ", r"\1 internal ", text, flags=re.MULTILINE)
-    if native_half:
-        own = "  %values = bitcast <8 x i16> %0 to <8 x half>\n  %wide = fpext <8 x half> %values to <8 x float>"
+    for function, body in _native(target).items():
         text = re.sub(
-            rf"^(define [^\n]*@{HALF}\(<8 x i16>)[^)]*\).*?^\}}$",
-            rf"\1 %0) {{\n{own}\n  ret <8 x float> %wide\n}}",
+            rf"^(define [^\n]*@{function}\([^\n]*\{{)$.*?^\}}$",
+            lambda found, body=body: f"{found[1]}\n{body}\n}}",  # type: ignore[misc]
             text,
             flags=re.MULTILINE | re.DOTALL,
         )
+    if target.machine == "x86_64":
+        text += _DECLARED
     text = re.sub(r"^define (?:linkonce_odr )?", "define internal ", text, flags=re.MULTILINE)
     # LLVM would make calls of the C library's memset and memcpy out of loops.
     text = re.sub(r"^(define .*?)(?: #\d+)? \{$", r'\1 "no-builtins" {', text, flags=re.MULTILINE)
@@ -95,7 +137,7 @@ define internal i64 @body(ptr %call) noinline "no-builtins" {{
   %value = load i64, ptr %result
   ret i64 %value
 }}
-{flush.entry(machine, image.ENTRY, "body")}"""
+{flush.entry(target.machine, image.ENTRY, "body")}"""
     )
 
 
@@ -108,7 +150,7 @@ def compile_for(target: Target, label: str) -> tuple[image.Image, str]:
     machine = llvm.Target.from_triple(target.triple).create_target_machine(
         cpu=target.cpu, features=target.llvm_features, opt=3, reloc="pic", codemodel="small"
     )
-    module = llvm.parse_assembly(_alone(*_translated(), target.machine, target.native_half))
+    module = llvm.parse_assembly(_alone(*_translated(), target))
     module.triple = target.triple
     module.data_layout = str(machine.target_data)
     module.verify()

@@ -24,7 +24,6 @@ class CpuEngine(Engine):
         kernel = compiled.load()
         self._step_parameters = [step_parameters(b.ssm, network.discretization) for b in network.blocks]
         self._layout = layout.pack(network, self._step_parameters, lanes)
-        self._x = self._layout.state
         # Of a small network's step the call is the most: a single step has its own arrays, whose addresses stand.
         self._step_shape = (network.d_input,) if lanes == 1 else (lanes, network.d_input)
         self._sample = np.empty(self._step_shape)
@@ -55,7 +54,10 @@ class CpuEngine(Engine):
             raise refusal(self.network, samples)
 
     def reset(self, lane: int | None = None) -> None:
-        self._x[slice(None) if lane is None else lane] = 0
+        lanes = slice(None) if lane is None else lane
+        for real, imag in self._layout.slots:
+            self._layout.memory[real[lanes]] = 0
+            self._layout.memory[imag[lanes]] = 0
 
     def skip(self, k: int = 1, lane: int | None = None) -> None:
         state = self._state()
@@ -65,10 +67,10 @@ class CpuEngine(Engine):
         self._set_state(state)
 
     def _state(self) -> tuple[Array, ...]:
-        slots = self._layout.slots
-        return tuple((self._x[:, real] + 1j * self._x[:, imag]).astype(np.complex64) for real, imag in slots)
+        memory = self._layout.memory
+        return tuple((memory[real] + 1j * memory[imag]).astype(np.complex64) for real, imag in self._layout.slots)
 
     def _set_state(self, state: tuple[Array, ...]) -> None:
         for (real, imag), new in zip(self._layout.slots, state, strict=True):
-            self._x[:, real] = new.real
-            self._x[:, imag] = new.imag
+            self._layout.memory[real] = new.real
+            self._layout.memory[imag] = new.imag

@@ -15,7 +15,7 @@ from numba import njit
 
 from edge_ssm.engines import layout as at
 from edge_ssm.engines import vector
-from edge_ssm.engines.layout import ITEMS, TILE, WIDTH
+from edge_ssm.engines.layout import ITEMS, SLAB, TILE, WIDTH
 from edge_ssm.engines.vector import behind
 
 _SINGLE, _SEVERAL = vector.SINGLE, vector.SEVERAL
@@ -40,17 +40,20 @@ def _recurrence(channels: Any, head: int, values: int) -> Any:
 
     @njit(error_model="numpy")
     def run(
-        w: Any, x: Any, pairs: Any, vectors: int, lane: int, lanes: int, items: int, gathered: Any, y: Any, stride: int
+        w: Any, x: Any, pairs: Any, vectors: int, lanes: Any, items: int, gathered: Any, y: Any, stride: int
     ) -> None:
+        first, group, all_lanes = lanes
         for v in range(vectors):
-            for k in range(lanes):
+            size = 2 * WIDTH * pairs[v]
+            for k in range(group):
                 item = k
                 while item < items:
                     column = item * stride + v * WIDTH
-                    channels(w, behind(x, k * lane), pairs[v], behind(gathered, column), behind(y, column))
-                    item += lanes
+                    state = behind(x, (first + k) * size)
+                    channels(w, state, pairs[v], behind(gathered, column), behind(y, column))
+                    item += group
             w = behind(w, (head + values * pairs[v]) * WIDTH)
-            x = behind(x, 2 * WIDTH * pairs[v])
+            x = behind(x, all_lanes * size)
 
     return run
 
@@ -59,38 +62,39 @@ _diagonal, _low_rank = _recurrence(vector.diagonal, 0, 4), _recurrence(vector.lo
 
 
 def _mixer(kind: str) -> Any:
-    """z = W y for weights of one type, by tiles of rows."""
+    """z = W y for weights of one type, ``count`` columns (int8: pairs of columns, and each row's sum of weights)."""
     one8, one4, one2, one1 = (_SINGLE[kind][v] for v in (8, 4, 2, 1))
     several2, several1 = _SEVERAL[kind][2], _SEVERAL[kind][1]
+    values = 2 if kind == "int8" else 1
 
     @njit(error_model="numpy")
-    def mix(w: Any, weights: int, columns: int, rows: int, items: int, y: Any, z: Any, stride: int) -> None:
-        done, size = 0, 8 * WIDTH
+    def mix(w: Any, weights: int, sums: Any, count: int, rows: int, items: int, y: Any, z: Any, stride: int) -> None:
+        done = 0
+        # A slab's weights serve all items before the next one's; a single item has its sums of four slabs together.
+        size = (SLAB if items >= ITEMS else 8) * WIDTH
         while done < rows:
             while size > rows - done:
                 size //= 2
-            target = behind(z, done)
             item = 0
             while item + ITEMS <= items:
-                inputs, outputs = behind(y, item * stride), behind(target, item * stride)
+                inputs, outputs = behind(y, item * stride), behind(z, item * stride + done)
                 if size == WIDTH:
-                    several1(w, weights, size, columns, inputs, stride, outputs, stride)
+                    several1(w, weights, behind(sums, done), count, inputs, outputs, stride)
                 else:
-                    for part in range(0, size, 2 * WIDTH):
-                        several2(w, weights + part, size, columns, inputs, stride, behind(outputs, part), stride)
+                    several2(w, weights, behind(sums, done), count, inputs, outputs, stride)
                 item += ITEMS
             while item < items:
-                inputs, outputs = behind(y, item * stride), behind(target, item * stride)
+                inputs, outputs = behind(y, item * stride), behind(z, item * stride + done)
                 if size == 8 * WIDTH:
-                    one8(w, weights, size, columns, inputs, stride, outputs, stride)
+                    one8(w, weights, behind(sums, done), count, inputs, outputs, stride)
                 elif size == 4 * WIDTH:
-                    one4(w, weights, size, columns, inputs, stride, outputs, stride)
+                    one4(w, weights, behind(sums, done), count, inputs, outputs, stride)
                 elif size == 2 * WIDTH:
-                    one2(w, weights, size, columns, inputs, stride, outputs, stride)
+                    one2(w, weights, behind(sums, done), count, inputs, outputs, stride)
                 else:
-                    one1(w, weights, size, columns, inputs, stride, outputs, stride)
+                    one1(w, weights, behind(sums, done), count, inputs, outputs, stride)
                 item += 1
-            weights += columns * size
+            weights += count * size * values
             done += size
 
     return mix
@@ -101,7 +105,7 @@ _mix_float32, _mix_float16, _mix_int8 = (_mixer(kind) for kind in at.DTYPES)
 
 @njit(error_model="numpy")
 def _block(
-    w: Any, table: Any, row: Any, x: Any, lane: int, lanes: int, items: int, scratch: Any, stride: int, mask: Any
+    w: Any, table: Any, row: Any, memory: Any, lanes: Any, items: int, scratch: Any, stride: int, mask: Any
 ) -> None:
     """One block, in place on u, the first buffer of the scratch (network.py states the equations)."""
     room, prenorm, norm = table[at.ROOM], table[at.PRENORM], table[row + at.NORM]
@@ -124,23 +128,28 @@ def _block(
         start = item * stride
         vector.multiply(behind(w, table[row + at.D]), behind(gathered, start), behind(y, start), width)
     vectors, pairs = table[row + at.DIAGONAL], behind(table, table[row + at.DIAGONAL_PAIRS])
-    weights, state = behind(w, table[row + at.DIAGONAL_W]), behind(x, table[row + at.DIAGONAL_X])
-    _diagonal(weights, state, pairs, vectors, lane, lanes, items, gathered, y, stride)
+    weights, state = behind(w, table[row + at.DIAGONAL_W]), behind(memory, table[row + at.DIAGONAL_X])
+    _diagonal(weights, state, pairs, vectors, lanes, items, gathered, y, stride)
     first = vectors * WIDTH
     vectors, pairs = table[row + at.LOW_RANK], behind(table, table[row + at.LOW_RANK_PAIRS])
-    weights, state = behind(w, table[row + at.LOW_RANK_W]), behind(x, table[row + at.LOW_RANK_X])
-    _low_rank(weights, state, pairs, vectors, lane, lanes, items, behind(gathered, first), behind(y, first), stride)
+    weights, state = behind(w, table[row + at.LOW_RANK_W]), behind(memory, table[row + at.LOW_RANK_X])
+    _low_rank(weights, state, pairs, vectors, lanes, items, behind(gathered, first), behind(y, first), stride)
     for item in range(items):
         vector.gelu(behind(y, item * stride), width)
     glu = table[row + at.GLU]
     both = 2 * rows if glu else rows
     dtype, mixing = table[row + at.DTYPE], table[row + at.MIXING]
     if dtype == 0:
-        _mix_float32(w, mixing, columns, both, items, y, z, stride)
+        _mix_float32(w, mixing, w, columns, both, items, y, z, stride)
     elif dtype == 1:
-        _mix_float16(w, 2 * mixing, columns, both, items, y, z, stride)
+        _mix_float16(w, 2 * mixing, w, columns, both, items, y, z, stride)
     else:
-        _mix_int8(w, 4 * mixing, columns, both, items, y, z, stride)
+        largest = np.float32(min(at.LARGEST_INTEGER, at.LARGEST_SUM // max(columns, 1)))
+        for item in range(items):
+            values = behind(y, item * stride)
+            vector.to_integers(values, behind(values, stride - 2), largest, width)
+        sums = behind(w, table[row + at.SUMS])
+        _mix_int8(w, 4 * mixing, sums, (columns + 1) // 2, both, items, y, z, stride)
     scale, bias = behind(w, table[row + at.SCALE]), behind(w, table[row + at.BIAS])
     index, constant = table[row + at.ROW_INDEX], table[row + at.CONSTANT]
     for item in range(items):
@@ -179,7 +188,7 @@ def run(call: Any) -> int:
     w, table = vector.float32_at(call[at.CALL_WEIGHTS]), vector.int64_at(call[at.CALL_TABLE])
     scale, memory = vector.float64_at(call[at.CALL_SCALE]), vector.float32_at(call[at.CALL_MEMORY])
     samples, outputs = vector.float64_at(call[at.CALL_SAMPLES]), vector.float32_at(call[at.CALL_OUTPUTS])
-    lanes, lane, room, stride = table[at.LANES], table[at.LANE], table[at.ROOM], table[at.STRIDE]
+    lanes, room, stride = table[at.LANES], table[at.ROOM], table[at.STRIDE]
     d_input, d_output, tokens = table[at.D_INPUT], table[at.D_OUTPUT], table[at.VOCABULARY]
     steps = call[at.CALL_STEPS]
     if not _acceptable(samples, steps * lanes, scale, d_input, tokens):
@@ -207,10 +216,9 @@ def run(call: Any) -> int:
                         for c in range(d_input):
                             z = np.float32((sample[c] - scale[c]) * scale[d_input + c])
                             vector.add_multiple(behind(encoder, (c + 1) * room), z, u, room)
-            x = behind(memory, first * lane)
             for b in range(table[at.BLOCKS]):
                 row = at.FIRST_BLOCK + b * at.BLOCK_SIZE
-                _block(w, table, row, x, lane, group, taken * group, scratch, stride, mask)
+                _block(w, table, row, memory, (first, group, lanes), taken * group, scratch, stride, mask)
             for t in range(taken):
                 for k in range(group):
                     output = behind(outputs, ((begin + t) * lanes + first + k) * d_output)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 import numpy as np
 
@@ -23,6 +22,10 @@ TILE = 16
 """Items (samples and lanes) that go through the network together in a chunk: weights are read once for all of them."""
 ITEMS = 4
 """Items whose sums of one mixing row are in registers together."""
+SLAB = 2
+"""Vectors of mixing rows whose weights lie together, column by column: in a chunk they stay in the first cache."""
+LARGEST_INTEGER, LARGEST_SUM = 2**15 - 2, (2**31 - 1) // 127
+"""Magnitudes of the integers that int8 weights are multiplied with, and of all of them together: sums fit in int32."""
 _ALIGN = 16
 """Packed arrays begin at a multiple of this many float32: a cache line."""
 
@@ -31,10 +34,9 @@ CALL_COLUMNS = ("weights", "table", "scale", "memory", "samples", "outputs", "st
 CALL_WEIGHTS, CALL_TABLE, CALL_SCALE, CALL_MEMORY, CALL_SAMPLES, CALL_OUTPUTS, CALL_STEPS = range(len(CALL_COLUMNS))
 
 # The table: a head, then a row a block, then lists. "w" is an offset into the weights in float32, "i" an offset into
-# the table, "x" one into a lane's state. A room is h padded.
+# the table, "x" one into the memory. A room is h padded.
 _HEAD_COLUMNS = (
     "lanes",
-    "lane",  # size of a lane's state
     "d_input",
     "d_output",
     "room",
@@ -49,7 +51,6 @@ _HEAD_COLUMNS = (
 )
 (
     LANES,
-    LANE,
     D_INPUT,
     D_OUTPUT,
     ROOM,
@@ -70,13 +71,14 @@ _BLOCK_COLUMNS = (
     "diagonal",  # vectors of diagonal channels: the first columns
     "diagonal_pairs",  # i: states of each vector, in pairs
     "diagonal_w",  # w: of each vector [pair][dr, di, cr, ci][WIDTH]
-    "diagonal_x",  # x: of each vector [pair][re, im][WIDTH]
+    "diagonal_x",  # x: of each vector [lane][pair][re, im][WIDTH]
     "low_rank",  # vectors of channels with a rank-one term, behind them
     "low_rank_pairs",
     "low_rank_w",  # w: of each vector beta [WIDTH], [pair][dr, di, cr, ci, pr, pi, rr, ri][WIDTH]
     "low_rank_x",
     "dtype",  # of mixing: 0 float32, 1 float16, 2 int8
-    "mixing",  # w: tiles of 8, 4, 2, 1 vectors of rows: [column][rows of the tile] in that type
+    "mixing",  # w: slabs of SLAB vectors of rows, then one: [column][rows] in that type; int8: [column pair][rows][2]
+    "sums",  # w: [both], of each row's weights; int8 only
     "scale",  # w: [both]; 1 for float32
     "bias",  # w: [both]
     "rows",  # of values, padded; for GLU as many gates behind them
@@ -102,6 +104,7 @@ _BLOCK_COLUMNS = (
     LOW_RANK_X,
     DTYPE,
     MIXING,
+    SUMS,
     SCALE,
     BIAS,
     ROWS,
@@ -121,12 +124,6 @@ NORM_HEAD = _ALIGN
 
 def padded(n: int, to: int = WIDTH) -> int:
     return -(-n // to) * to
-
-
-def tiles(vectors: int) -> list[int]:
-    """How many vectors of rows are summed in registers together: 8, then what is left in powers of two."""
-    found = [8] * (vectors // 8)
-    return found + [size for size in (4, 2, 1) if vectors % 8 & size]
 
 
 def aligned(flat: Array) -> Array:
@@ -170,11 +167,9 @@ class Layout:
     scale: Array
     """(4, d_input) float64: mean, 1 / std, lowest and highest value that may reach the state."""
     memory: Array
-    """float32: the state of each lane, then scratch."""
-    state: Array
-    """(lanes, size) view of the states in ``memory``."""
+    """float32: all states, then scratch."""
     slots: tuple[tuple[Array, Array], ...]
-    """Of each block: where in a lane's state the real and the imaginary part of each of its S states are."""
+    """Of each block: where in ``memory`` the real and the imaginary parts of its states are, (lanes, S) each."""
 
 
 class _Packer:
@@ -199,22 +194,27 @@ class _Packer:
         for row, block, step in zip(self.rows, network.blocks, parameters, strict=True):
             self._block(row, block, step)
         decoder = self.weights.add(self._wide(network.decoder.weight), network.decoder.bias)
-        lane = padded(self.state_size, _ALIGN)
-        head = [lanes, lane, network.d_input, network.d_output, self.room, int(network.prenorm), vocabulary]
-        head += [encoder_at, mask, decoder, len(self.rows), lanes * lane, padded(self.stride, _ALIGN)]
+        head = [lanes, network.d_input, network.d_output, self.room, int(network.prenorm), vocabulary]
+        head += [
+            encoder_at,
+            mask,
+            decoder,
+            len(self.rows),
+            padded(self.state_size, _ALIGN),
+            padded(self.stride, _ALIGN),
+        ]
         self.head = np.array(head)
 
     def layout(self) -> Layout:
         network = self.network
         allowed = input_range(network)
-        lane, scratch, stride = (int(self.head[i]) for i in (LANE, SCRATCH, STRIDE))
+        scratch, stride = (int(self.head[i]) for i in (SCRATCH, STRIDE))
         memory = aligned(np.zeros(scratch + BUFFERS * TILE * stride, dtype=np.float32))
         return Layout(
             self.weights.packed(),
             np.concatenate([self.head, self.rows.ravel(), *self.lists]).astype(np.int64),
             np.stack([network.input.mean, 1 / network.input.std, allowed.low, allowed.high]),
             memory,
-            memory[:scratch].reshape(self.lanes, lane),
             tuple(self.slots),
         )
 
@@ -248,7 +248,8 @@ class _Packer:
         if block.norm is not None:
             row[NORM] = self._norm(block.norm)
             row[LAYER_NORM] = int(block.norm.kind == "layer")
-        self.stride = max(self.stride, len(channels), (1 + int(row[GLU])) * int(row[ROWS]))
+        # Behind an item's columns is room for the unit of its integers.
+        self.stride = max(self.stride, len(channels) + WIDTH, (1 + int(row[GLU])) * int(row[ROWS]))
 
     def _order(self, active: Array, kinds: list[Array], columns: Array) -> Array:
         """The channel of each column, -1 for padding: diagonal ones, those with a rank-one term, bypassed ones.
@@ -267,7 +268,7 @@ class _Packer:
         return np.array(found + [-1] * (padded(len(found)) - len(found)), dtype=np.int64)
 
     def _recurrences(self, row: Array, step: StepParameters, kinds: list[Array]) -> None:
-        real, apart = np.zeros(len(step.delta), dtype=np.int64), WIDTH
+        real, apart = np.zeros((self.lanes, len(step.delta)), dtype=np.int64), WIDTH
         values = [step.delta.real, step.delta.imag, 2 * step.C.real, -2 * step.C.imag]
         more = [step.p.real, step.p.imag, 2 * step.r.real, -2 * step.r.imag]
         for first, chosen, packed in ((DIAGONAL, kinds[0], values), (LOW_RANK, kinds[1], values + more)):
@@ -284,13 +285,14 @@ class _Packer:
                     left, start = int(step.pairs[channel]), int(step.first[channel])
                     for i, value in enumerate(packed):
                         filled[:left, i, place] = value[start : start + left]
-                    real[start : start + left] = self.state_size + 2 * WIDTH * np.arange(left) + place
+                    states = self.state_size + 2 * WIDTH * np.arange(left) + place
+                    real[:, start : start + left] = states + 2 * WIDTH * pairs * np.arange(self.lanes)[:, None]
                 if packed is not values:
                     beta = np.zeros(WIDTH)
                     beta[: len(vector)] = step.beta[vector]
                     parts.append(beta)
                 parts.append(filled.ravel())
-                self.state_size += 2 * WIDTH * pairs
+                self.state_size += 2 * WIDTH * pairs * self.lanes
             row[first + 2] = self.weights.add(*parts) if parts else 0
         self.slots.append((real, real + apart))
 
@@ -304,15 +306,20 @@ class _Packer:
             whole[:, :left] = values.reshape(parts, left, *values.shape[1:])
             return whole.reshape(parts * rows, *values.shape[1:])
 
-        row[ROWS], row[R], row[GLU], row[DTYPE] = rows, left, parts - 1, DTYPES.index(mixing.dtype)
+        weight = mixing.weight
+        row[ROWS], row[R], row[GLU], row[DTYPE] = rows, left, parts - 1, DTYPES.index(weight.dtype.name)
         if left != self.h:
             row[ROW_INDEX] = self._list(mixing.rows)
-        whole = np.zeros((int(row[COLUMNS]), parts * rows), dtype=mixing.weight.dtype)
+        together = 2 if weight.dtype == np.int8 else 1
+        whole = np.zeros((padded(int(row[COLUMNS]), together), parts * rows), dtype=weight.dtype)
         at = np.flatnonzero(channels >= 0)
-        whole[at] = wide(mixing.weight).T[np.searchsorted(mixing.columns, channels[at])]
-        cuts = np.cumsum([0, *tiles(parts * rows // WIDTH)]) * WIDTH
-        tiled = [whole[:, a:b].ravel() for a, b in pairwise(cuts)]
-        row[MIXING] = self.weights.add_raw(*tiled) if tiled else 0
+        whole[at] = wide(weight).T[np.searchsorted(mixing.columns, channels[at])]
+        # [columns together, one of them, row] -> [columns together, row, one of them]
+        grouped = whole.reshape(len(whole) // together, together, parts * rows).transpose(0, 2, 1)
+        slabs = [grouped[:, a : a + SLAB * WIDTH].ravel() for a in range(0, parts * rows, SLAB * WIDTH)]
+        row[MIXING] = self.weights.add_raw(*slabs) if slabs else 0
+        if weight.dtype == np.int8:
+            row[SUMS] = self.weights.add(wide(weight.sum(axis=1, dtype=np.float64)))
         scale = np.ones(parts * left) if mixing.scale is None else mixing.scale
         row[SCALE] = self.weights.add(wide(scale))
         row[BIAS] = self.weights.add(wide(mixing.bias[mixing.stacked_rows()]))

@@ -21,7 +21,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic as numba_intrinsic
 
-from edge_ssm.engines.layout import ITEMS, WIDTH
+from edge_ssm.engines.layout import ITEMS, SLAB, WIDTH
 from edge_ssm.engines.rational import ERF, TANH
 
 intrinsic: Any = numba_intrinsic
@@ -29,6 +29,7 @@ FLOAT32 = types.CPointer(types.float32)
 _F32, _I32, _I64 = ir.FloatType(), ir.IntType(32), ir.IntType(64)
 _VECTOR = ir.VectorType(_F32, WIDTH)
 _LANES = ir.VectorType(_I32, WIDTH)
+_SHORTS = ir.VectorType(ir.IntType(16), WIDTH)
 
 
 def _constant(value: float) -> Any:
@@ -86,17 +87,27 @@ class _Emit:
         return self.builder.mul(value, self.integer(factor))
 
     def splat(self, value: Any) -> Any:
-        first = self.builder.insert_element(ir.Constant(_VECTOR, ir.Undefined), value, ir.Constant(_I32, 0))
-        return self.builder.shuffle_vector(first, ir.Constant(_VECTOR, ir.Undefined), ir.Constant(_LANES, [0] * WIDTH))
+        nothing = ir.Constant(ir.VectorType(value.type, WIDTH), ir.Undefined)
+        first = self.builder.insert_element(nothing, value, ir.Constant(_I32, 0))
+        return self.builder.shuffle_vector(first, nothing, ir.Constant(_LANES, [0] * WIDTH))
 
-    def total(self, vector: Any) -> Any:
-        """The sum of a vector's values, halves first."""
+    def _joined(self, vector: Any, join: Callable[[Any, Any], Any]) -> Any:
+        """A vector's values joined to one, halves first."""
         nothing, width = ir.Constant(_VECTOR, ir.Undefined), WIDTH
         while width > 1:
             width //= 2
             order = [(i + width) % WIDTH for i in range(WIDTH)]
-            vector = self.add(vector, self.builder.shuffle_vector(vector, nothing, ir.Constant(_LANES, order)))
+            vector = join(vector, self.builder.shuffle_vector(vector, nothing, ir.Constant(_LANES, order)))
         return self.builder.extract_element(vector, ir.Constant(_I32, 0))
+
+    def total(self, vector: Any) -> Any:
+        return self._joined(vector, self.add)
+
+    def highest(self, vector: Any) -> Any:
+        return self._joined(vector, lambda a, b: self.builder.select(self.builder.fcmp_ordered(">", a, b), a, b))
+
+    def lowest(self, vector: Any) -> Any:
+        return self._joined(vector, lambda a, b: self.builder.select(self.builder.fcmp_ordered("<", a, b), a, b))
 
     def rational(self, x: Any, limit: float, coefficients: tuple[tuple[float, ...], tuple[float, ...]]) -> Any:
         """x P(x^2) / Q(x^2) with x clamped, as in ``rational``."""
@@ -287,15 +298,10 @@ def _float32_vector(e: _Emit, pointer: Any, index: Any) -> Any:
     return e.load(pointer, index)
 
 
-def _integers(e: _Emit, pointer: Any, index: Any, bits: int) -> Any:
+def _integers(e: _Emit, pointer: Any, index: Any, bits: int, count: int) -> Any:
     kind = ir.IntType(bits)
     place = e.builder.gep(e.builder.bitcast(pointer, kind.as_pointer()), [index])
-    return e.builder.load(e.builder.bitcast(place, ir.VectorType(kind, WIDTH).as_pointer()), align=1)
-
-
-def _int8_vector(e: _Emit, pointer: Any, index: Any) -> Any:
-    wide = e.builder.sext(_integers(e, pointer, index, 8), _LANES)
-    return e.builder.sitofp(wide, _VECTOR)
+    return e.builder.load(e.builder.bitcast(place, ir.VectorType(kind, count).as_pointer()), align=1)
 
 
 HALF = "edge_ssm_half_values"
@@ -331,38 +337,143 @@ def _half_function(module: Any) -> Any:
 
 
 def _float16_vector(e: _Emit, pointer: Any, index: Any) -> Any:
-    return e.builder.call(_half_function(e.builder.module), [_integers(e, pointer, index, 16)])
+    return e.builder.call(_half_function(e.builder.module), [_integers(e, pointer, index, 16, WIDTH)])
 
 
-def _columns(values: Callable[[_Emit, Any, Any], Any], vectors: int, items: int) -> Any:
-    """z = W y for ``vectors`` of rows and ``items`` of the tile at once, all sums in registers.
+SUMS = 8
+"""Vectors of sums that are in registers together, so that one addition need not wait for the one before."""
 
-    w: [column][``stride`` rows] from the element at ``at``; the items' y and z lie ``y_stride`` and ``z_stride`` apart.
-    """
 
-    @_function(_P, _I, _I, _I, _P, _I, _P, _I)
-    def columns(
-        e: _Emit, w: Any, at: Any, stride: Any, count: Any, y: Any, y_stride: Any, z: Any, z_stride: Any
-    ) -> None:
-        sums = [[e.variable(_constant(0.0)) for _ in range(vectors)] for _ in range(items)]
-        inputs = [e.builder.gep(y, [e.times(y_stride, item)]) for item in range(items)]
-        with e.loop(count) as k:
-            row = e.plus(at, e.times(k, stride))
-            weights = [values(e, w, e.plus(row, v * WIDTH)) for v in range(vectors)]
-            for item in range(items):
-                factor = e.splat(e.scalar(inputs[item], k))
-                for v in range(vectors):
-                    e.builder.store(e.fma(weights[v], factor, e.builder.load(sums[item][v])), sums[item][v])
-        for item in range(items):
-            for v in range(vectors):
-                e.store(e.builder.load(sums[item][v]), z, e.plus(e.times(z_stride, item), v * WIDTH))
+def _groups(vectors: int, sums: int) -> Iterator[range]:
+    """Of ``vectors`` of rows, those that go through all columns together, where each has ``sums`` vectors of sums."""
+    together = max(1, min(vectors, SUMS // sums))
+    for first in range(0, vectors, together):
+        yield range(first, first + together)
+
+
+def _row(e: _Emit, at: Any, columns: Any, k: Any, v: int, vectors: int, values: int) -> Any:
+    """Where the weights of vector ``v`` and column ``k`` are: slabs of rows, [column][rows][values] each."""
+    wide = min(vectors, SLAB) * WIDTH * values
+    slab = e.times(columns, v // SLAB * wide)
+    return e.plus(at, slab, e.times(k, wide), v % SLAB * WIDTH * values)
+
+
+def _columns(read: Callable[[_Emit, Any, Any], Any], vectors: int, items: int) -> Any:
+    """z = W y for ``vectors`` of rows and ``items`` of the tile at once; y and z lie ``stride`` apart."""
+
+    @_function(_P, _I, _P, _I, _P, _P, _I)
+    def columns(e: _Emit, w: Any, at: Any, _: Any, count: Any, y: Any, z: Any, stride: Any) -> None:
+        inputs = [e.builder.gep(y, [e.times(stride, item)]) for item in range(items)]
+        for group in _groups(vectors, items):
+            sums = {(v, item): e.variable(_constant(0.0)) for v in group for item in range(items)}
+            with e.loop(count) as k:
+                weights = {v: read(e, w, _row(e, at, count, k, v, vectors, 1)) for v in group}
+                for item in range(items):
+                    factor = e.splat(e.scalar(inputs[item], k))
+                    for v in group:
+                        total = sums[v, item]
+                        e.builder.store(e.fma(weights[v], factor, e.builder.load(total)), total)
+            for (v, item), total in sums.items():
+                e.store(e.builder.load(total), z, e.plus(e.times(stride, item), v * WIDTH))
 
     return columns
 
 
-_KINDS = {"float32": _float32_vector, "float16": _float16_vector, "int8": _int8_vector}
-SINGLE = {name: {v: _columns(read, v, 1) for v in (8, 4, 2, 1)} for name, read in _KINDS.items()}
-SEVERAL = {name: {v: _columns(read, v, ITEMS) for v in (2, 1)} for name, read in _KINDS.items()}
+PAIRS = "edge_ssm_pair_products"
+"""The function that multiplies int8 by int16; ``compiler`` takes the processor's own instruction where it has one."""
+
+
+def _pair_function(module: Any) -> Any:
+    """<16 x i8> w, i32 of two int16 y -> <8 x i32> w[2 i] y[0] + w[2 i + 1] y[1]."""
+    pairs = ir.VectorType(ir.IntType(8), 2 * WIDTH)
+    function = cgutils.get_or_insert_function(module, ir.FunctionType(_LANES, [pairs, _I32]), PAIRS)
+    if function.blocks:
+        return function
+    function.linkage = "linkonce_odr"
+    builder = ir.IRBuilder(function.append_basic_block())
+    e, nothing = _Emit(builder), ir.Constant(pairs, ir.Undefined)
+    products = []
+    for i in range(2):
+        chosen = ir.Constant(_LANES, list(range(i, 2 * WIDTH, 2)))
+        short = builder.sext(builder.shuffle_vector(function.args[0], nothing, chosen), _SHORTS)
+        y = builder.trunc(builder.lshr(function.args[1], ir.Constant(_I32, 16 * i)), ir.IntType(16))
+        products.append(builder.mul(builder.sext(short, _LANES), builder.sext(e.splat(y), _LANES)))
+    builder.ret(builder.add(*products))
+    return function
+
+
+_MAGIC = 1.5 * 2.0**23
+"""Added to a float32 of at most 2^22, it rounds it to a whole number, which the low bits then are."""
+
+
+@_function(_P, _P, types.float32, _I)
+def to_integers(e: _Emit, y: Any, scale: Any, largest: Any, count: Any) -> None:
+    """y -> int16 q, in place, y = q scale[0] + scale[1], of magnitudes up to ``largest`` (2^15 - 2 at most).
+
+    scale[1] is the middle of the values: what GELU yields is hardly ever negative, and half of the range were unused.
+    """
+    builder = e.builder
+    low, high = e.variable(e.load(y)), e.variable(e.load(y))
+    with e.loop(count, WIDTH) as j:
+        values = e.load(y, j)
+        for place, sign in ((low, "<"), (high, ">")):
+            so_far = builder.load(place)
+            builder.store(builder.select(builder.fcmp_ordered(sign, values, so_far), values, so_far), place)
+    bottom, top = e.lowest(builder.load(low)), e.highest(builder.load(high))
+    half, magic = ir.Constant(_F32, 0.5), ir.Constant(_F32, _MAGIC)
+    unit = builder.fdiv(builder.fmul(builder.fsub(top, bottom), half), largest)
+    # Where all values are equal, any unit serves.
+    least = ir.Constant(_F32, 2.0**-100)
+    unit = builder.select(builder.fcmp_ordered(">", unit, least), unit, least)
+    inverse = builder.fdiv(ir.Constant(_F32, 1.0), unit)
+    middle = builder.fmul(builder.fmul(builder.fadd(top, bottom), half), inverse)
+    whole = builder.fsub(builder.fadd(middle, magic), magic)
+    builder.store(unit, scale)
+    builder.store(builder.fmul(whole, unit), builder.gep(scale, [e.integer(1)]))
+    factor, offset = e.splat(inverse), e.splat(builder.fsub(magic, whole))
+    target = builder.bitcast(y, ir.IntType(16).as_pointer())
+    with e.loop(count, WIDTH) as j:
+        bits = builder.bitcast(e.fma(e.load(y, j), factor, offset), _LANES)
+        place = builder.bitcast(builder.gep(target, [j]), _SHORTS.as_pointer())
+        builder.store(builder.trunc(bits, _SHORTS), place, align=2)
+
+
+def _integer_columns(vectors: int, items: int) -> Any:
+    """z = W y for int8 weights, [column pair][rows][2], as exact sums of integers, from ``to_integers``'s y.
+
+    ``sums`` holds the sum of each row's weights; an item's scale lies behind its columns.
+    """
+
+    @_function(_P, _I, _P, _I, _P, _P, _I)
+    def columns(e: _Emit, w: Any, at: Any, sums: Any, pairs: Any, y: Any, z: Any, stride: Any) -> None:
+        builder, none = e.builder, ir.Constant(_LANES, [0] * WIDTH)
+        starts = [builder.gep(y, [e.times(stride, item)]) for item in range(items)]
+        inputs = [builder.bitcast(start, _I32.as_pointer()) for start in starts]
+        scales = [[e.splat(e.scalar(start, e.plus(stride, i))) for i in (-2, -1)] for start in starts]
+        product = _pair_function(builder.module)
+        for group in _groups(vectors, items):
+            totals = {(v, item): e.variable(none) for v in group for item in range(items)}
+            with e.loop(pairs) as k:
+                weights = {v: _integers(e, w, _row(e, at, pairs, k, v, vectors, 2), 8, 2 * WIDTH) for v in group}
+                for item in range(items):
+                    both = e.scalar(inputs[item], k)
+                    for v in group:
+                        more = builder.call(product, [weights[v], both])
+                        builder.store(builder.add(builder.load(totals[v, item]), more), totals[v, item])
+            for (v, item), total in totals.items():
+                unit, middle = scales[item]
+                constant = e.mul(middle, e.load(sums, v * WIDTH))
+                value = e.fma(unit, builder.sitofp(builder.load(total), _VECTOR), constant)
+                e.store(value, z, e.plus(e.times(stride, item), v * WIDTH))
+
+    return columns
+
+
+_READ = {"float32": _float32_vector, "float16": _float16_vector}
+SINGLE = {name: {v: _columns(read, v, 1) for v in (8, 4, 2, 1)} for name, read in _READ.items()}
+SEVERAL = {name: {v: _columns(read, v, ITEMS) for v in (2, 1)} for name, read in _READ.items()}
+SINGLE["int8"] = {v: _integer_columns(v, 1) for v in (8, 4, 2, 1)}
+SEVERAL["int8"] = {v: _integer_columns(v, ITEMS) for v in (2, 1)}
 
 
 @_function(_P, _I)
