@@ -75,7 +75,7 @@ class BlockDocument(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     norm: NormDocument | None
 
 
-class Document(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class Document(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """The JSON document under ``__metadata__.edge_ssm``. Only ``provenance`` is free in form."""
 
     format_version: int
@@ -93,6 +93,7 @@ class Document(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     task: Task
     labels: list[Name]
     provenance: dict[str, Any]
+    rounding_error: Positive | None = None
 
 
 class _Version(msgspec.Struct):
@@ -252,6 +253,7 @@ def _document_of(network: Network, provenance: dict[str, Any]) -> Document:
         task=network.task,
         labels=list(network.labels),
         provenance=provenance,
+        rounding_error=network.rounding_error or None,
     )
 
 
@@ -403,6 +405,7 @@ def _network_of(document: Document, tensors: dict[str, Array]) -> Network:
         window=document.window,
         task=document.task,
         labels=tuple(document.labels),
+        rounding_error=document.rounding_error or 0.0,
     )
 
 

@@ -36,6 +36,9 @@ INPUT_LIMIT = 1e9
 and the state would never recover, so such a sample is treated like a non-finite one."""
 
 
+ENGINE_ERROR = 1e-4
+"""Largest error of an output, of ordinary size, that an engine's arithmetic may bring."""
+
 MAX_RATE_CHANGE = 1000.0
 """Largest factor between a stream's sample rate and the trained one; past it a unit was mistaken."""
 
@@ -200,6 +203,13 @@ class Network:
     task: Task = "classification"
     labels: tuple[str, ...] = ()
     """Names of the classes, or of the regression outputs; length d_output, or empty."""
+    rounding_error: float = 0.0
+    """Largest error of an output that rounding the weights brought, as it was measured when they were; 0 if never."""
+
+    @property
+    def tolerance(self) -> float:
+        """Largest error of an output that an engine may bring: little beside what the rounded weights brought."""
+        return max(ENGINE_ERROR, self.rounding_error / 10)
 
     @property
     def d_input(self) -> int:
@@ -315,6 +325,7 @@ def check(network: Network) -> None:
     n_labels = len(network.labels)
     _expect(n_labels in (0, d_output), "labels", f"{n_labels} given, expected {d_output} (one an output) or none")
     _expect(len(set(network.labels)) == n_labels, "labels", "names are repeated")
+    _expect(0 <= network.rounding_error < np.inf, "rounding_error", f"{network.rounding_error}, expected 0 or more")
 
 
 @dataclass(frozen=True)

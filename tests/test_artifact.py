@@ -7,6 +7,7 @@ import re
 import struct
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +18,8 @@ from networks import networks, random_network
 from safetensors import safe_open
 
 from edge_ssm import artifact
-from edge_ssm.errors import ArtifactError, EdgeSSMError
-from edge_ssm.network import fingerprint
+from edge_ssm.errors import ArtifactError, EdgeSSMError, NetworkError
+from edge_ssm.network import check, fingerprint
 
 DTYPES = {"F32": "<f4", "F64": "<f8", "I64": "<i8", "I32": "<i4", "F16": "<f2", "I8": "<i1"}
 
@@ -78,6 +79,18 @@ def refused(tmp_path, content):
     assert "\n" not in message
     assert len(message) < 500
     return message[len(str(path)) + 2 :]
+
+
+def test_what_rounding_cost_is_stated_and_sets_the_tolerance(tmp_path):
+    network = random_network()
+    artifact.save(tmp_path / "a.safetensors", network, {})
+    assert b"rounding_error" not in (tmp_path / "a.safetensors").read_bytes()
+    assert artifact.load(tmp_path / "a.safetensors").network.tolerance == 1e-4
+    artifact.save(tmp_path / "b.safetensors", replace(network, rounding_error=0.02), {})
+    loaded = artifact.load(tmp_path / "b.safetensors").network
+    assert (loaded.rounding_error, loaded.tolerance) == (0.02, 0.002)
+    with pytest.raises(NetworkError, match="rounding_error"):
+        check(replace(network, rounding_error=-1.0))
 
 
 @given(network=networks())

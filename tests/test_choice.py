@@ -1,9 +1,11 @@
 """What "auto" is: tried once, kept, tried again where the kept figures no longer fit."""
 
 import json
+from dataclasses import replace
 
+import numpy as np
 import pytest
-from networks import random_network
+from networks import random_network, samples_for
 
 from edge_ssm import engines
 from edge_ssm.engines import choice, compiled, create
@@ -66,9 +68,26 @@ def test_what_does_not_load_is_left_out_and_named(kept, monkeypatch):
     engine, trial = choice.choose(random_network(), 1)
     assert engine.name == "reference"
     assert trial.unavailable == {"cpu": "engine 'cpu': not today"}
+    assert not list(kept.glob("*.trial"))  # it may load at the next start
     monkeypatch.delitem(engines.ENGINES, "reference")
     with pytest.raises(EngineUnavailable, match="not today"):
         choice.choose(random_network(1), 1)
+
+
+@pytest.mark.parametrize(("stated", "engines_left"), [(0.01, {"cpu", "cpu-float32"}), (0.0, {"cpu-float32"})])
+def test_small_weights_run_as_stored_only_within_what_the_artifact_states(kept, stated, engines_left):
+    """int8 mixing takes its inputs as 16-bit integers; what that costs must be little beside what int8 cost."""
+    network = replace(random_network(3, h=128, pairs=32, layers=6, mixing_dtype="int8"), rounding_error=stated)
+    trial = choice.choose(network, 1)[1]
+    assert set(trial.step_us) == engines_left | {"reference"}
+    if "cpu" not in engines_left:
+        assert "more than 1.0e-04" in trial.inaccurate["cpu"]
+
+
+def test_widened_weights_are_the_stored_ones():
+    network = random_network(h=19, mixing_dtype="float16")
+    samples = samples_for(network, 0, 50)
+    assert np.array_equal(create("cpu-float32", network).chunk(samples), create("cpu", network).chunk(samples))
 
 
 def test_an_unwritable_folder_only_costs_the_next_trial(monkeypatch):

@@ -19,7 +19,12 @@ from edge_ssm.errors import EngineUnavailable, NetworkError, SampleError, Snapsh
 from edge_ssm.network import at_sample_rate, cost
 
 NAMES = sorted(ENGINES)
-BOUND = {"reference": 1e-9, "cpu": 1e-4}
+
+
+def bound(name, network):
+    """Of an output of ordinary size. int8 mixing takes its inputs as 16-bit integers, unless it was widened."""
+    small = any(block.mixing.dtype == "int8" for block in network.blocks)
+    return {"reference": 1e-9, "cpu": 1e-3 if small else 1e-4}.get(name, 1e-4)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -34,7 +39,7 @@ def test_step_equals_chunk_equals_convolution(name, network, seed, length):
     assert np.array_equal(stepped, chunked)
     # Logits of ordinary size: the bound is absolute, and relative to what a random network blows up.
     scale = max(1.0, np.abs(expected).max())
-    assert np.abs(chunked - expected).max() <= BOUND[name] * scale
+    assert np.abs(chunked - expected).max() <= bound(name, network) * scale
 
 
 @pytest.mark.parametrize("name", NAMES)

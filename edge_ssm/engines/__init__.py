@@ -10,7 +10,7 @@ from edge_ssm.engines.base import Engine, Snapshot
 from edge_ssm.errors import EngineUnavailable, UsageError
 from edge_ssm.network import Network
 
-__all__ = ["ENGINES", "Engine", "EngineEntry", "Snapshot", "create"]
+__all__ = ["ENGINES", "Engine", "EngineEntry", "Snapshot", "candidates", "create"]
 
 
 @dataclass(frozen=True)
@@ -25,8 +25,15 @@ class EngineEntry:
 
 ENGINES: dict[str, EngineEntry] = {
     "cpu": EngineEntry("edge_ssm.engines.cpu", "CpuEngine", (), ""),
+    "cpu-float32": EngineEntry("edge_ssm.engines.cpu", "WideCpuEngine", (), ""),
     "reference": EngineEntry("edge_ssm.engines.reference", "ReferenceEngine", (), ""),
 }
+
+
+def candidates(network: Network) -> list[str]:
+    """The engines that differ for this network: without small weights there is nothing to widen."""
+    small = any(block.mixing.dtype != "float32" for block in network.blocks)
+    return [name for name in ENGINES if small or name != "cpu-float32"]
 
 
 def create(name: str, network: Network, lanes: int = 1) -> Engine:
@@ -41,6 +48,11 @@ def create(name: str, network: Network, lanes: int = 1) -> Engine:
     if name not in ENGINES:
         raise UsageError(f"engine {name!r}: unknown, expected auto, {', '.join(ENGINES)}")
     return _load(name)(network, lanes)
+
+
+def installed(name: str) -> bool:
+    """Whether the packages that an engine needs are there; it may still not load."""
+    return all(find_spec(package) is not None for package in ENGINES[name].requires)
 
 
 def _load(name: str) -> type[Engine]:

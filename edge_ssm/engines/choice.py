@@ -1,4 +1,5 @@
-"""Which engine "auto" is: the one whose steps of this network are the shortest on this machine, by a short trial.
+"""Which engine "auto" is: the one whose steps of this network are the shortest on this machine, by a short trial, of
+those whose outputs are within the network's tolerance of the float64 reference.
 
 The trial's figures are kept in the folder of compiled kernels, so that later starts only read them.
 """
@@ -18,11 +19,15 @@ from edge_ssm import atomic
 from edge_ssm.engines import compiled
 from edge_ssm.engines.base import Engine
 from edge_ssm.engines.image import processor_features, sources_digest
+from edge_ssm.engines.reference import ReferenceEngine
 from edge_ssm.errors import EngineUnavailable
-from edge_ssm.network import Array, Network, fingerprint
+from edge_ssm.network import Array, Network, fingerprint, input_range
 
 ROUNDS = 5
-STEPS = 20
+STEPS, CHECKED = 20, 100
+"""Samples that are timed, and those whose outputs are compared with the reference's."""
+ORDINARY = 10.0
+"""Size of an output up to which a network's tolerance is meant."""
 SUFFIX = ".trial"
 
 
@@ -31,6 +36,8 @@ class Trial(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Of each engine that loads here."""
     unavailable: dict[str, str]
     """Why the others do not."""
+    inaccurate: dict[str, str] = {}
+    """What keeps those from being used that load but are off by too much."""
 
     @property
     def winner(self) -> str:
@@ -61,14 +68,19 @@ def measure(engines: Sequence[Engine], samples: Sequence[Array], rounds: int) ->
 
 def choose(network: Network, lanes: int) -> tuple[Engine, Trial]:
     """The fastest engine for ``lanes`` streams, and the trial that says so. Raises EngineUnavailable if none loads."""
+    from edge_ssm.engines import installed
+
     path = compiled.folder() / f"{_key(network, lanes)}{SUFFIX}"
-    trial = _kept(path)
+    trial = _kept(path, network)
     if trial is not None:
         try:
             return _create(trial.winner, network, lanes), trial
         except EngineUnavailable:
             pass  # It was there once; try again what is.
     trial = _tried(network, lanes)
+    if any(installed(name) for name in trial.unavailable):
+        # What should load and does not may do so at the next start.
+        return _create(trial.winner, network, lanes), trial
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         atomic.write(path, msgspec.json.encode(trial))
@@ -84,33 +96,59 @@ def _create(name: str, network: Network, lanes: int) -> Engine:
 
 
 def _key(network: Network, lanes: int) -> str:
-    parts: list[Any] = [fingerprint(network), lanes, sources_digest(), *sorted(processor_features())]
+    from edge_ssm.engines import ENGINES, installed
+
+    # An engine whose package was installed since deserves its trial.
+    there = [name for name in ENGINES if installed(name)]
+    parts: list[Any] = [fingerprint(network), lanes, there, sources_digest(), *sorted(processor_features())]
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:24]
 
 
-def _kept(path: Any) -> Trial | None:
-    from edge_ssm.engines import ENGINES
+def _kept(path: Any, network: Network) -> Trial | None:
+    from edge_ssm.engines import candidates
 
     try:
         trial = msgspec.json.decode(path.read_bytes(), type=Trial)
     except (OSError, msgspec.DecodeError):
         return None
-    # An engine that was added since deserves its trial.
-    return trial if trial.step_us and {*trial.step_us, *trial.unavailable} == set(ENGINES) else None
+    named = {*trial.step_us, *trial.unavailable, *trial.inaccurate}
+    return trial if trial.step_us and named == set(candidates(network)) else None
+
+
+def _samples(network: Network, lanes: int) -> Array:
+    """(CHECKED, lanes, d_input), or without lanes for one, of the size that the sensor's samples have."""
+    rng = np.random.default_rng(0)
+    allowed, shape = input_range(network), (CHECKED, *((lanes,) if lanes > 1 else ()), network.d_input)
+    samples: Array
+    if allowed.whole:
+        samples = rng.integers(0, int(allowed.high[0]) + 1, shape).astype(np.float64)
+    else:
+        samples = network.input.mean + network.input.std * rng.standard_normal(shape)
+    return samples
 
 
 def _tried(network: Network, lanes: int) -> Trial:
-    from edge_ssm.engines import ENGINES
+    from edge_ssm.engines import candidates
 
     made: dict[str, Engine] = {}
     unavailable: dict[str, str] = {}
-    for name in ENGINES:
+    inaccurate: dict[str, str] = {}
+    samples = _samples(network, lanes)
+    exact = ReferenceEngine(network, lanes).chunk(samples)
+    for name in candidates(network):
         try:
-            made[name] = _create(name, network, lanes)
+            engine = _create(name, network, lanes)
         except EngineUnavailable as error:
             unavailable[name] = str(error)
+            continue
+        error_found = float(np.abs(engine.chunk(samples) - exact).max())
+        # Outputs of a network that blows its input up are held to their own size.
+        if error_found <= network.tolerance * max(1.0, float(np.abs(exact).max()) / ORDINARY):
+            made[name] = engine
+        else:
+            inaccurate[name] = f"its outputs are off by {error_found:.1e}, more than {network.tolerance:.1e}"
     if not made:
         raise EngineUnavailable("; ".join(unavailable.values()))
-    sample = np.tile(np.asarray(network.input.mean, dtype=np.float64), (lanes, 1))
-    samples = [sample[0] if lanes == 1 else sample] * STEPS
-    return Trial(dict(zip(made, measure(list(made.values()), samples, ROUNDS), strict=True)), unavailable)
+    timed = list(samples[:STEPS])
+    steps = measure(list(made.values()), timed, ROUNDS)
+    return Trial(dict(zip(made, steps, strict=True)), unavailable, inaccurate)

@@ -18,12 +18,14 @@ from edge_ssm.network import Array, Network
 class CpuEngine(Engine):
     name: ClassVar[str] = "cpu"
     dtype: ClassVar[npt.DTypeLike] = np.dtype(np.float32)
+    widen: ClassVar[bool] = False
+    """Whether float16 and int8 mixing weights are taken as float32."""
 
     def __init__(self, network: Network, lanes: int = 1) -> None:
         super().__init__(network, lanes)
         kernel = compiled.load()
         self._step_parameters = [step_parameters(b.ssm, network.discretization) for b in network.blocks]
-        self._layout = layout.pack(network, self._step_parameters, lanes)
+        self._layout = layout.pack(network, self._step_parameters, lanes, self.widen)
         # Of a small network's step the call is the most: a single step has its own arrays, whose addresses stand.
         self._step_shape = (network.d_input,) if lanes == 1 else (lanes, network.d_input)
         self._sample = np.empty(self._step_shape)
@@ -40,13 +42,17 @@ class CpuEngine(Engine):
 
     def step(self, sample: npt.ArrayLike, out: Array | None = None) -> Array:
         x = sample if isinstance(sample, np.ndarray) else np.asarray(sample)
-        if out is not None or x.shape != self._step_shape:
+        fits = out is None or (out.shape == self._output.shape and out.dtype == self.dtype)
+        if x.shape != self._step_shape or not fits:
             return super().step(x, out)
         self._sample[...] = x
         if not self._run_step(self._step_address):
             raise refusal(self.network, self._sample.reshape(1, self.lanes, -1))
-        outputs: Array = self._output.copy()
-        return outputs
+        if out is None:
+            outputs: Array = self._output.copy()
+            return outputs
+        out[...] = self._output
+        return out
 
     def _run(self, samples: Array, outputs: Array) -> None:
         call = self._call_of(samples, outputs, len(samples))
@@ -74,3 +80,10 @@ class CpuEngine(Engine):
         for (real, imag), new in zip(self._layout.slots, state, strict=True):
             self._layout.memory[real] = new.real
             self._layout.memory[imag] = new.imag
+
+
+class WideCpuEngine(CpuEngine):
+    """The same with small mixing weights widened once instead of at each step: more to read, less to do."""
+
+    name: ClassVar[str] = "cpu-float32"
+    widen: ClassVar[bool] = True

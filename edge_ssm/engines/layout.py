@@ -173,8 +173,8 @@ class Layout:
 
 
 class _Packer:
-    def __init__(self, network: Network, parameters: Sequence[StepParameters], lanes: int) -> None:
-        self.network, self.lanes = network, lanes
+    def __init__(self, network: Network, parameters: Sequence[StepParameters], lanes: int, widen: bool) -> None:
+        self.network, self.lanes, self.widen = network, lanes, widen
         self.weights = _Weights()
         self.h, self.room = network.d_model, padded(network.d_model)
         self.rows = np.full((len(network.blocks), BLOCK_SIZE), -1, dtype=np.int64)
@@ -306,7 +306,7 @@ class _Packer:
             whole[:, :left] = values.reshape(parts, left, *values.shape[1:])
             return whole.reshape(parts * rows, *values.shape[1:])
 
-        weight = mixing.weight
+        weight = mixing.weight.astype(np.float32) if self.widen else mixing.weight
         row[ROWS], row[R], row[GLU], row[DTYPE] = rows, left, parts - 1, DTYPES.index(weight.dtype.name)
         if left != self.h:
             row[ROW_INDEX] = self._list(mixing.rows)
@@ -333,5 +333,6 @@ class _Packer:
         return self.weights.add(head, self._wide(norm.weight[None]), self._wide(norm.bias[None]))
 
 
-def pack(network: Network, parameters: Sequence[StepParameters], lanes: int) -> Layout:
-    return _Packer(network, parameters, lanes).layout()
+def pack(network: Network, parameters: Sequence[StepParameters], lanes: int, widen: bool) -> Layout:
+    """``widen``: small mixing weights are packed as float32, which loses nothing."""
+    return _Packer(network, parameters, lanes, widen).layout()

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -54,6 +55,19 @@ def test_train_prune_export_record_and_stream(recordings, tmp_path):
     assert "0 labels differ" in build(
         "evaluate", model, "--data", recordings, "--engine", "cpu", "--split", "validation"
     )
+    said = build("export", start, "--output", tmp_path / "auto.safetensors", "--weights", "auto", "--error-bound", "9")
+    assert re.search(r"int8 mixing weights: largest change of a logit .* a step [0-9.]+ us here", said)
+    assert re.search(r"^chosen: (float32|float16|int8)$", said, re.MULTILINE)
+    build("export", start, "--output", tmp_path / "int8.safetensors", "--weights", "int8")
+    small = json.loads(call(RUN, "inspect", tmp_path / "int8.safetensors", "--json").stdout)
+    assert {layer["mixing_dtype"] for layer in small["layers"]} == {"int8"}
+    assert 0 < small["rounding_error"] < 1
+    assert small["provenance"]["history"][-1]["mixing_dtype"] == "int8"
+    strict = ["--weights", "int8", "--error-bound", "1e-9"]
+    refused = call(BUILD, "export", start, "--output", tmp_path / "no", *strict)
+    assert refused.returncode == 1
+    assert "nothing was written" in refused.stderr
+    assert not (tmp_path / "no").exists()
     build("record", "--data", recordings, "--output", tmp_path / "s.csv", "--window", 50)
     done = call(RUN, "run", model, "--stream", "--input", tmp_path / "s.csv", "--truth")
     decisions = [json.loads(line) for line in done.stdout.splitlines()]

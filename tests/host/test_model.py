@@ -8,13 +8,15 @@ import pytest
 
 from edge_ssm import artifact
 from edge_ssm.errors import RunFailed, UsageError
-from edge_ssm.network import fingerprint
+from edge_ssm.network import fingerprint, quantised
 
 torch = pytest.importorskip("torch", reason="the host tool needs torch: pip install 'edge-ssm[host]'")
 
-from edge_ssm_build import convert, exporting, training  # noqa: E402
+from edge_ssm_build import convert, exporting, rounding, training  # noqa: E402
 from edge_ssm_build.kernels import initial_A, initial_low_rank  # noqa: E402
 from edge_ssm_build.rotation import rotate  # noqa: E402
+
+SPLITS = ("train", "test")
 
 FORMS = [
     {},
@@ -96,7 +98,8 @@ def test_the_start_of_s4_is_hippo():
 @pytest.mark.parametrize("dtype", ["float16", "int8"])
 def test_small_mixing_weights_are_what_torch_scores_and_the_engines_run(fresh, data, dtype):
     checkpoint = fresh()
-    convert.round_mixing(checkpoint.model, dtype)
+    x = training.as_input(training.split_windows(data, "train", 50)[0], checkpoint.spec)
+    rounding.round_mixing(checkpoint.model, dtype, x, x)
     network = network_of(checkpoint)
     assert {b.mixing.dtype for b in network.blocks} == {dtype}
     x, _ = training.split_windows(data, "test", 50)
@@ -104,6 +107,38 @@ def test_small_mixing_weights_are_what_torch_scores_and_the_engines_run(fresh, d
         assert exporting.compare(checkpoint.model, network, engine, x[:6]).max_error < 2e-5
     whole = replace(checkpoint, model=convert.to_model(network))
     assert fingerprint(network_of(whole)) == fingerprint(network)
+
+
+def test_rounding_by_the_inputs_changes_less_than_rounding_each_weight(fresh, data):
+    checkpoint = fresh()
+    windows = [training.as_input(training.split_windows(data, split, 50)[0], checkpoint.spec) for split in SPLITS]
+    before = training.predict(checkpoint.model, windows[1])
+    plain = convert.to_network(checkpoint.model, checkpoint.spec, 50, checkpoint.labels)
+    plain = replace(plain, blocks=tuple(replace(b, mixing=quantised(b.mixing, "int8")) for b in plain.blocks))
+    each = (training.predict(convert.to_model(plain), windows[1]) - before).abs()
+    rounding.round_mixing(checkpoint.model, "int8", *windows)
+    together = (training.predict(checkpoint.model, windows[1]) - before).abs()
+    assert together.median() < 0.7 * each.median()
+    assert checkpoint.model.rounding_error == pytest.approx(float(together.max()))
+
+
+def test_rounded_columns_are_steps_of_their_rows_and_stay_so():
+    torch.manual_seed(0)
+    inputs = torch.randn(500, 12, dtype=torch.float64) @ torch.randn(12, 12, dtype=torch.float64)
+    weight = torch.randn(5, 12, dtype=torch.float64)
+    weight[3] = 0
+    moments = inputs.T @ inputs / len(inputs)
+    rounded = rounding.round_columns(weight, moments)
+    steps = rounded / (weight.abs().amax(dim=1, keepdim=True) / 127).clamp(min=1e-30)
+    assert torch.allclose(steps, steps.round(), atol=1e-6)
+    assert torch.allclose(rounding.round_columns(rounded, moments), rounded, atol=1e-12)
+    each = (weight / weight.abs().amax(dim=1, keepdim=True).clamp(min=1e-30) * 127).round()
+    each *= weight.abs().amax(dim=1, keepdim=True) / 127
+
+    def error(found):
+        return ((inputs @ (found - weight).T) ** 2).mean()
+
+    assert error(rounded) < 0.7 * error(each)
 
 
 def test_the_initialisations_are_the_papers():
@@ -127,7 +162,7 @@ def test_an_artifact_that_disagrees_is_not_written(fresh, data, tmp_path, monkey
         return network
 
     monkeypatch.setattr(exporting, "to_network", off_by_a_little)
-    with pytest.raises(RunFailed, match=r"reference engine's stream differs .* bound 0\.0001; nothing was written"):
+    with pytest.raises(RunFailed, match=r"reference engine's stream differs .* bound 1\.0e-04; nothing was written"):
         exporting.export(checkpoint, data, path)
     assert not path.exists()
     monkeypatch.undo()

@@ -314,16 +314,52 @@ def report(runs: tuple[str, ...], output: str | None) -> None:
         click.echo(str(path))
 
 
+def _rounded(checkpoint: Any, data: Any, weights: Any, bound: float | None) -> Any:
+    """The checkpoint with its mixing weights as --weights and --error-bound say, after saying what each type costs."""
+    from edge_ssm.network import MIXING_DTYPES
+    from edge_ssm_build import exporting
+
+    dtypes = MIXING_DTYPES if weights == "auto" else tuple(dict.fromkeys(["float32", weights]))
+    rounded = exporting.round_all(checkpoint, data, dtypes)
+    for dtype, found in rounded.items():
+        click.echo(found.line(dtype))
+    chosen = exporting.fastest_within(rounded, bound or 0.01) if weights == "auto" else weights
+    if bound is not None and not rounded[chosen].max_error <= bound:
+        raise RunFailed(
+            f"export: {chosen} mixing weights change a logit by up to {rounded[chosen].max_error:.1e}, more than "
+            f"--error-bound {bound:g}; nothing was written: allow more, or take --weights auto"
+        )
+    if weights == "auto":
+        click.echo(f"chosen: {chosen}")
+    return rounded[chosen].checkpoint
+
+
 @cli.command()
 @click.argument("checkpoint")
 @click.option("--output", required=True, metavar="FILE", help="The artifact, *.safetensors.")
-def export(checkpoint: str, output: str) -> None:
+@click.option(
+    "--weights",
+    type=click.Choice(["float32", "float16", "int8", "auto"]),
+    help="How mixing weights are stored; auto: the fastest here within --error-bound.  [default: as they are]",
+)
+@click.option(
+    "--error-bound",
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="E",
+    help="Largest change of a logit that smaller weights may bring.  [default: 0.01 for auto, else none]",
+)
+def export(checkpoint: str, output: str, weights: Any, error_bound: float | None) -> None:
     """Write CHECKPOINT as an artifact, after its stream was compared with torch on the whole test split."""
     _need_torch()
     from edge_ssm_build import datasets, exporting, training
 
+    if error_bound is not None and weights is None:
+        raise UsageError("--error-bound: goes with --weights")
     loaded = training.load_checkpoint(Path(checkpoint))
-    agreements, made_by = exporting.export(loaded, datasets.load(loaded.data), Path(output))
+    data = datasets.load(loaded.data)
+    if weights is not None:
+        loaded = _rounded(loaded, data, weights, error_bound)
+    agreements, made_by = exporting.export(loaded, data, Path(output))
     for engine, agreement in agreements.items():
         click.echo(
             f"{engine}: {agreement.windows} test windows, every label equal, "
@@ -371,13 +407,13 @@ def import_(checkpoint: str, form: str, arch: str, output: str, recording: str |
 def verify(model: str, checkpoint: str | None, form: str, arch: str | None, steps: int, drift: int) -> None:
     """Compare MODEL's stream with its convolution (or CHECKPOINT's own), each engine with float64, over a long stream.
 
-    Exit status 1 if an output is off by more than 1e-4.
+    Exit status 1 if an output is off by more than 1e-4; with rounded weights, by a tenth of what that changed.
     """
     _need_torch()
     from tqdm import tqdm
 
     from edge_ssm import artifact
-    from edge_ssm.engines import ENGINES
+    from edge_ssm.engines import candidates
     from edge_ssm_build import foreign, verification
 
     if (checkpoint is None) != (arch is None):
@@ -388,14 +424,14 @@ def verify(model: str, checkpoint: str | None, form: str, arch: str | None, step
         read = foreign.read(Path(checkpoint), form, foreign.read_arch(Path(arch)))
         samples = verification.samples_for(network, steps)
         found += [("the checkpoint", a) for a in verification.against_checkpoint(network, read, samples)]
-    for engine in (name for name in ENGINES if name != "reference" and drift):
+    for engine in (name for name in candidates(network) if name != "reference" and drift):
         with tqdm(total=drift, desc=f"{engine}, long stream", unit=" samples", mininterval=1) as bar:
             found.append(("float64, one long stream", verification.drift(network, engine, drift, bar.update)))
     for against, a in found:
-        mark = "ok" if a.error <= verification.BOUND else "TOO LARGE"
-        click.echo(f"{a.engine:<10} {a.steps:>8} samples against {against}: largest error {a.error:.1e}  {mark}")
-    if any(not a.error <= verification.BOUND for _, a in found):
-        raise RunFailed(f"{model}: an output is off by more than {verification.BOUND:g}")
+        mark = "ok" if a.error <= network.tolerance else "TOO LARGE"
+        click.echo(f"{a.engine:<11} {a.steps:>8} samples against {against}: largest error {a.error:.1e}  {mark}")
+    if any(not a.error <= network.tolerance for _, a in found):
+        raise RunFailed(f"{model}: an output is off by more than {network.tolerance:.2g}")
 
 
 @cli.command()

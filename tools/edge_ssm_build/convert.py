@@ -17,7 +17,6 @@ from edge_ssm.network import (
     InputSpec,
     LinearEncoder,
     Mixing,
-    MixingDtype,
     Network,
     Norm,
     quantised,
@@ -100,15 +99,17 @@ def ssm_of(ssm: torch_model.SSM) -> SSM:
     return SSM(ssm.active.numpy().astype(np.int64), pairs, A, B, C, _array(ssm.full_D()), dt, P)
 
 
+def mixing_of(mixing: torch_model.Mixing) -> Mixing:
+    columns, rows = (t.numpy().astype(np.int64) for t in (mixing.columns, mixing.rows))
+    return Mixing("glu" if mixing.glu else "plain", _array(mixing.weight), _array(mixing.bias), columns, rows)
+
+
 def to_network(model: SSMNetwork, spec: InputSpec, window: int, labels: tuple[str, ...]) -> Network:
     """The trained network as plain arrays. ``window`` counts samples."""
     blocks = []
     for block in model.layers():
-        columns, rows = (t.numpy().astype(np.int64) for t in (block.mixing.columns, block.mixing.rows))
-        ssm = ssm_of(block.ssm)
-        ssm.D[np.setdiff1d(np.arange(len(ssm.D)), columns)] = 0
-        weight, bias = _array(block.mixing.weight), _array(block.mixing.bias)
-        mixing = quantised(Mixing(model.config.mixing, weight, bias, columns, rows), model.mixing_dtype)
+        ssm, mixing = ssm_of(block.ssm), quantised(mixing_of(block.mixing), model.mixing_dtype)
+        ssm.D[np.setdiff1d(np.arange(len(ssm.D)), mixing.columns)] = 0
         blocks.append(Block(ssm, mixing, _norm(block.norm)))
     return Network(
         input=spec,
@@ -120,17 +121,8 @@ def to_network(model: SSMNetwork, spec: InputSpec, window: int, labels: tuple[st
         pooling=model.config.pooling,
         window=1 if model.config.pooling == "none" else window,
         labels=labels,
+        rounding_error=model.rounding_error,
     )
-
-
-@torch.no_grad()
-def round_mixing(model: SSMNetwork, dtype: MixingDtype) -> None:
-    """Leave of every mixing weight what storing it as ``dtype`` does, and ship it so from now on."""
-    model.mixing_dtype = dtype
-    for block in model.layers():
-        columns, rows = (t.numpy().astype(np.int64) for t in (block.mixing.columns, block.mixing.rows))
-        weight, bias = _array(block.mixing.weight), _array(block.mixing.bias)
-        _put(block.mixing.weight, quantised(Mixing(model.config.mixing, weight, bias, columns, rows), dtype).values())
 
 
 def to_model(network: Network) -> SSMNetwork:
@@ -166,7 +158,7 @@ def to_model(network: Network) -> SSMNetwork:
         l_kernel=network.window if low_rank else 0,
         layers=tuple(shapes),
     )
-    model = SSMNetwork(config, dtype)
+    model = SSMNetwork(config, dtype, network.rounding_error)
     with torch.no_grad():
         _fill(model, network)
     return model.eval()

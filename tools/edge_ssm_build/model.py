@@ -292,12 +292,13 @@ class Block(nn.Module):
 class SSMNetwork(nn.Module):
     """Of normalised input: (batch, T, d_input) -> (batch, d_output), or (batch, T, d_output) without pooling."""
 
-    def __init__(self, config: Config, mixing_dtype: MixingDtype = "float32") -> None:
+    def __init__(self, config: Config, mixing_dtype: MixingDtype = "float32", rounding_error: float = 0.0) -> None:
         super().__init__()
         if config.d_state % 2 or config.d_state < 2:
             raise UsageError(f"d_state: {config.d_state}, expected an even number of 2 or more (conjugate pairs)")
         self.config = config
         self.mixing_dtype: MixingDtype = mixing_dtype
+        self.rounding_error = rounding_error
         """How the mixing weights are shipped; the weights here are what such storage leaves of them."""
         self.encoder = nn.Linear(config.d_input, config.d_model)
         self.blocks = nn.ModuleList(Block(config, shape) for shape in config.shapes())

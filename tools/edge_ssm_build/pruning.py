@@ -19,9 +19,8 @@ import torch
 
 from edge_ssm.errors import UsageError
 from edge_ssm.network import MIXING_DTYPES, MixingDtype
-from edge_ssm_build import states
+from edge_ssm_build import rounding, states
 from edge_ssm_build.calibration import Statistics, measure, refit_mixing, windows
-from edge_ssm_build.convert import round_mixing
 from edge_ssm_build.datasets import Dataset
 from edge_ssm_build.importance import BUDGETS, BYPASSES, SCORES, Budget, Bypass, Measured, allocate, lowest
 from edge_ssm_build.model import SSMNetwork
@@ -259,9 +258,10 @@ def candidate(
     recipe: Recipe = replace(start.recipe, epochs=todo.epochs, seed=seed, distill=todo.distill)
     reached = fit(made, data, recipe, resume, progress, base.model.eval() if todo.distill else None)
     if todo.mixing_dtype != "float32":
-        round_mixing(made.model, todo.mixing_dtype)
         x, y = split_windows(data, "validation", recipe.window)
-        reached = score(made.model, as_input(x, made.spec), torch.from_numpy(y))
+        shown = as_input(x, made.spec)
+        rounding.round_mixing(made.model, todo.mixing_dtype, windows(made, data)[0], shown)
+        reached = score(made.model, shown, torch.from_numpy(y))
     made.history.append(
         {"stage": "prune", **asdict(todo), "rate": todo.rates[step], "seed": seed, "validation": asdict(reached)}
     )

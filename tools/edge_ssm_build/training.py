@@ -145,6 +145,7 @@ def dump_checkpoint(checkpoint: Checkpoint) -> bytes:
             "edge_ssm_checkpoint": CHECKPOINT_VERSION,
             "config": asdict(checkpoint.model.present_config()),
             "mixing_dtype": checkpoint.model.mixing_dtype,
+            "rounding_error": checkpoint.model.rounding_error,
             "recipe": asdict(checkpoint.recipe),
             "spec": asdict(spec) | {"mean": spec.mean.tolist(), "std": spec.std.tolist()},
             "data": checkpoint.data,
@@ -179,7 +180,9 @@ def _checkpoint_of(raw: Any, path: str) -> Checkpoint:
     try:
         config, spec = raw["config"], raw["spec"]
         layers = [LayerShape(**{k: tuple(v) for k, v in layer.items()}) for layer in config["layers"]]
-        model = SSMNetwork(Config(**(config | {"layers": tuple(layers)})), raw["mixing_dtype"])
+        model = SSMNetwork(
+            Config(**(config | {"layers": tuple(layers)})), raw["mixing_dtype"], raw.get("rounding_error", 0.0)
+        )
         model.load_state_dict(raw["model"])
         return Checkpoint(
             model=model.eval(),

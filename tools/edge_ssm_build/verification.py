@@ -15,15 +15,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from edge_ssm.engines import ENGINES, create
+from edge_ssm.engines import candidates, create
 from edge_ssm.errors import InputRefused
-from edge_ssm.network import SSM, Array, Block, Network, TokenEncoder, input_range
+from edge_ssm.network import ENGINE_ERROR, SSM, Array, Block, Network, TokenEncoder, input_range
 from edge_ssm.stream import frames
 from edge_ssm_build.convert import truncated_C
 from edge_ssm_build.foreign import Checkpoint, Layer
 from edge_ssm_build.kernels import low_rank_kernel
 
-BOUND = 1e-4
+BOUND = ENGINE_ERROR
 """Largest difference of a logit (docs/import.md)."""
 STEPS = 1000
 
@@ -273,7 +273,7 @@ def against_checkpoint(
 ) -> list[Agreement]:
     """Every engine's stream against the checkpoint's own convolution."""
     x = samples_for(network, max(STEPS, checkpoint.window)) if samples is None else samples
-    return _compare(network, checkpoint_outputs(checkpoint, x), x, engines or list(ENGINES))
+    return _compare(network, checkpoint_outputs(checkpoint, x), x, engines or candidates(network))
 
 
 def against_convolution(
@@ -281,7 +281,7 @@ def against_convolution(
 ) -> list[Agreement]:
     """Every engine's stream against the artifact's own convolution."""
     x = samples_for(network, steps) if samples is None else samples
-    return _compare(network, network_outputs(network, x), x, engines or list(ENGINES))
+    return _compare(network, network_outputs(network, x), x, engines or candidates(network))
 
 
 def drift(network: Network, engine: str, steps: int, progress: Callable[[int], Any] = lambda n: None) -> Agreement:
