@@ -5,7 +5,7 @@
 Random networks of the shapes small (H = 64, N = 64, 2 layers), ecg (128, 64, 4) and large (256, 64, 6), GLU mixing. All
 entries of a shape take turns; a figure is the median over rounds of microseconds a sample, a ratio the median of the
 rounds' own ratios to the single float32 step. The floor is the time in which one core reads as many bytes as a step
-does (`reader`). Errors are against the float64 reference over 1,000 samples.
+does (`floor.py`). Errors are against the float64 reference over 1,000 samples.
 """
 
 from __future__ import annotations
@@ -21,15 +21,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numba import njit
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
+from floor import PASSES, read_bytes, reader  # noqa: E402
 from networks import random_network, samples_for  # noqa: E402
 
-from edge_ssm.engines import create, vector  # noqa: E402
-from edge_ssm.engines.layout import aligned  # noqa: E402
-from edge_ssm.network import cost  # noqa: E402
+from edge_ssm.engines import create  # noqa: E402
 
 SHAPES = {"small": (64, 2), "ecg": (128, 4), "large": (256, 6)}
 CHUNK, LANES = 64, 16
@@ -63,31 +61,9 @@ def entries(h: int, layers: int) -> dict[str, tuple[Callable[[], Any], int, Any]
     return found
 
 
-eight_vectors = vector.SINGLE["float32"][8]
-
-
-@njit
-def read(w: int, y: int, z: int, columns: int) -> None:
-    eight_vectors(vector.float32_at(w), 0, vector.float32_at(w), columns, vector.float32_at(y), vector.float32_at(z), 0)
-
-
-def reader(size: int) -> Callable[[], Any]:
-    """A call that reads ``size`` bytes, 64 float32 at a time, each into a sum of its own."""
-    columns = -(-size // 256)
-    arrays = [aligned(np.ones(n, dtype=np.float32)) for n in (64 * columns, columns, 64)]
-    addresses = [array.ctypes.data for array in arrays]
-    return lambda arrays=arrays: read(*addresses, columns)
-
-
 def error(network: Any) -> float:
     x = samples_for(network, 1, 1000)
     return float(np.abs(create("cpu", network).chunk(x) - create("reference", network).chunk(x)).max())
-
-
-def read_bytes(network: Any) -> int:
-    """Weights and states of a step, read once."""
-    total = cost(network)
-    return int(total.weight_bytes + 4 * total.state_values)
 
 
 def main() -> None:
@@ -99,7 +75,7 @@ def main() -> None:
     for shape, (h, layers) in SHAPES.items():
         chosen = entries(h, layers)
         calls = {name: (call, count) for name, (call, count, _) in chosen.items()}
-        calls["floor"] = reader(read_bytes(chosen["float32"][2])), 1
+        calls["floor"] = reader(read_bytes(chosen["float32"][2])), PASSES
         times: dict[str, list[float]] = {name: [] for name in calls}
         for _ in range(arguments.rounds + 1):
             for name, (call, count) in calls.items():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import click
 import edge_ssm
 from edge_ssm import artifact
 from edge_ssm.engines import ENGINES, Engine, create
-from edge_ssm.errors import EdgeSSMError, UsageError
+from edge_ssm.errors import EdgeSSMError, EngineUnavailable, UsageError
 from edge_ssm.network import Network, at_sample_rate
 from edge_ssm.stream import frames, sinks
 from edge_ssm.stream.loop import GAP_POLICIES, Account, GapPolicy, Loop
@@ -138,8 +139,12 @@ def _engine(name: str, network: Network, lanes: int) -> tuple[Engine, str]:
     """The engine, and its name with the reason where "auto" chose it."""
     from edge_ssm.engines import choice, compiled
 
-    if name in ("auto", "cpu") and compiled.best() is None:
+    def say() -> None:
         click.echo("edge-ssm: compiling for this processor, once; takes some seconds", err=True)
+
+    if name != "reference":
+        with suppress(EngineUnavailable):  # said again, or gone around, by what follows
+            compiled.load(say)
     if name != "auto":
         return create(name, network, lanes), name
     engine, trial = choice.choose(network, lanes)

@@ -284,8 +284,10 @@ def _check_mixing(mixing: Mixing, ssm: SSM, where: str, h: int) -> None:
     if mixing.scale is not None:
         _check_array(mixing.scale, f"{where}.scale", (doubled * len(mixing.rows),))
         _expect(bool((mixing.scale > 0).all()), f"{where}.scale", "a value is not positive")
-    removed = np.setdiff1d(np.arange(h), mixing.columns)
-    lost = np.intersect1d(removed, ssm.active)
+    # By a mask: NumPy's set functions import its masked arrays, a twentieth of the time to the first decision.
+    left = np.zeros(h, dtype=bool)
+    left[mixing.columns] = True
+    removed, lost = np.flatnonzero(~left), ssm.active[~left[ssm.active]]
     _expect(len(lost) == 0, f"{where}.columns", f"channel {lost[:1]} is active but does not enter the mixing")
     _expect(bool((ssm.D[removed] == 0).all()), f"{where}.columns", "a channel with a gain does not enter the mixing")
 

@@ -7,7 +7,6 @@ The trial's figures are kept in the folder of compiled kernels, so that later st
 from __future__ import annotations
 
 import hashlib
-import statistics
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -19,7 +18,6 @@ from edge_ssm import atomic
 from edge_ssm.engines import compiled
 from edge_ssm.engines.base import Engine
 from edge_ssm.engines.image import processor_features, sources_digest
-from edge_ssm.engines.reference import ReferenceEngine
 from edge_ssm.errors import EngineUnavailable
 from edge_ssm.network import Array, Network, fingerprint, input_range
 
@@ -55,6 +53,8 @@ def measure(engines: Sequence[Engine], samples: Sequence[Array], rounds: int) ->
     The engines take turns, so that what else the machine does meets all of them; a round's figure is the mean of its
     steps over ``samples``, the result the median of rounds.
     """
+    import statistics
+
     found: list[list[float]] = [[] for _ in engines]
     for _ in range(rounds + 1):
         for engine, times in zip(engines, found, strict=True):
@@ -129,6 +129,7 @@ def _samples(network: Network, lanes: int) -> Array:
 
 def _tried(network: Network, lanes: int) -> Trial:
     from edge_ssm.engines import candidates
+    from edge_ssm.engines.reference import ReferenceEngine
 
     made: dict[str, Engine] = {}
     unavailable: dict[str, str] = {}

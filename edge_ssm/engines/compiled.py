@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -37,11 +37,15 @@ def folder() -> Path:
     return Path(os.path.expanduser(USER_FOLDER))
 
 
-def load() -> Kernel:
+def load(before_compiling: Callable[[], None] = lambda: None) -> Kernel:
     """The kernel for this machine, the first call of a process finds or compiles it. Raises EngineUnavailable."""
     global _loaded
     if _loaded is None:
-        _loaded = Kernel(best() or build())
+        found = best()
+        if found is None:
+            before_compiling()
+            found = build()
+        _loaded = Kernel(found)
     return _loaded
 
 

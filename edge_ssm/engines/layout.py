@@ -256,7 +256,7 @@ class _Packer:
 
         Each kind begins at a whole vector; bypassed channels fill the vectors that the kinds leave open.
         """
-        bypassed = list(np.setdiff1d(columns, active))
+        bypassed = list(columns[~np.isin(columns, active)])
         found: list[int] = []
         for chosen in kinds:
             found += list(active[chosen])

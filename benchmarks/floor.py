@@ -1,0 +1,39 @@
+"""The time that the caches set: how long one core takes to read as many bytes as a step's weights and states have."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numba import njit
+
+from edge_ssm.engines import vector
+from edge_ssm.engines.layout import aligned
+from edge_ssm.network import Network, cost
+
+PASSES = 16
+"""Of one call, so that the call itself does not count."""
+eight_vectors = vector.SINGLE["float32"][8]
+
+
+@njit
+def read(w: int, y: int, z: int, columns: int, passes: int) -> None:
+    weights, inputs, sums = vector.float32_at(w), vector.float32_at(y), vector.float32_at(z)
+    for _ in range(passes):
+        eight_vectors(weights, 0, weights, columns, inputs, sums, 0)
+
+
+def reader(size: int) -> Callable[[], Any]:
+    """A call that reads ``size`` bytes PASSES times, 64 float32 at a time, each into a sum of its own."""
+    columns = -(-size // 256)
+    arrays = [aligned(np.ones(n, dtype=np.float32)) for n in (64 * columns, columns, 64)]
+    addresses = [array.ctypes.data for array in arrays]
+    # The addresses do not keep the arrays alive; the default argument does.
+    return lambda arrays=arrays: read(*addresses, columns, PASSES)
+
+
+def read_bytes(network: Network) -> int:
+    """Weights and states of a step, read once."""
+    total = cost(network)
+    return int(total.weight_bytes + 4 * total.state_values)
