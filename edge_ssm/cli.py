@@ -127,6 +127,8 @@ def run(model: str, stream: bool, **options: Any) -> None:
     finally:
         source.close()
         sink.close()
+    if engine.lost:
+        why += f", lost in mid-stream ({engine.lost}); {engine.name} took over"
     click.echo(summary(account, network, why, chunk), err=True)
     if account.malformed and not account.samples:
         raise EdgeSSMError(
@@ -142,7 +144,7 @@ def _engine(name: str, network: Network, lanes: int) -> tuple[Engine, str]:
     def say() -> None:
         click.echo("edge-ssm: compiling for this processor, once; takes some seconds", err=True)
 
-    if name != "reference":
+    if name in ("auto", "cpu", "cpu-float32"):
         with suppress(EngineUnavailable):  # said again, or gone around, by what follows
             compiled.load(say)
     if name != "auto":
@@ -254,13 +256,27 @@ def profile(step_table: str, engine: str) -> None:
 
 
 @cli.command("compile")
-@click.option("--target", default="host", show_default=True, help="host, or the processor of another device.")
-@click.option("--output", metavar="FILE", help="[default: this machine's folder of compiled kernels]")
+@click.option(
+    "--target", default="host", show_default=True, help="host, the processor of another device, or a GPU: sm_87."
+)
+@click.option(
+    "--output",
+    metavar="PATH",
+    help="A file; for a GPU a folder.  [default: this machine's folder of compiled kernels]",
+)
 @click.option("--assembly", metavar="FILE", help="Write the assembly there, to be read.")
 def compile_(target: str, output: str | None, assembly: str | None) -> None:
-    """Compile the CPU engine's kernel ahead of its first use, here or for a device that shall need no compiler."""
-    from edge_ssm.engines import compiled
+    """Compile an engine's kernels ahead of their first use, here or for a device that shall need no compiler."""
+    from edge_ssm.engines import compiled, cuda_store
 
+    if target.startswith("sm_"):
+        if assembly is not None:
+            raise UsageError("--assembly: not for a GPU; its kernels are PTX, which is text")
+        folder, made = cuda_store.compile_and_keep(target, None if output is None else Path(output))
+        sizes = ", ".join(f"{lanes} lanes a group {len(made[lanes].ptx)} bytes" for lanes in sorted(made))
+        click.echo(f"{folder}: CUDA kernels for {target} ({sizes})")
+        click.echo(f"copy them to the device, into {compiled.USER_FOLDER} there (or $EDGE_SSM_CACHE)")
+        return
     kept, image = compiled.compile_and_keep(
         target, None if output is None else Path(output), None if assembly is None else Path(assembly)
     )

@@ -18,7 +18,7 @@ from typing import Any
 import psutil
 
 import edge_ssm
-from edge_ssm.engines import compiled
+from edge_ssm.engines import GPU_NODES, compiled
 from edge_ssm.profiles import board_name, matching
 
 OLDEST, NEWEST = (3, 10), (3, 12)
@@ -69,7 +69,7 @@ def _kernel() -> Finding:
 
 
 def _cuda_driver() -> Finding:
-    nodes = [node for node in ("/dev/nvidiactl", "/dev/nvhost-gpu", "/dev/nvgpu") if os.path.exists(node)]
+    nodes = [node for node in GPU_NODES if os.path.exists(node)]
     add = "" if nodes else "a GPU and its driver (JetPack on a Jetson)"
     return Finding("cuda driver", bool(nodes), ", ".join(nodes) or "no device node", add)
 

@@ -14,11 +14,11 @@ from networks import networks, random_network, samples_for
 
 from edge_ssm import engines
 from edge_ssm.discretize import GAP_STEPS, gap_power, step_parameters
-from edge_ssm.engines import ENGINES, create
+from edge_ssm.engines import ENGINES, available, create
 from edge_ssm.errors import EngineUnavailable, NetworkError, SampleError, SnapshotError, UsageError
 from edge_ssm.network import at_sample_rate, cost
 
-NAMES = sorted(ENGINES)
+NAMES = [name for name in sorted(ENGINES) if name in available(random_network(mixing_dtype="int8"))]
 
 
 def bound(name, network):

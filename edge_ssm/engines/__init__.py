@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
@@ -10,7 +11,7 @@ from edge_ssm.engines.base import Engine, Snapshot
 from edge_ssm.errors import EngineUnavailable, UsageError
 from edge_ssm.network import Network
 
-__all__ = ["ENGINES", "Engine", "EngineEntry", "Snapshot", "candidates", "create"]
+__all__ = ["ENGINES", "Engine", "EngineEntry", "Snapshot", "available", "candidates", "create"]
 
 
 @dataclass(frozen=True)
@@ -21,19 +22,40 @@ class EngineEntry:
     """Packages that must be installed for it."""
     hint: str
     """The command that adds them."""
+    nodes: tuple[str, ...] = ()
+    """Device files, one of which is there where its hardware is."""
 
+
+GPU_NODES = ("/dev/nvidiactl", "/dev/nvhost-gpu", "/dev/nvgpu")
+"""Of a card's driver, and of a Jetson's."""
 
 ENGINES: dict[str, EngineEntry] = {
     "cpu": EngineEntry("edge_ssm.engines.cpu", "CpuEngine", (), ""),
     "cpu-float32": EngineEntry("edge_ssm.engines.cpu", "WideCpuEngine", (), ""),
+    "cuda": EngineEntry(
+        "edge_ssm.engines.cuda", "CudaEngine", ("cuda.bindings",), "pip install 'edge-ssm[cuda]'", GPU_NODES
+    ),
     "reference": EngineEntry("edge_ssm.engines.reference", "ReferenceEngine", (), ""),
 }
 
 
 def candidates(network: Network) -> list[str]:
-    """The engines that differ for this network: without small weights there is nothing to widen."""
+    """The engines that are there and differ for this network: without small weights there is nothing to widen."""
     small = any(block.mixing.dtype != "float32" for block in network.blocks)
-    return [name for name in ENGINES if small or name != "cpu-float32"]
+    return [name for name in ENGINES if installed(name) and (small or name != "cpu-float32")]
+
+
+def available(network: Network) -> list[str]:
+    """Of the candidates, those that load here."""
+
+    def loads(name: str) -> bool:
+        try:
+            create(name, network)
+        except EngineUnavailable:
+            return False
+        return True
+
+    return [name for name in candidates(network) if loads(name)]
 
 
 def create(name: str, network: Network, lanes: int = 1) -> Engine:
@@ -51,13 +73,24 @@ def create(name: str, network: Network, lanes: int = 1) -> Engine:
 
 
 def installed(name: str) -> bool:
-    """Whether the packages that an engine needs are there; it may still not load."""
-    return all(find_spec(package) is not None for package in ENGINES[name].requires)
+    """Whether the packages and the hardware that an engine needs are there; it may still not load."""
+    entry = ENGINES[name]
+    return not _absent(entry) and (not entry.nodes or any(os.path.exists(node) for node in entry.nodes))
+
+
+def _absent(entry: EngineEntry) -> list[str]:
+    def there(package: str) -> bool:
+        try:
+            return find_spec(package) is not None
+        except ModuleNotFoundError:  # the package that it would be a part of
+            return False
+
+    return [package for package in entry.requires if not there(package)]
 
 
 def _load(name: str) -> type[Engine]:
     entry = ENGINES[name]
-    absent = [package for package in entry.requires if find_spec(package) is None]
+    absent = _absent(entry)
     if absent:
         raise EngineUnavailable(f"engine {name!r}: package {absent[0]} is missing; {entry.hint}")
     try:

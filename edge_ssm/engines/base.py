@@ -38,6 +38,8 @@ class Engine(ABC):
     name: ClassVar[str]
     dtype: ClassVar[npt.DTypeLike]
     """Of the outputs."""
+    lost: str = ""
+    """Why the engine was replaced by another while it ran (``fallback``); empty if it was not."""
 
     def __init__(self, network: Network, lanes: int = 1) -> None:
         if lanes < 1:

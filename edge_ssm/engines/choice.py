@@ -92,7 +92,12 @@ def choose(network: Network, lanes: int) -> tuple[Engine, Trial]:
 def _create(name: str, network: Network, lanes: int) -> Engine:
     from edge_ssm.engines import create
 
-    return create(name, network, lanes)
+    made = create(name, network, lanes)
+    if name != "cuda":
+        return made
+    from edge_ssm.engines.fallback import FallbackEngine
+
+    return FallbackEngine(made, lambda: create("cpu", network, lanes))
 
 
 def _key(network: Network, lanes: int) -> str:

@@ -64,16 +64,22 @@ def best() -> Image | None:
     return max(found, key=lambda made: len(made.header.features), default=None)
 
 
-def read(path: Path) -> Image:
-    """Raises InputRefused, which names the file, where it does not run here or anyone could have written it."""
+def content_of(path: Path, limit: int) -> bytes:
+    """Of a file with machine code. Raises InputRefused, which names it, where anyone could have written it."""
     try:
         with path.open("rb") as file:
             status = os.fstat(file.fileno())
-            content = file.read(_LIMIT)
+            content = file.read(limit)
     except OSError as error:
         raise InputRefused(f"{path}: cannot be read ({error.strerror})") from None
     if status.st_uid not in (0, os.geteuid()) or status.st_mode & 0o002:
         raise InputRefused(f"{path}: belongs to another user, or anyone may write it; machine code must not")
+    return content
+
+
+def read(path: Path) -> Image:
+    """Raises InputRefused, which names the file, where it does not run here or anyone could have written it."""
+    content = content_of(path, _LIMIT)
     try:
         return decode(content)
     except InputRefused as error:

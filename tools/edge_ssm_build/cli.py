@@ -413,7 +413,7 @@ def verify(model: str, checkpoint: str | None, form: str, arch: str | None, step
     from tqdm import tqdm
 
     from edge_ssm import artifact
-    from edge_ssm.engines import candidates
+    from edge_ssm.engines import available
     from edge_ssm_build import foreign, verification
 
     if (checkpoint is None) != (arch is None):
@@ -424,7 +424,7 @@ def verify(model: str, checkpoint: str | None, form: str, arch: str | None, step
         read = foreign.read(Path(checkpoint), form, foreign.read_arch(Path(arch)))
         samples = verification.samples_for(network, steps)
         found += [("the checkpoint", a) for a in verification.against_checkpoint(network, read, samples)]
-    for engine in (name for name in candidates(network) if name != "reference" and drift):
+    for engine in (name for name in available(network) if name != "reference" and drift):
         with tqdm(total=drift, desc=f"{engine}, long stream", unit=" samples", mininterval=1) as bar:
             found.append(("float64, one long stream", verification.drift(network, engine, drift, bar.update)))
     for against, a in found:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from edge_ssm.engines import candidates, create
+from edge_ssm.engines import available, create
 from edge_ssm.errors import InputRefused
 from edge_ssm.network import ENGINE_ERROR, SSM, Array, Block, Network, TokenEncoder, input_range
 from edge_ssm.stream import frames
@@ -273,7 +273,7 @@ def against_checkpoint(
 ) -> list[Agreement]:
     """Every engine's stream against the checkpoint's own convolution."""
     x = samples_for(network, max(STEPS, checkpoint.window)) if samples is None else samples
-    return _compare(network, checkpoint_outputs(checkpoint, x), x, engines or candidates(network))
+    return _compare(network, checkpoint_outputs(checkpoint, x), x, engines or available(network))
 
 
 def against_convolution(
@@ -281,7 +281,7 @@ def against_convolution(
 ) -> list[Agreement]:
     """Every engine's stream against the artifact's own convolution."""
     x = samples_for(network, steps) if samples is None else samples
-    return _compare(network, network_outputs(network, x), x, engines or candidates(network))
+    return _compare(network, network_outputs(network, x), x, engines or available(network))
 
 
 def drift(network: Network, engine: str, steps: int, progress: Callable[[int], Any] = lambda n: None) -> Agreement:

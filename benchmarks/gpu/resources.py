@@ -1,0 +1,67 @@
+"""What the CUDA kernels take of a multiprocessor, by the toolkit's assembler; no GPU is needed.
+
+    python benchmarks/gpu/resources.py [--target sm_87] [--output benchmarks/gpu/sm_87.json]
+
+``registers`` a thread, of 256 threads; ``shared_bytes`` is what the kernel itself has: what a network
+needs is asked for at launch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from edge_ssm.engines import cuda_store
+
+
+def resources(target: str, cuda_store_folder: Path | None = None) -> list[dict[str, Any]]:
+    with tempfile.TemporaryDirectory() as temporary:
+        if cuda_store_folder is None:
+            kernels = cuda_store.compile_and_keep(target, Path(temporary))[1]
+        else:
+            paths = cuda_store_folder.glob(f"*{cuda_store.SUFFIX}")
+            found = [cuda_store.decode(path.read_bytes()) for path in paths]
+            kernels = {kernel.header.lanes: kernel for kernel in found}
+        rows = []
+        for lanes, kernel in sorted(kernels.items()):
+            source = Path(temporary) / "k.ptx"
+            source.write_bytes(kernel.ptx)
+            command = ["ptxas", f"-arch={target}", "-v", str(source), "-o", str(source.with_suffix(".cubin"))]
+            said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+            spills = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", said)
+            registers = re.search(r"Used (\d+) registers", said)
+            shared = re.search(r"(\d+) bytes smem", said)
+            assert registers is not None
+            rows.append(
+                {
+                    "kernel": f"{lanes} lane{'s' if lanes > 1 else ''} a group",
+                    "registers": int(registers[1]),
+                    "spill_bytes": sum(int(n) for found in spills for n in found),
+                    "shared_bytes": int(shared[1]) if shared else 0,
+                }
+            )
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--target", default="sm_87")
+    parser.add_argument("--output", type=Path)
+    arguments = parser.parse_args()
+    rows = resources(arguments.target)
+    version = subprocess.run(["ptxas", "--version"], capture_output=True, text=True, check=True).stdout
+    release = re.search(r"release ([\d.]+)", version)
+    assert release is not None
+    lines = ",\n  ".join(json.dumps(row) for row in rows)
+    output = arguments.output or Path(__file__).parent / f"{arguments.target}.json"
+    output.write_text(f'{{"target": "{arguments.target}", "ptxas": "{release[1]}", "rows": [\n  {lines}\n]}}\n')
+    print(output.read_text())
+
+
+if __name__ == "__main__":
+    main()

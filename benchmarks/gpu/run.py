@@ -1,0 +1,164 @@
+"""The CUDA engine on this machine's GPU: one sample a step, chunks and lanes, beside PyTorch's eager and graph steps.
+
+    python benchmarks/gpu/run.py [--rounds 31] [--output benchmarks/gpu/results.json]
+
+Needs a GPU, the ``cuda`` extra, and for the peers a torch with CUDA; what is missing is left out and named. Entries
+take turns; a time is the host's, from the sample in hand to the output in hand, median over rounds; ``ratio`` is over
+our single step of the same shape. ``empty`` launches a kernel without steps and waits: the floor of any launch.
+``read_us_a_sample`` is what the GPU's measured memory bandwidth needs for the weights and states of all lanes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+ROOT = Path(__file__).parent.parent.parent
+sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "benchmarks")]
+from floor import read_bytes  # noqa: E402
+from networks import random_network, samples_for  # noqa: E402
+
+from edge_ssm.engines import create  # noqa: E402
+from edge_ssm.engines.cuda import THREADS, CudaEngine  # noqa: E402
+from edge_ssm.engines.cuda_driver import Device  # noqa: E402
+from edge_ssm.errors import EngineUnavailable  # noqa: E402
+from edge_ssm.network import Network, cost  # noqa: E402
+
+SHAPES = {"small": (64, 2), "ecg": (128, 4), "large": (256, 6)}
+CHUNK = 64
+LANES = (16, 256, 4096)
+Call = Callable[[], Any]
+
+
+def empty(device: Device, engine: CudaEngine) -> Call:
+    """The engine's own kernel, asked for no step."""
+    arguments = engine._arguments(0)
+    return lambda: device.run(engine._kernel, 1, THREADS, engine._plan.shared_bytes, arguments)
+
+
+def torch_steps(network: Network) -> dict[str, Call]:
+    try:
+        import torch
+    except ImportError:
+        print("PyTorch: left out, not installed", file=sys.stderr)
+        return {}
+    if not torch.cuda.is_available():
+        print("PyTorch: left out, its build has no CUDA or sees no GPU", file=sys.stderr)
+        return {}
+    from peers.parts import parts_of
+    from peers.pytorch import Step
+
+    parts = parts_of(network)
+    module = Step(parts, real=False).eval().cuda()
+    shapes = [layer.delta[0].shape for layer in parts.layers]
+    states = [torch.zeros(1, *shape, dtype=torch.complex64, device="cuda") for shape in shapes]
+    sample = torch.zeros(1, len(parts.mean), device="cuda")
+
+    def eager() -> Any:
+        nonlocal states
+        with torch.inference_mode():
+            outputs, states = module(sample.fill_(0.3), states)
+        return outputs.cpu()
+
+    kept = [state.clone() for state in states]
+    with torch.inference_mode():
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                module(sample, kept)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            found, new = module(sample, kept)
+            for old, state in zip(kept, new, strict=True):
+                old.copy_(state)
+
+    def replayed() -> Any:
+        sample.fill_(0.3)
+        graph.replay()
+        return found.cpu()
+
+    return {"PyTorch eager": eager, "PyTorch CUDA graph": replayed}
+
+
+def bandwidth_gb_s(device: Device) -> float:
+    """Of device memory, by copies within it: each byte is read and written."""
+    size = 256 << 20
+    one, two = (device.upload(np.zeros(size // 4, dtype=np.float32)) for _ in range(2))
+    best = 0.0
+    for _ in range(5):
+        begin = time.perf_counter()
+        device._do("cuMemcpyDtoD", two.address, one.address, size)
+        device._do("cuCtxSynchronize")
+        best = max(best, 2 * size / (time.perf_counter() - begin) / 1e9)
+    return best
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--rounds", type=int, default=31)
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results.json")
+    arguments = parser.parse_args()
+    try:
+        device = Device()
+    except EngineUnavailable as error:
+        raise SystemExit(str(error)) from None
+    read_rate = bandwidth_gb_s(device)
+    rows = []
+    for shape, (h, layers) in SHAPES.items():
+        network = random_network(h=h, pairs=32, layers=layers, d_input=1, d_output=5)
+        engine = CudaEngine(network, 1, device)
+        samples = samples_for(network, 0, 1000)
+        error = float(np.abs(engine.chunk(samples) - create("reference", network).chunk(samples)).max())
+        calls: dict[str, tuple[Call, int]] = {"step": (lambda e=engine, x=samples[0]: e.step(x), 1)}
+        calls["empty"] = empty(device, engine), 1
+        calls[f"chunk of {CHUNK}"] = (lambda e=engine, x=samples[:CHUNK]: e.chunk(x)), CHUNK
+        for lanes in LANES:
+            many = CudaEngine(network, lanes, device)
+            few = samples_for(network, 0, 16, lanes)
+            calls[f"{lanes} lanes"] = (lambda e=many, x=few[0]: e.step(x)), lanes
+            calls[f"{lanes} lanes, chunk of 16"] = (lambda e=many, x=few: e.chunk(x)), 16 * lanes
+        calls |= {name: (call, 1) for name, call in torch_steps(network).items()}
+        times: dict[str, list[float]] = {name: [] for name in calls}
+        for turn in range(arguments.rounds + 1):
+            for name, (call, count) in calls.items():
+                repeats = max(3, 200 // count)
+                begin = time.perf_counter_ns()
+                for _ in range(repeats):
+                    call()
+                if turn:  # The first round warms up.
+                    times[name].append((time.perf_counter_ns() - begin) / 1000 / repeats / count)
+        total = cost(network)
+        for name in calls:
+            lanes = int(name.split()[0]) if "lanes" in name else 1
+            read_us = (total.weight_bytes + 4 * lanes * total.state_values) / lanes / read_rate / 1e3
+            rows.append(
+                {
+                    "shape": shape,
+                    "entry": name,
+                    "us_a_sample": round(statistics.median(times[name]), 4),
+                    "ratio": round(
+                        statistics.median(a / b for a, b in zip(times[name], times["step"], strict=True)), 4
+                    ),
+                    "read_us_a_sample": round(read_us, 4),
+                    "max_error": float(f"{error:.2g}") if name == "step" else None,
+                }
+            )
+            print("{shape:6} {entry:24} {us_a_sample:10.3f} us a sample, {ratio:8.3f} x a step".format(**rows[-1]))
+        print(f"{shape}: a step reads {read_bytes(network)} bytes")
+    head = {"gpu": device.name, "driver": device.driver_version, "memory_gb_s": round(read_rate, 1)}
+    lines = ",\n  ".join(json.dumps(row) for row in rows)
+    arguments.output.write_text(json.dumps(head)[:-1] + f', "rows": [\n  {lines}\n]}}\n')
+
+
+if __name__ == "__main__":
+    main()

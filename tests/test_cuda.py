@@ -1,0 +1,148 @@
+"""The CUDA engine without a GPU: its kernels in Numba's simulator, compiled for Orin, and what is said when none is
+there. Where there is a GPU, on it."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import pytest
+from networks import random_network, samples_for
+
+from edge_ssm import artifact
+from edge_ssm.engines import create, cuda_store
+from edge_ssm.engines.cuda import THREADS
+from edge_ssm.errors import EngineUnavailable, InputRefused, UsageError
+
+HERE = Path(__file__).parent
+CLI = [sys.executable, "-c", "from edge_ssm.cli import main; main()"]
+TABLE = HERE.parent / "benchmarks" / "gpu" / "sm_87.json"
+needs_numba_cuda = pytest.mark.skipif(
+    find_spec("numba_cuda") is None, reason="numba-cuda is missing: pip install 'edge-ssm[dev]'"
+)
+
+
+def gpu():
+    try:
+        create("cuda", random_network())
+    except EngineUnavailable as error:
+        return str(error)
+    return ""
+
+
+NO_GPU = gpu()
+needs_gpu = pytest.mark.skipif(bool(NO_GPU), reason=NO_GPU)
+
+
+@needs_numba_cuda
+@pytest.mark.slow
+def test_the_kernels_in_the_simulator():
+    environment = os.environ | {"NUMBA_ENABLE_CUDASIM": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / "simulated_cuda.py")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500, env=environment)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
+
+
+@pytest.fixture(scope="session")
+def orin(tmp_path_factory):
+    """The folder with Orin's kernels, made as a user would."""
+    folder = tmp_path_factory.mktemp("orin")
+    command = [*CLI, "compile", "--target", "sm_87", "--output", folder]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"{folder}: CUDA kernels for sm_87 (1 lanes a group ")
+    return folder
+
+
+@needs_numba_cuda
+@pytest.mark.slow
+def test_orins_kernels_are_kept_and_trusted_only_whole(orin, tmp_path, monkeypatch):
+    monkeypatch.setenv("EDGE_SSM_CACHE", str(tmp_path))
+    assert cuda_store.kept("sm_87") == {}
+    for path in orin.iterdir():
+        shutil.copy(path, tmp_path)
+    assert set(cuda_store.kept("sm_87")) == {1, 8}
+    assert cuda_store.kept("sm_90") == {}
+    path = min(tmp_path.iterdir())
+    whole = path.read_bytes()
+    for damaged, said in (
+        (b"", "not a CUDA kernel"),
+        (whole[:1000], "damaged"),
+        (whole.replace(b"fma.rn", b"sub.rn", 1), "its digest does not fit"),
+        (whole.replace(b'"sources":"', b'"sources":"0', 1), "another version"),
+    ):
+        with pytest.raises(InputRefused, match=said):
+            cuda_store.decode(damaged)
+        path.write_bytes(damaged)
+        assert len(cuda_store.kept("sm_87")) == 1
+    path.write_bytes(whole)
+    path.chmod(0o666)  # anyone could have written it
+    assert len(cuda_store.kept("sm_87")) == 1
+
+
+@needs_numba_cuda
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("ptxas") is None, reason="ptxas is missing: it is part of the CUDA toolkit")
+def test_orins_kernels_spill_nothing_and_fit(orin):
+    sys.path.insert(0, str(HERE.parent / "benchmarks" / "gpu"))
+    from resources import resources
+
+    rows = resources("sm_87", cuda_store_folder=orin)
+    assert {row["kernel"] for row in rows} == {row["kernel"] for row in json.loads(TABLE.read_text())["rows"]}
+    for row in rows:
+        assert row["spill_bytes"] == 0
+        assert row["registers"] * THREADS <= 65536
+        assert row["shared_bytes"] == 0  # all of it is asked for at launch
+
+
+def test_an_unknown_gpu_is_refused():
+    with pytest.raises(UsageError, match="--target 'sm_1': unknown, expected sm_72"):
+        cuda_store.compile_and_keep("sm_1", None)
+
+
+@pytest.mark.skipif(not NO_GPU, reason="there is a GPU")
+def test_without_a_gpu_one_line_says_what_is_missing(tmp_path):
+    artifact.save(tmp_path / "m.safetensors", random_network(), {})
+    arguments = ["run", str(tmp_path / "m.safetensors"), "--stream", "--engine", "cuda", "--input", "/dev/null"]
+    done = subprocess.run([*CLI, *arguments], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert re.fullmatch(r"edge-ssm: error: engine 'cuda': [^\n]+\n", done.stderr)
+
+
+@needs_gpu
+@pytest.mark.parametrize("lanes", [1, 2, 16, 256, 4096])
+def test_on_a_gpu_it_is_the_reference(lanes):
+    network = random_network(h=128, pairs=32, layers=4, active=[128, 64, 64, 40], columns=100)
+    few = min(lanes, 16)
+    samples = samples_for(network, 0, 20, lanes)
+    expected = create("reference", network, few).chunk(samples[:, :few])
+    found = create("cuda", network, lanes)
+    chunk = found.chunk(samples if lanes > 1 else samples[:, 0]).reshape(20, lanes, -1)
+    assert np.abs(chunk[:, :few] - expected.reshape(20, few, -1)).max() <= 1e-4
+    found.reset()
+    steps = np.stack([found.step(sample if lanes > 1 else sample[0]) for sample in samples]).reshape(20, lanes, -1)
+    assert np.array_equal(steps, chunk)
+
+
+@needs_gpu
+def test_on_a_gpu_a_lane_is_shared_out_among_multiprocessors():
+    network = random_network(h=256, pairs=32, layers=6)
+    engine = create("cuda", network)
+    assert engine._plan.blocks > 1
+    samples = samples_for(network, 0, 100)
+    assert np.abs(engine.chunk(samples) - create("reference", network).chunk(samples)).max() <= 1e-4
+
+
+@needs_gpu
+@pytest.mark.slow
+def test_on_a_gpu_a_million_steps_do_not_drift():
+    network = random_network(h=16, pairs=4, layers=2)
+    engine, cpu = create("cuda", network), create("cpu", network)
+    samples = samples_for(network, 0, 10_000)
+    worst = max(float(np.abs(engine.chunk(samples) - cpu.chunk(samples)).max()) for _ in range(100))
+    assert worst <= 1e-4
