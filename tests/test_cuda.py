@@ -1,6 +1,7 @@
 """The CUDA engine without a GPU: its kernels in Numba's simulator, compiled for Orin, and what is said when none is
 there. Where there is a GPU, on it."""
 
+import ctypes
 import json
 import os
 import re
@@ -17,6 +18,7 @@ from networks import random_network, samples_for
 from edge_ssm import artifact
 from edge_ssm.engines import create, cuda_store
 from edge_ssm.engines.cuda import THREADS
+from edge_ssm.engines.cuda_driver import Device, Memory
 from edge_ssm.errors import EngineUnavailable, InputRefused, UsageError
 
 HERE = Path(__file__).parent
@@ -55,7 +57,7 @@ def orin(tmp_path_factory):
     command = [*CLI, "compile", "--target", "sm_87", "--output", folder]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith(f"{folder}: CUDA kernels for sm_87 (1 lanes a group ")
+    assert done.stdout.startswith(f"{folder}: CUDA kernels for sm_87: ")
     return folder
 
 
@@ -98,6 +100,37 @@ def test_orins_kernels_spill_nothing_and_fit(orin):
         assert row["spill_bytes"] == 0
         assert row["registers"] * THREADS <= 65536
         assert row["shared_bytes"] == 0  # all of it is asked for at launch
+
+
+@needs_numba_cuda
+@pytest.mark.slow
+def test_a_launch_has_the_arguments_that_the_kernel_takes(orin):
+    some = Memory(0, 4, np.dtype(np.float32))
+    packed, kinds = Device.__new__(Device).arguments([some] * 7 + [1, 1, 1, 1] + [some, some])
+    assert len(packed) == len(kinds)
+    for path in orin.iterdir():
+        taken = re.findall(r"^\t\.param \.u(\d+) ", path.read_text(), re.MULTILINE)
+        assert [8 * ctypes.sizeof(kind) for kind in kinds] == [int(bits) for bits in taken]
+
+
+@needs_numba_cuda
+@pytest.mark.parametrize(
+    ("status", "said"),
+    [
+        (
+            "UNSUPPORTED_PTX_VERSION",
+            "the driver (CUDA 12.6) does not take the kernel (unsupported ptx version)",
+        ),
+        ("OUT_OF_MEMORY", "the GPU is out of memory; use fewer lanes"),
+        ("ILLEGAL_ADDRESS", "cuLaunchKernel failed (illegal address)"),
+    ],
+)
+def test_what_a_driver_refuses_is_explained(status, said):
+    from cuda.bindings import driver
+
+    device = Device.__new__(Device)
+    device.driver_version = 12060
+    assert device._meaning("cuLaunchKernel", getattr(driver.CUresult, f"CUDA_ERROR_{status}")).startswith(said)
 
 
 def test_an_unknown_gpu_is_refused():

@@ -40,19 +40,20 @@ def draw(rows: dict[tuple[str, str], Any], shapes: list[str], entries: list[str]
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(9, 4))
+    figure, axes = pyplot.subplots(figsize=(9, 4.5))
+    colors = pyplot.get_cmap("tab20").colors
     others = [entry for entry in entries if entry not in (OURS, FLOOR)]
     width = 0.8 / len(others)
     for i, entry in enumerate(others):
         places = [j + (i - len(others) / 2 + 0.5) * width for j in range(len(shapes))]
-        axes.bar(places, [rows[shape, entry]["ratio"] for shape in shapes], width, label=entry)
-    axes.axhline(1, color="black", linewidth=1)
+        axes.bar(places, [rows[shape, entry]["ratio"] for shape in shapes], width, label=entry, color=colors[i])
     axes.set_yscale("log")
+    axes.set_ylim(bottom=1)
     axes.set_xticks(range(len(shapes)), shapes)
     axes.set_ylabel("times edge-ssm's step")
     axes.set_title("One sample a step, one core, float32: time over that of edge-ssm's CPU engine")
-    axes.legend(fontsize=7, ncols=3)
-    figure.tight_layout()
+    figure.legend(loc="lower center", fontsize=8, ncols=6)
+    figure.tight_layout(rect=(0, 0.1, 1, 1))
     figure.savefig(path, dpi=100)
 
 

@@ -106,7 +106,9 @@ class CudaEngine(Engine):
         """Buffers for chunks of up to ``steps``; those of a single step have their arguments ready."""
         if steps <= self._room:
             return
-        self._room = steps
+        # What was there before stays with the context: by doubling it is never more than what is there now.
+        self._room = max(steps, 2 * self._room)
+        steps = self._room
         self._samples, samples = self._device.shared_with_host(steps * self.lanes * self.network.d_input)
         self._outputs, outputs = self._device.shared_with_host(steps * self.lanes * self.network.d_output)
         self._buffers = samples, outputs

@@ -83,7 +83,8 @@ class Device:
     def _meaning(self, call: str, status: Any) -> str:
         name = status.name.removeprefix("CUDA_ERROR_").lower().replace("_", " ")
         if "ptx" in name:
-            return f"the driver (CUDA {self.driver_version / 1000:.1f}) does not take the kernel ({name}); {_TOOLKIT}"
+            cuda = f"CUDA {self.driver_version // 1000}.{self.driver_version % 1000 // 10}"
+            return f"the driver ({cuda}) does not take the kernel ({name}); {_TOOLKIT}"
         if name == "out of memory":
             return "the GPU is out of memory; use fewer lanes"
         return f"{call} failed ({name})"
