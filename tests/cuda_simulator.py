@@ -1,14 +1,54 @@
 """A GPU for ``edge_ssm.engines.cuda``, by Numba's simulator: every thread of a kernel is a thread of Python.
 
-Run with NUMBA_ENABLE_CUDASIM=1. One block a group of lanes: the simulator's blocks run one after another, and can't
-wait for each other.
+Run with NUMBA_ENABLE_CUDASIM=1. The simulator runs one block after another; where blocks wait for each other,
+``_side_by_side`` runs them at once, each with its own shared memory.
 """
+
+import sys
+import threading
 
 import numpy as np
 from numba import cuda
+from numba.cuda.simulator import kernel as simulated
+from numba.cuda.simulator.kernelapi import FakeCUDAModule, FakeCUDAShared
 
 from edge_ssm.engines import cuda as engine
 from edge_ssm.engines import cuda_kernel
+
+
+class _Module(FakeCUDAModule):
+    def __init__(self, grid, threads, shared_bytes):
+        super().__init__(grid, threads, shared_bytes)
+        self._of_block = {i: FakeCUDAShared(shared_bytes) for i in range(grid[0])}
+
+    @property
+    def shared(self):
+        return self._of_block[self.blockIdx.x]
+
+
+def _side_by_side(kernel, grid, threads, shared_bytes, arguments):
+    module = _Module((grid, 1, 1), (threads, 1, 1), shared_bytes)
+    failures = []
+
+    def run(block):
+        try:
+            simulated.BlockManager(kernel.fn, (grid, 1, 1), (threads, 1, 1), False).run((block, 0, 0), *arguments)
+        except Exception as failure:
+            failures.append(failure)
+
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)  # threads that wait by asking must not keep the others from running
+    try:
+        with simulated._push_kernel_context(module), simulated.swapped_cuda_module(kernel.fn, module):
+            blocks = [threading.Thread(target=run, args=(i,), daemon=True) for i in range(grid)]
+            for block in blocks:
+                block.start()
+            for block in blocks:
+                block.join()
+    finally:
+        sys.setswitchinterval(before)
+    if failures:
+        raise failures[0]
 
 
 class Simulator:
@@ -40,13 +80,19 @@ class Simulator:
     def run(self, kernel, grid, threads, shared_bytes, arguments):
         self.launches += 1
         # A thread of Python is slow: as few as the kernel's sums need.
-        kernel[grid, engine.ADDERS, 0, shared_bytes](*arguments)
+        if blocks_of(arguments) > 1:
+            _side_by_side(kernel, grid, engine.ADDERS, shared_bytes, arguments)
+        else:
+            kernel[grid, engine.ADDERS, 0, shared_bytes](*arguments)
 
     def running(self):
         pass
 
 
+def blocks_of(arguments):
+    """Of threads that a group of lanes has: the last number before the scratch and the counters."""
+    return arguments[-3]
+
+
 def create(network, lanes=1, processors=1):
-    made = engine.CudaEngine(network, lanes, Simulator(processors))
-    assert made._plan.blocks == 1
-    return made
+    return engine.CudaEngine(network, lanes, Simulator(processors))

@@ -6,6 +6,7 @@ from cuda_simulator import create
 from networks import random_network, samples_for
 
 from edge_ssm.engines import create as create_engine
+from edge_ssm.engines import cuda
 from edge_ssm.engines.cuda import TOGETHER, plan
 from edge_ssm.engines.fallback import FallbackEngine
 from edge_ssm.errors import EngineUnavailable, RunFailed, SampleError
@@ -53,6 +54,18 @@ def test_many_lanes_share_the_weights():
     engine = create(network, lanes)
     assert engine._plan.together == TOGETHER
     assert np.abs(engine.chunk(samples) - create_engine("reference", network, lanes).chunk(samples)).max() <= 1e-5
+
+
+@pytest.mark.parametrize(("lanes", "processors", "blocks"), [(1, 3, 3), (2, 4, 2)])
+@pytest.mark.parametrize("form", ["ragged, columns and rows dropped", "rank one", "prenorm, affine, plain", "int8"])
+def test_blocks_that_share_a_lane_hand_each_other_what_they_found(form, lanes, processors, blocks, monkeypatch):
+    monkeypatch.setattr(cuda, "SPLIT_BYTES", 0)
+    network = random_network(3, **FORMS[form])
+    samples = samples_for(network, 0, 2, *([lanes] if lanes > 1 else []))
+    engine = create(network, lanes, processors)
+    assert engine._plan.blocks == blocks
+    expected = create_engine("reference", network, lanes).chunk(samples)
+    assert np.abs(engine.chunk(samples) - expected).max() <= 2e-6 * max(1.0, np.abs(expected).max())
 
 
 def test_a_step_is_one_launch():
