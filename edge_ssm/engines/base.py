@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
 
+from edge_ssm.discretize import StepParameters, decayed, step_parameters
 from edge_ssm.errors import SampleError, SnapshotError, UsageError
 from edge_ssm.network import Array, Network, check, fingerprint, input_range
 
@@ -90,12 +92,20 @@ class Engine(ABC):
     def reset(self, lane: int | None = None) -> None:
         """Set the state of one lane, or of all, to zero."""
 
-    @abstractmethod
+    @cached_property
+    def _step_parameters(self) -> list[StepParameters]:
+        """Of each block."""
+        return [step_parameters(block.ssm, self.network.discretization) for block in self.network.blocks]
+
     def skip(self, k: int = 1, lane: int | None = None) -> None:
         """Let every state decay by Abar^k, as over ``k`` samples without input, in closed form.
 
         In a network of several blocks this is an approximation: the later blocks' inputs are taken as zero.
         """
+        state, lanes = self._state(), slice(None) if lane is None else lane
+        for x, step in zip(state, self._step_parameters, strict=True):
+            x[lanes] = decayed(step, x[lanes].astype(np.complex128), k)
+        self._set_state(state)
 
     @abstractmethod
     def _state(self) -> tuple[Array, ...]:

@@ -9,7 +9,6 @@ from typing import ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from edge_ssm.discretize import decayed, step_parameters
 from edge_ssm.engines import compiled, layout
 from edge_ssm.engines.base import Engine, refusal
 from edge_ssm.network import Array, Network
@@ -24,7 +23,6 @@ class CpuEngine(Engine):
     def __init__(self, network: Network, lanes: int = 1) -> None:
         super().__init__(network, lanes)
         kernel = compiled.load()
-        self._step_parameters = [step_parameters(b.ssm, network.discretization) for b in network.blocks]
         self._layout = layout.pack(network, self._step_parameters, lanes, self.widen)
         # Of a small network's step the call is the most: a single step has its own arrays, whose addresses stand.
         self._step_shape = (network.d_input,) if lanes == 1 else (lanes, network.d_input)
@@ -64,13 +62,6 @@ class CpuEngine(Engine):
         for real, imag in self._layout.slots:
             self._layout.memory[real[lanes]] = 0
             self._layout.memory[imag[lanes]] = 0
-
-    def skip(self, k: int = 1, lane: int | None = None) -> None:
-        state = self._state()
-        lanes = slice(None) if lane is None else lane
-        for x, step in zip(state, self._step_parameters, strict=True):
-            x[lanes] = decayed(step, x[lanes].astype(np.complex128), k)
-        self._set_state(state)
 
     def _state(self) -> tuple[Array, ...]:
         memory = self._layout.memory

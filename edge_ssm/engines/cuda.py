@@ -12,7 +12,6 @@ from typing import Any, ClassVar, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from edge_ssm.discretize import decayed, step_parameters
 from edge_ssm.engines import cuda_layout
 from edge_ssm.engines.base import Engine, refusal
 from edge_ssm.errors import EngineUnavailable
@@ -88,7 +87,6 @@ class CudaEngine(Engine):
     def __init__(self, network: Network, lanes: int = 1, device: Device | None = None) -> None:
         super().__init__(network, lanes)
         self._device = device if device is not None else _first_device()
-        self._step_parameters = [step_parameters(b.ssm, network.discretization) for b in network.blocks]
         packed = self._layout = cuda_layout.pack(network, self._step_parameters)
         made = self._plan = plan(lanes, packed, self._device.processors, self._device.shared_bytes)
         self._kernel = self._device.kernel(made.together, made.shared_bytes)
@@ -143,13 +141,6 @@ class CudaEngine(Engine):
         if size:
             zeros = np.zeros(size * (self.lanes if lane is None else 1), dtype=np.float32)
             self._device.write(self._x, zeros, 0 if lane is None else lane * size)
-
-    def skip(self, k: int = 1, lane: int | None = None) -> None:
-        state = self._state()
-        lanes = slice(None) if lane is None else lane
-        for x, step in zip(state, self._step_parameters, strict=True):
-            x[lanes] = decayed(step, x[lanes].astype(np.complex128), k)
-        self._set_state(state)
 
     def _state(self) -> tuple[Array, ...]:
         x = self._lanes()

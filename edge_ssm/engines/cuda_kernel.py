@@ -107,6 +107,19 @@ def kernel(lanes_together: int) -> Any:
         cuda.syncthreads()
 
     @cuda.jit(device=True, inline="always")
+    def joined(shared: Any, partial: Any, total: Any, share: Any, width: Any, slot: Any, chosen: Any,
+               target: Any) -> None:  # fmt: skip
+        """shared[target] = the sum of what the ``share`` threads of a slot have, by the one that is chosen."""
+        shared[partial + cuda.threadIdx.x] = total
+        cuda.syncthreads()
+        if chosen:
+            whole_sum = _ZERO
+            for j in range(share):
+                whole_sum += shared[partial + j * width + slot]
+            shared[target] = whole_sum
+        cuda.syncthreads()
+
+    @cuda.jit(device=True, inline="always")
     def diagonal(shared: Any, v: Any, y: Any, wide: Any, partial: Any, w: Any, weights: Any, table: Any, row: Any,
                  state: Any, x: Any, lane_size: Any, lanes: Any, first: Any, last: Any) -> None:  # fmt: skip
         """y of channels [first, last): x += delta x + v, y = Re(C x) (the factor 2 is in C)."""
@@ -132,14 +145,8 @@ def kernel(lanes_together: int) -> Any:
                         new_im = im + (dr * im + di * re)
                         state[here], state[here + count] = new_re, new_im
                         total += w[place + 2 * count] * new_re + w[place + 3 * count] * new_im
-            shared[partial + tid] = total
-            cuda.syncthreads()
-            if s == 0 and i < items:
-                total = _ZERO
-                for j in range(share):
-                    total += shared[partial + j * width + slot]
-                shared[y + (i // own) * wide + first + i % own] = total
-            cuda.syncthreads()
+            target = y + (i // own) * wide + first + i % own
+            joined(shared, partial, total, share, width, slot, s == 0 and i < items, target)
             base += width
 
     @cuda.jit(device=True, inline="always")
@@ -185,14 +192,7 @@ def kernel(lanes_together: int) -> Any:
                     new_im = im + (dr * im + di * re + w[place + 5 * count] * q)
                     state[here], state[here + count] = new_re, new_im
                     total += w[place + 2 * count] * new_re + w[place + 3 * count] * new_im
-            shared[partial + tid] = total
-            cuda.syncthreads()
-            if s == 0 and i < items:
-                total = _ZERO
-                for j in range(share):
-                    total += shared[partial + j * width + slot]
-                shared[y + lane * wide + before + k] = total
-            cuda.syncthreads()
+            joined(shared, partial, total, share, width, slot, s == 0 and i < items, y + lane * wide + before + k)
             base += width
 
     @cuda.jit(device=True, inline="always")

@@ -8,7 +8,6 @@ from typing import ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from edge_ssm.discretize import decayed, step_parameters
 from edge_ssm.engines.base import Engine, refusal
 from edge_ssm.network import SSM, Array, Block, Network, Norm, TokenEncoder, input_range
 
@@ -40,7 +39,6 @@ class ReferenceEngine(Engine):
 
     def __init__(self, network: Network, lanes: int = 1) -> None:
         super().__init__(network, lanes)
-        self._parameters = [step_parameters(b.ssm, network.discretization) for b in network.blocks]
         self._range = input_range(network)
         self._x = [np.zeros((lanes, len(b.ssm.A)), dtype=np.complex128) for b in network.blocks]
         self._weights = [b.mixing.values() for b in network.blocks]
@@ -81,7 +79,7 @@ class ReferenceEngine(Engine):
 
     def _ssm(self, i: int, ssm: SSM, v: Array) -> Array:
         """(lanes, K) -> (lanes, K): the recurrence of ``discretize.StepParameters`` and its output without D."""
-        step, x = self._parameters[i], self._x[i]
+        step, x = self._step_parameters[i], self._x[i]
         first, owner = step.first, step.owner
         change = step.delta * x + v[:, owner]
         if step.low_rank.any():
@@ -94,11 +92,6 @@ class ReferenceEngine(Engine):
     def reset(self, lane: int | None = None) -> None:
         for x in self._x:
             x[slice(None) if lane is None else lane] = 0
-
-    def skip(self, k: int = 1, lane: int | None = None) -> None:
-        for x, step in zip(self._x, self._parameters, strict=True):
-            lanes = slice(None) if lane is None else lane
-            x[lanes] = decayed(step, x[lanes], k)
 
     def _state(self) -> tuple[Array, ...]:
         return tuple(x.copy() for x in self._x)
