@@ -273,7 +273,7 @@ def compile_(target: str, output: str | None, assembly: str | None) -> None:
         if assembly is not None:
             raise UsageError("--assembly: not for a GPU; its kernels are PTX, which is text")
         folder, made = cuda_store.compile_and_keep(target, None if output is None else Path(output))
-        sizes = ", ".join(f"{len(made[lanes].ptx)} bytes of PTX for lanes by {lanes}" for lanes in sorted(made))
+        sizes = ", ".join(f"{name} of {len(made[name].ptx)} bytes of PTX" for name in sorted(made))
         click.echo(f"{folder}: CUDA kernels for {target}: {sizes}")
         click.echo(f"copy them to the device, into {compiled.USER_FOLDER} there (or $EDGE_SSM_CACHE)")
         return

@@ -6,6 +6,7 @@ Run with NUMBA_ENABLE_CUDASIM=1. The simulator runs one block after another; whe
 
 import sys
 import threading
+import time
 
 import numpy as np
 from numba import cuda
@@ -13,7 +14,15 @@ from numba.cuda.simulator import kernel as simulated
 from numba.cuda.simulator.kernelapi import FakeCUDAModule, FakeCUDAShared
 
 from edge_ssm.engines import cuda as engine
-from edge_ssm.engines import cuda_kernel
+from edge_ssm.engines import cuda_kernel, cuda_persistent
+from edge_ssm.engines.cuda_persistent import PersistentCudaEngine
+
+cuda_persistent.ASKED = 1
+# What a GPU's own instructions do, in Python; a word is read and written whole there too.
+cuda_kernel.load_word = lambda words, i: (time.sleep(1e-3), int(words[i]))[1]
+cuda_kernel.store_word = lambda words, i, word: words.__setitem__(i, word)
+cuda_kernel.float_of = lambda word: np.uint32(word & 0xFFFFFFFF).view(np.float32)
+cuda_kernel.word_of = lambda number, value: (number << 32) | int(np.float32(value).view(np.uint32))
 
 
 class _Module(FakeCUDAModule):
@@ -58,8 +67,10 @@ class Simulator:
         self.processors = processors
         self.launches = 0
 
-    def kernel(self, lanes_together, shared_bytes):
-        return cuda.jit(cuda_kernel.kernel(lanes_together))
+    def kernel(self, name, shared_bytes):
+        kind, _, lanes = name.partition("-")
+        run, serve = cuda_kernel.kernels(int(lanes or 1))
+        return cuda.jit(serve if kind == "serve" else run)
 
     def upload(self, array):
         return np.ascontiguousarray(array).ravel().copy()
@@ -70,8 +81,8 @@ class Simulator:
     def read(self, memory):
         return memory.copy()
 
-    def shared_with_host(self, size):
-        array = np.zeros(size, dtype=np.float32)
+    def shared_with_host(self, size, kind=np.float32):
+        array = np.zeros(size, dtype=kind)
         return array, array
 
     def arguments(self, values):
@@ -85,6 +96,20 @@ class Simulator:
         else:
             kernel[grid, engine.ADDERS, 0, shared_bytes](*arguments)
 
+    def start(self, kernel, grid, threads, shared_bytes, arguments):
+        self.launches += 1
+        arguments = kernel, grid, engine.ADDERS, shared_bytes, arguments
+        self._serving = threading.Thread(target=_side_by_side, args=arguments, daemon=True)
+        self._serving.start()
+
+    def wait(self):
+        self._serving.join(60)
+        assert not self._serving.is_alive()
+
+    def running_still(self):
+        time.sleep(5e-3)  # Who asks in vain keeps the others from running.
+        return self._serving.is_alive()
+
     def running(self):
         pass
 
@@ -92,6 +117,10 @@ class Simulator:
 def blocks_of(arguments):
     """Of threads that a group of lanes has: the last number before the scratch and the counters."""
     return arguments[-3]
+
+
+def create_persistent(network, lanes=1, processors=1):
+    return PersistentCudaEngine(network, lanes, Simulator(processors))
 
 
 def create(network, lanes=1, processors=1):

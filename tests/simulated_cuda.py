@@ -2,11 +2,11 @@
 
 import numpy as np
 import pytest
-from cuda_simulator import create
+from cuda_simulator import create, create_persistent
 from networks import random_network, samples_for
 
 from edge_ssm.engines import create as create_engine
-from edge_ssm.engines import cuda
+from edge_ssm.engines import cuda, cuda_kernel, cuda_persistent
 from edge_ssm.engines.cuda import TOGETHER, plan
 from edge_ssm.engines.fallback import FallbackEngine
 from edge_ssm.errors import EngineUnavailable, RunFailed, SampleError
@@ -75,6 +75,52 @@ def test_a_step_is_one_launch():
         engine.step(sample)
     engine.chunk(samples_for(network, 0, 5))
     assert engine._device.launches == 4
+
+
+@pytest.mark.parametrize(("lanes", "processors", "blocks"), [(1, 1, 1), (2, 2, 1), (1, 2, 2)])
+def test_a_kernel_that_stays_is_as_many_steps_in_one_launch(lanes, processors, blocks, monkeypatch):
+    monkeypatch.setattr(cuda, "SPLIT_BYTES", 0 if blocks > 1 else 1 << 40)
+    network = random_network(3, h=6, pairs=2, layers=2)
+    samples = samples_for(network, 0, 6, *([lanes] if lanes > 1 else []))
+    engine, reference = create_persistent(network, lanes, processors), create_engine("reference", network, lanes)
+    assert engine._plan.blocks == blocks
+    expected = reference.chunk(samples)
+    found = np.concatenate([engine.step(samples[0])[None], engine.chunk(samples[1:4])])
+    assert engine._device.launches == 1
+    before = engine.snapshot()
+    found = np.concatenate([found, engine.chunk(samples[4:])])
+    assert engine._device.launches == 2
+    assert np.abs(found - expected).max() <= 2e-6 * max(1.0, np.abs(expected).max())
+    engine.restore(before)
+    assert np.array_equal(engine.chunk(samples[4:]), found[4:])
+    with pytest.raises(SampleError, match="nan"):
+        engine.step(np.full_like(samples[0], np.nan))
+    engine.reset()
+    assert np.array_equal(engine.step(samples[0]), found[0])
+
+
+def test_a_ring_is_filled_only_where_it_is_free_and_its_numbers_start_again(monkeypatch):
+    monkeypatch.setattr(cuda_persistent, "SLOTS", 2)
+    monkeypatch.setattr(cuda_persistent, "LAST_NUMBER", 4)
+    monkeypatch.setattr(cuda_kernel, "LAST_NUMBER", 4)
+    network = random_network(3, h=3, pairs=1, layers=1)
+    samples = samples_for(network, 0, 11)
+    found = create_persistent(network).chunk(samples)
+    assert np.abs(found - create_engine("reference", network).chunk(samples)).max() <= 1e-5
+
+
+def test_a_kernel_that_stays_needs_a_multiprocessor_a_lane_and_its_end_is_noticed():
+    network = random_network(3, h=3, pairs=1, layers=1)
+    with pytest.raises(EngineUnavailable, match="3 lanes, this GPU has 2 multiprocessors"):
+        create_persistent(network, 3, 2)
+    engine = create_persistent(network)
+    engine.step(network.input.mean)
+    engine._given[...] = -1  # as if something had ended it
+    with pytest.raises(RunFailed, match="the kernel ended by itself"):
+        engine._device.wait() or engine.step(network.input.mean)
+    engine.reset()
+    engine.step(network.input.mean)
+    assert engine._device.launches == 2
 
 
 def test_snapshots_go_to_the_other_engines_and_back():

@@ -26,9 +26,9 @@ def resources(target: str, cuda_store_folder: Path | None = None) -> list[dict[s
         else:
             paths = cuda_store_folder.glob(f"*{cuda_store.SUFFIX}")
             found = [cuda_store.decode(path.read_bytes()) for path in paths]
-            kernels = {kernel.header.lanes: kernel for kernel in found}
+            kernels = {kernel.header.kernel: kernel for kernel in found}
         rows = []
-        for lanes, kernel in sorted(kernels.items()):
+        for name, kernel in sorted(kernels.items()):
             source = Path(temporary) / "k.ptx"
             source.write_bytes(kernel.ptx)
             command = ["ptxas", f"-arch={target}", "-v", str(source), "-o", str(source.with_suffix(".cubin"))]
@@ -39,7 +39,7 @@ def resources(target: str, cuda_store_folder: Path | None = None) -> list[dict[s
             assert registers is not None
             rows.append(
                 {
-                    "kernel": f"{lanes} lane{'s' if lanes > 1 else ''} a group",
+                    "kernel": name,
                     "registers": int(registers[1]),
                     "spill_bytes": sum(int(n) for found in spills for n in found),
                     "shared_bytes": int(shared[1]) if shared else 0,

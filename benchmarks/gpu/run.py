@@ -1,10 +1,12 @@
-"""The CUDA engine on this machine's GPU: one sample a step, chunks and lanes, beside PyTorch's eager and graph steps.
+"""The CUDA engine on this machine's GPU: one sample a step, chunks and lanes, beside PyTorch and ONNX Runtime.
 
     python benchmarks/gpu/run.py [--rounds 31] [--output benchmarks/gpu/results.json]
 
-Needs a GPU, the ``cuda`` extra, and for the peers a torch with CUDA; what is missing is left out and named. Entries
-take turns; a time is the host's, from the sample in hand to the output in hand, median over rounds; ``ratio`` is over
-our single step of the same shape. ``empty`` launches a kernel without steps and waits: the floor of any launch.
+Needs a GPU, the ``cuda`` extra, and for the peers a torch with CUDA and onnxruntime-gpu with onnx; what is missing is
+left out and named. Entries take turns; a time is the host's, from the sample in hand to the output in hand, median over
+rounds; ``ratio`` is over our single step of the same shape; ``gpu_us_a_sample`` is the GPU's own time between two
+events around a launch. ``persistent`` is the kernel that stays.
+``empty`` launches a kernel without steps and waits: the floor of any launch.
 ``read_us_a_sample`` is what the GPU's measured memory bandwidth needs for the weights and states of all lanes.
 """
 
@@ -29,6 +31,7 @@ from networks import random_network, samples_for  # noqa: E402
 from edge_ssm.engines import create  # noqa: E402
 from edge_ssm.engines.cuda import THREADS, CudaEngine  # noqa: E402
 from edge_ssm.engines.cuda_driver import Device  # noqa: E402
+from edge_ssm.engines.cuda_persistent import PersistentCudaEngine  # noqa: E402
 from edge_ssm.errors import EngineUnavailable  # noqa: E402
 from edge_ssm.network import Network, cost  # noqa: E402
 
@@ -42,6 +45,33 @@ def empty(device: Device, engine: CudaEngine) -> Call:
     """The engine's own kernel, asked for no step."""
     arguments = engine._arguments(0)
     return lambda: device.run(engine._kernel, 1, THREADS, engine._plan.shared_bytes, arguments)
+
+
+def gpu_us(device: Device, engine: CudaEngine, steps: int, repeats: int = 21) -> float:
+    """Median microseconds of a launch of so many steps between two of CUDA's events."""
+    first, second = (device._do("cuEventCreate", 0) for _ in range(2))
+    made, arguments, times = engine._plan, engine._arguments(steps), []
+    for _ in range(repeats):
+        device._do("cuEventRecord", first, device._stream)
+        device.start(engine._kernel, made.groups * made.blocks, THREADS, made.shared_bytes, arguments)
+        device._do("cuEventRecord", second, device._stream)
+        device.wait()
+        times.append(device._do("cuEventElapsedTime", first, second) * 1e3)
+    return statistics.median(times)
+
+
+def onnx_steps(network: Network) -> dict[str, Call]:
+    from peers.parts import parts_of
+
+    try:
+        from peers.graph import onnxruntime_step
+
+        step = onnxruntime_step(parts_of(network), "cuda")
+    except (ImportError, LookupError) as error:
+        print(f"ONNX Runtime: left out, {error}", file=sys.stderr)
+        return {}
+    sample = np.full((1, network.d_input), 0.3, dtype=np.float32)
+    return {"ONNX Runtime CUDA": lambda: step(sample)}
 
 
 def torch_steps(network: Network) -> dict[str, Call]:
@@ -122,12 +152,16 @@ def main() -> None:
         calls: dict[str, tuple[Call, int]] = {"step": (lambda e=engine, x=samples[0]: e.step(x), 1)}
         calls["empty"] = empty(device, engine), 1
         calls[f"chunk of {CHUNK}"] = (lambda e=engine, x=samples[:CHUNK]: e.chunk(x)), CHUNK
+        persistent = PersistentCudaEngine(network, 1, device)
+        calls["persistent"] = (lambda e=persistent, x=samples[0]: e.step(x)), 1
+        measured: dict[str, tuple[CudaEngine, int]] = {"step": (engine, 1), f"chunk of {CHUNK}": (engine, CHUNK)}
         for lanes in LANES:
             many = CudaEngine(network, lanes, device)
             few = samples_for(network, 0, 16, lanes)
+            measured[f"{lanes} lanes"] = many, lanes
             calls[f"{lanes} lanes"] = (lambda e=many, x=few[0]: e.step(x)), lanes
             calls[f"{lanes} lanes, chunk of 16"] = (lambda e=many, x=few: e.chunk(x)), 16 * lanes
-        calls |= {name: (call, 1) for name, call in torch_steps(network).items()}
+        calls |= {name: (call, 1) for name, call in (torch_steps(network) | onnx_steps(network)).items()}
         times: dict[str, list[float]] = {name: [] for name in calls}
         for turn in range(arguments.rounds + 1):
             for name, (call, count) in calls.items():
@@ -135,12 +169,19 @@ def main() -> None:
                 begin = time.perf_counter_ns()
                 for _ in range(repeats):
                     call()
+                took = time.perf_counter_ns() - begin
+                if name == "persistent":
+                    persistent._end()  # The others want the GPU; the next call launches it again, once in 200.
                 if turn:  # The first round warms up.
-                    times[name].append((time.perf_counter_ns() - begin) / 1000 / repeats / count)
+                    times[name].append(took / 1000 / repeats / count)
         total = cost(network)
         for name in calls:
             lanes = int(name.split()[0]) if "lanes" in name else 1
             read_us = (total.weight_bytes + 4 * lanes * total.state_values) / lanes / read_rate / 1e3
+            own_us = None
+            if name in measured:
+                of, count = measured[name]
+                own_us = gpu_us(device, of, count if of.lanes == 1 else 1) / count
             rows.append(
                 {
                     "shape": shape,
@@ -149,6 +190,7 @@ def main() -> None:
                     "ratio": round(
                         statistics.median(a / b for a, b in zip(times[name], times["step"], strict=True)), 4
                     ),
+                    "gpu_us_a_sample": own_us and round(own_us, 4),
                     "read_us_a_sample": round(read_us, 4),
                     "max_error": float(f"{error:.2g}") if name == "step" else None,
                 }

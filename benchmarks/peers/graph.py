@@ -96,15 +96,25 @@ def _alternating(run: list[Callable[[], None]], sample_in: Array, output: Array)
     return step
 
 
-def onnxruntime_step(parts: Parts) -> Callable[[Array], Array]:
+def onnxruntime_step(parts: Parts, device: str = "cpu") -> Callable[[Array], Array]:
+    """``device``: where the states lie and the graph runs, cpu or cuda. Raises LookupError without such a provider."""
     import onnxruntime as ort
+
+    provider = f"{device.upper()}ExecutionProvider"
+    if provider not in ort.get_available_providers():
+        raise LookupError(f"{provider} is not in this build of ONNX Runtime")
 
     options = ort.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
-    session = ort.InferenceSession(model_of(parts), options, providers=["CPUExecutionProvider"])
+    session = ort.InferenceSession(model_of(parts), options, providers=[provider])
+    if provider not in session.get_providers():
+        raise LookupError(f"{provider} does not start here")
     sample, output = np.zeros((1, len(parts.mean)), np.float32), np.zeros((1, len(parts.decoder)), np.float32)
-    sets = _buffers(parts)
+    sets = [
+        {name: ort.OrtValue.ortvalue_from_numpy(array, device, 0) for name, array in states.items()}
+        for states in _buffers(parts)
+    ]
 
     def bound(name: str, array: Array, bind: Any) -> None:
         bind(name, "cpu", 0, np.float32, array.shape, array.ctypes.data)
@@ -115,8 +125,8 @@ def onnxruntime_step(parts: Parts) -> Callable[[Array], Array]:
         bound("sample", sample, binding.bind_input)
         bound("outputs", output, binding.bind_output)
         for name in old:
-            bound(name, old[name], binding.bind_input)
-            bound(f"new_{name}", new[name], binding.bind_output)
+            binding.bind_ortvalue_input(name, old[name])
+            binding.bind_ortvalue_output(f"new_{name}", new[name])
         bindings.append(binding)
     # The bindings know addresses only: the arrays live as long as what runs on them.
     run = [lambda binding=binding, kept=sets: session.run_with_iobinding(binding) for binding in bindings]

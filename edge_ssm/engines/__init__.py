@@ -24,6 +24,8 @@ class EngineEntry:
     """The command that adds them."""
     nodes: tuple[str, ...] = ()
     """Device files, one of which is there where its hardware is."""
+    chosen: bool = True
+    """Whether "auto" may choose it."""
 
 
 GPU_NODES = ("/dev/nvidiactl", "/dev/nvhost-gpu", "/dev/nvgpu")
@@ -35,6 +37,14 @@ ENGINES: dict[str, EngineEntry] = {
     "cuda": EngineEntry(
         "edge_ssm.engines.cuda", "CudaEngine", ("cuda.bindings",), "pip install 'edge-ssm[cuda]'", GPU_NODES
     ),
+    "cuda-persistent": EngineEntry(
+        "edge_ssm.engines.cuda_persistent",
+        "PersistentCudaEngine",
+        ("cuda.bindings",),
+        "pip install 'edge-ssm[cuda]'",
+        GPU_NODES,
+        chosen=False,
+    ),
     "reference": EngineEntry("edge_ssm.engines.reference", "ReferenceEngine", (), ""),
 }
 
@@ -42,7 +52,8 @@ ENGINES: dict[str, EngineEntry] = {
 def candidates(network: Network) -> list[str]:
     """The engines that are there and differ for this network: without small weights there is nothing to widen."""
     small = any(block.mixing.dtype != "float32" for block in network.blocks)
-    return [name for name in ENGINES if installed(name) and (small or name != "cpu-float32")]
+    names = [name for name, entry in ENGINES.items() if entry.chosen and installed(name)]
+    return [name for name in names if small or name != "cpu-float32"]
 
 
 def available(network: Network) -> list[str]:

@@ -78,6 +78,8 @@ class Device:
         status, *found = getattr(self._driver, call)(*arguments)
         if int(status) != 0:
             raise self._error(f"engine 'cuda': {self._meaning(call, status)}")
+        if not found:
+            return None
         return found[0] if len(found) == 1 else tuple(found)
 
     def _meaning(self, call: str, status: Any) -> str:
@@ -89,9 +91,9 @@ class Device:
             return "the GPU is out of memory; use fewer lanes"
         return f"{call} failed ({name})"
 
-    def kernel(self, lanes_together: int, shared_bytes: int) -> Any:
-        """The kernel for this GPU, allowed ``shared_bytes`` of dynamic shared memory."""
-        kept = cuda_store.load(f"sm_{self.capability[0]}{self.capability[1]}")[lanes_together]
+    def kernel(self, name: str, shared_bytes: int) -> Any:
+        """The kernel of ``cuda_compiler.KERNELS`` for this GPU, allowed ``shared_bytes`` of dynamic shared memory."""
+        kept = cuda_store.load(f"sm_{self.capability[0]}{self.capability[1]}")[name]
         loaded = self._do("cuModuleLoadData", kept.ptx + b"\0")
         function = self._do("cuModuleGetFunction", loaded, kept.header.entry.encode())
         attribute = self._driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
@@ -114,11 +116,13 @@ class Device:
         self._do("cuMemcpyDtoH", found.ctypes.data, memory.address, found.nbytes)
         return found
 
-    def shared_with_host(self, size: int) -> tuple[Array, Memory]:
-        """``size`` float32 that the host and the GPU both see: no copy on Tegra, whose memory is one."""
-        dtype = np.dtype(np.float32)
+    def shared_with_host(self, size: int, kind: type[np.generic] = np.float32) -> tuple[Array, Memory]:
+        """``size`` zeros that the host and the GPU both see: no copy on Tegra, whose memory is one."""
+        dtype = np.dtype(kind)
         host = int(self._do("cuMemHostAlloc", size * dtype.itemsize, DEVICE_MAP))
-        array: Array = np.ctypeslib.as_array((ctypes.c_float * size).from_address(host))
+        memory = (ctypes.c_char * (size * dtype.itemsize)).from_address(host)
+        array: Array = np.frombuffer(memoryview(memory), dtype=dtype)
+        array[...] = 0
         return array, Memory(int(self._do("cuMemHostGetDevicePointer", host, 0)), size, dtype)
 
     def arguments(self, values: list[Memory | int]) -> Any:
@@ -143,6 +147,22 @@ class Device:
                 packed.append(value.address)
                 kinds.append(ctypes.c_void_p)
         return tuple(packed), tuple(kinds)
+
+    def start(self, function: Any, grid: int, threads: int, shared_bytes: int, arguments: Any) -> None:
+        """Launch, and do not wait."""
+        self._do("cuLaunchKernel", function, grid, 1, 1, threads, 1, 1, shared_bytes, self._stream, arguments, 0)
+
+    def wait(self) -> None:
+        self._do("cuStreamSynchronize", self._stream)
+
+    def running_still(self) -> bool:
+        """Whether what was started has not ended; raises as every call does if it failed."""
+        (status,) = self._driver.cuStreamQuery(self._stream)
+        if status == self._driver.CUresult.CUDA_ERROR_NOT_READY:
+            return True
+        if int(status) != 0:
+            raise self._error(f"engine 'cuda': {self._meaning('the kernel that serves', status)}")
+        return False
 
     def run(self, function: Any, grid: int, threads: int, shared_bytes: int, arguments: Any) -> None:
         """Launch, and wait until it is done."""

@@ -1,4 +1,5 @@
-"""The CUDA kernel: T samples of all lanes through the whole network in one launch, the loop over time inside.
+"""The CUDA kernels: T samples of all lanes through the whole network in one launch, the loop over time inside; and
+one that is launched once and stays.
 
 ``blocks`` blocks of threads share a group of LANES lanes. Each has some of the columns and rows of every layer, and
 they hand each other what they found through ``scratch`` (two barriers a layer); with one block everything stays in its
@@ -19,11 +20,16 @@ from numba import cuda as numba_cuda
 from numba import float32
 
 from edge_ssm.engines import cuda_layout as at
+from edge_ssm.engines.cuda_words import float_of, load_word, store_word, word_of
 
 cuda: Any = numba_cuda
 _ZERO, _HALF, _ONE, _ROOT_HALF = np.float32(0), np.float32(0.5), np.float32(1), np.float32(0.5**0.5)
 ADDERS = 32
 """Threads that sum a vector up: what each finds is read by all."""
+
+
+LAST_NUMBER = 1 << 30
+"""Of the steps that a kernel serves; then it counts from one again. A multiple of any ring's slots."""
 
 
 @cuda.jit(device=True, inline="always")
@@ -42,8 +48,8 @@ def _together(counters: Any, group: Any, blocks: Any) -> None:
 
 
 @cache
-def kernel(lanes_together: int) -> Any:
-    """The kernel for groups of ``lanes_together`` lanes, whose weights are read once for all of them."""
+def kernels(lanes_together: int) -> tuple[Any, Any]:
+    """(run, serve) for groups of ``lanes_together`` lanes, whose weights are read once for all of them."""
     LANES = lanes_together
 
     @cuda.jit(device=True, inline="always")
@@ -243,9 +249,10 @@ def kernel(lanes_together: int) -> Any:
             cuda.syncthreads()
             base += width
 
-    def run(weights: Any, half: Any, whole: Any, table: Any, state: Any, samples: Any, outputs: Any, steps: Any,
-            lanes: Any, wide: Any, blocks: Any, scratch: Any, counters: Any) -> None:  # fmt: skip
-        """samples (steps, lanes, d_input) float32, normalised -> outputs (steps, lanes, d_output) float32, flat."""
+    @cuda.jit(device=True, inline="always")
+    def forward(weights: Any, half: Any, whole: Any, table: Any, state: Any, samples: Any, sample: Any, outputs: Any,
+                output: Any, lanes: Any, wide: Any, blocks: Any, scratch: Any, counters: Any) -> None:  # fmt: skip
+        """One sample of a group's lanes, from samples[sample ...] to outputs[output ...]."""
         shared = cuda.shared.array(0, float32)
         tid, threads = cuda.threadIdx.x, cuda.blockDim.x
         group = cuda.blockIdx.x // blocks
@@ -255,94 +262,144 @@ def kernel(lanes_together: int) -> Any:
         u, y, z, partial = 0, LANES * wide, 2 * LANES * wide, 3 * LANES * wide
         h, d_input, d_output = table[at.H], table[at.D_INPUT], table[at.D_OUTPUT]
         encoder, decoder, prenorm, lane_size = table[at.ENCODER], table[at.DECODER], table[at.PRENORM], table[at.LANE]
-        for t in range(steps):
-            for i in range(tid, LANES * h, threads):
-                lane, c = i // h, i % h
-                value = _ZERO
-                if lane < here:
-                    sample = (t * lanes + first_lane + lane) * d_input
-                    if table[at.VOCABULARY] > 0:
-                        value = weights[encoder + int(samples[sample]) * h + c]
-                    else:
-                        value = weights[encoder + c]
-                        for j in range(d_input):
-                            value += samples[sample + j] * weights[encoder + (1 + j) * h + c]
-                shared[u + lane * wide + c] = value
+        for i in range(tid, LANES * h, threads):
+            lane, c = i // h, i % h
+            value = _ZERO
+            if lane < here:
+                at_sample = sample + lane * d_input
+                if table[at.VOCABULARY] > 0:
+                    value = weights[encoder + int(samples[at_sample]) * h + c]
+                else:
+                    value = weights[encoder + c]
+                    for j in range(d_input):
+                        value += samples[at_sample + j] * weights[encoder + (1 + j) * h + c]
+            shared[u + lane * wide + c] = value
+        cuda.syncthreads()
+        for layer in range(table[at.LAYERS]):
+            row = at.FIRST_ROW + layer * at.ROW
+            norm, layer_norm = table[row + at.NORM], table[row + at.LAYER_NORM]
+            v = u
+            if prenorm and norm >= 0:
+                normed(shared, u, z, wide, partial, weights, norm, layer_norm, h)
+                v = z
+            columns, diagonals, low_ranks = (
+                table[row + at.COLUMNS],
+                table[row + at.DIAGONAL],
+                table[row + at.LOW_RANK],
+            )
+            first, last = columns * part // blocks, columns * (part + 1) // blocks
+            x = first_lane * lane_size
+            diagonal(shared, v, y, wide, partial, weights, table[row + at.DIAGONAL_W], table, row, state,
+                     x + table[row + at.DIAGONAL_X], lane_size, here, min(first, diagonals),
+                     min(last, diagonals))  # fmt: skip
+            low_rank(shared, v, y, wide, partial, weights, table[row + at.LOW_RANK_W], table, row, state,
+                     x + table[row + at.LOW_RANK_X], lane_size, here,
+                     min(max(first - diagonals, 0), low_ranks),
+                     min(max(last - diagonals, 0), low_ranks))  # fmt: skip
+            own = last - first
+            for i in range(tid, LANES * own, threads):
+                lane, k = i // own, first + i % own
+                value = weights[table[row + at.D] + k] * shared[v + lane * wide + table[table[row + at.GATHER] + k]]
+                if k < diagonals + low_ranks:
+                    value += shared[y + lane * wide + k]
+                half_value = _HALF * value
+                shared[y + lane * wide + k] = half_value + half_value * math.erf(value * _ROOT_HALF)
+            exchanged(shared, y, wide, first, last, columns, scratch, counters, group, part, blocks)
+            rows, glu = table[row + at.ROWS], table[row + at.GLU]
+            first, last = rows * part // blocks, rows * (part + 1) // blocks
+            mixed(shared, y, z, wide, partial, weights, half, whole, table, row, first, last)
+            own = last - first
+            for i in range(tid, LANES * own, threads):
+                lane, j = i // own, i % own
+                value = shared[z + lane * wide + j]
+                if glu:
+                    value /= _ONE + math.exp(-shared[z + lane * wide + own + j])
+                shared[y + lane * wide + first + j] = value
+            exchanged(shared, y, wide, first, last, rows, scratch, counters, group, part, blocks)
+            for i in range(tid, LANES * rows, threads):
+                lane, r = i // rows, i % rows
+                shared[u + lane * wide + table[table[row + at.INDEX] + r]] += shared[y + lane * wide + r]
             cuda.syncthreads()
-            for layer in range(table[at.LAYERS]):
-                row = at.FIRST_ROW + layer * at.ROW
-                norm, layer_norm = table[row + at.NORM], table[row + at.LAYER_NORM]
-                v = u
-                if prenorm and norm >= 0:
-                    normed(shared, u, z, wide, partial, weights, norm, layer_norm, h)
-                    v = z
-                columns, diagonals, low_ranks = (
-                    table[row + at.COLUMNS],
-                    table[row + at.DIAGONAL],
-                    table[row + at.LOW_RANK],
-                )
-                first, last = columns * part // blocks, columns * (part + 1) // blocks
-                x = first_lane * lane_size
-                diagonal(shared, v, y, wide, partial, weights, table[row + at.DIAGONAL_W], table, row, state,
-                         x + table[row + at.DIAGONAL_X], lane_size, here, min(first, diagonals),
-                         min(last, diagonals))  # fmt: skip
-                low_rank(shared, v, y, wide, partial, weights, table[row + at.LOW_RANK_W], table, row, state,
-                         x + table[row + at.LOW_RANK_X], lane_size, here,
-                         min(max(first - diagonals, 0), low_ranks),
-                         min(max(last - diagonals, 0), low_ranks))  # fmt: skip
-                own = last - first
-                for i in range(tid, LANES * own, threads):
-                    lane, k = i // own, first + i % own
-                    value = weights[table[row + at.D] + k] * shared[v + lane * wide + table[table[row + at.GATHER] + k]]
-                    if k < diagonals + low_ranks:
-                        value += shared[y + lane * wide + k]
-                    half_value = _HALF * value
-                    shared[y + lane * wide + k] = half_value + half_value * math.erf(value * _ROOT_HALF)
-                exchanged(shared, y, wide, first, last, columns, scratch, counters, group, part, blocks)
-                rows, glu = table[row + at.ROWS], table[row + at.GLU]
-                first, last = rows * part // blocks, rows * (part + 1) // blocks
-                mixed(shared, y, z, wide, partial, weights, half, whole, table, row, first, last)
-                own = last - first
-                for i in range(tid, LANES * own, threads):
-                    lane, j = i // own, i % own
-                    value = shared[z + lane * wide + j]
-                    if glu:
-                        value /= _ONE + math.exp(-shared[z + lane * wide + own + j])
-                    shared[y + lane * wide + first + j] = value
-                exchanged(shared, y, wide, first, last, rows, scratch, counters, group, part, blocks)
-                for i in range(tid, LANES * rows, threads):
-                    lane, r = i // rows, i % rows
-                    shared[u + lane * wide + table[table[row + at.INDEX] + r]] += shared[y + lane * wide + r]
+            constant = table[row + at.CONSTANT]
+            if constant >= 0:
+                for i in range(tid, LANES * h, threads):
+                    shared[u + (i // h) * wide + i % h] += weights[constant + i % h]
                 cuda.syncthreads()
-                constant = table[row + at.CONSTANT]
-                if constant >= 0:
-                    for i in range(tid, LANES * h, threads):
-                        shared[u + (i // h) * wide + i % h] += weights[constant + i % h]
-                    cuda.syncthreads()
-                if prenorm == 0 and norm >= 0:
-                    normed(shared, u, u, wide, partial, weights, norm, layer_norm, h)
-            if part == 0:
-                items = LANES * d_output * ADDERS
-                base = 0
-                while base < items:
-                    i = base + tid
-                    lane, o, j = i // (d_output * ADDERS), i // ADDERS % d_output, i % ADDERS
-                    total = _ZERO
-                    if i < items and lane < here:
-                        for c in range(j, h, ADDERS):
-                            total += weights[decoder + c * d_output + o] * shared[u + lane * wide + c]
-                    shared[partial + tid] = total
-                    cuda.syncthreads()
-                    if i < items and lane < here and j == 0:
-                        total = weights[decoder + h * d_output + o]
-                        for k in range(ADDERS):
-                            total += shared[partial + tid + k]
-                        outputs[(t * lanes + first_lane + lane) * d_output + o] = total
-                    cuda.syncthreads()
-                    base += threads
-            cuda.syncthreads()
+            if prenorm == 0 and norm >= 0:
+                normed(shared, u, u, wide, partial, weights, norm, layer_norm, h)
+        if part == 0:
+            items = LANES * d_output * ADDERS
+            base = 0
+            while base < items:
+                i = base + tid
+                lane, o, j = i // (d_output * ADDERS), i // ADDERS % d_output, i % ADDERS
+                total = _ZERO
+                if i < items and lane < here:
+                    for c in range(j, h, ADDERS):
+                        total += weights[decoder + c * d_output + o] * shared[u + lane * wide + c]
+                shared[partial + tid] = total
+                cuda.syncthreads()
+                if i < items and lane < here and j == 0:
+                    total = weights[decoder + h * d_output + o]
+                    for k in range(ADDERS):
+                        total += shared[partial + tid + k]
+                    outputs[output + lane * d_output + o] = total
+                cuda.syncthreads()
+                base += threads
+        cuda.syncthreads()
 
-    return run
+    def run(weights: Any, half: Any, whole: Any, table: Any, state: Any, samples: Any, outputs: Any, steps: Any,
+            lanes: Any, wide: Any, blocks: Any, scratch: Any, counters: Any) -> None:  # fmt: skip
+        """samples (steps, lanes, d_input) float32, normalised -> outputs (steps, lanes, d_output) float32, flat."""
+        first_lane = cuda.blockIdx.x // blocks * LANES
+        for t in range(steps):
+            forward(weights, half, whole, table, state, samples, (t * lanes + first_lane) * table[at.D_INPUT], outputs,
+                    (t * lanes + first_lane) * table[at.D_OUTPUT], lanes, wide, blocks, scratch,
+                    counters)  # fmt: skip
+
+    def serve(weights: Any, half: Any, whole: Any, table: Any, state: Any, inbox: Any, outbox: Any, given: Any,
+              found: Any, slots: Any, lanes: Any, wide: Any, blocks: Any, scratch: Any,
+              counters: Any) -> None:  # fmt: skip
+        """Steps until told to stop; one lane a group.
+
+        ``given`` (slots, lanes, d_input) and ``found`` (slots, lanes, d_output) int64 are rings in memory that the
+        host sees. A word is a float32 below the number of its step: both arrive in one access, so that no order
+        between accesses is needed. A negative word is the end. ``inbox`` (blocks, d_input) and ``outbox`` (lanes,
+        d_output) float32 are the kernel's own.
+        """
+        shared = cuda.shared.array(0, float32)
+        tid, threads = cuda.threadIdx.x, cuda.blockDim.x
+        group = cuda.blockIdx.x // blocks
+        part = cuda.blockIdx.x - group * blocks
+        d_input, d_output = table[at.D_INPUT], table[at.D_OUTPUT]
+        own = cuda.blockIdx.x * d_input
+        ended = 3 * wide
+        number = 0
+        while True:
+            number = number % LAST_NUMBER + 1
+            slot = (number % slots) * lanes + group
+            if tid == 0:
+                shared[ended] = _ZERO
+            cuda.syncthreads()
+            for i in range(tid, d_input, threads):
+                word = load_word(given, slot * d_input + i)
+                while word >= 0 and word >> 32 != number:
+                    word = load_word(given, slot * d_input + i)
+                if word < 0:
+                    shared[ended] = _ONE
+                inbox[own + i] = float_of(word)
+            cuda.syncthreads()
+            stop = shared[ended] > _ZERO
+            cuda.syncthreads()
+            if stop:
+                break
+            forward(weights, half, whole, table, state, inbox, own, outbox, group * d_output, lanes, wide, blocks,
+                    scratch, counters)  # fmt: skip
+            if part == 0:
+                for o in range(tid, d_output, threads):
+                    store_word(found, slot * d_output + o, word_of(number, outbox[group * d_output + o]))
+
+    return run, serve
 
 
 def shared_floats(lanes_together: int, wide: int, threads: int) -> int:

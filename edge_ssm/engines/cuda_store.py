@@ -24,7 +24,7 @@ SUFFIX = ".ptx"
 TARGETS = ("sm_72", "sm_75", "sm_80", "sm_86", "sm_87", "sm_89", "sm_90", "sm_100", "sm_120")
 """sm_87: Orin. sm_72: Xavier."""
 _MARK = b"// edge-ssm "
-_SOURCES = ("cuda_compiler", "cuda_kernel", "cuda_layout")
+_SOURCES = ("cuda_compiler", "cuda_kernel", "cuda_layout", "cuda_words")
 _LIMIT = 16 << 20
 ADVICE = (
     "pip install 'edge-ssm[cuda]', or make the kernels elsewhere with edge-ssm compile --target and copy them there"
@@ -33,8 +33,8 @@ ADVICE = (
 
 class Header(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     target: str
-    lanes: int
-    """That a group of blocks takes."""
+    kernel: str
+    """One of ``cuda_compiler.KERNELS``."""
     entry: str
     sources: str
     digest: str
@@ -52,8 +52,8 @@ def sources_digest() -> str:
     return hashlib.sha256(b"\0".join((folder / f"{name}.py").read_bytes() for name in _SOURCES)).hexdigest()
 
 
-def encoded(ptx: bytes, target: str, lanes: int, entry: str) -> bytes:
-    header = Header(target, lanes, entry, sources_digest(), hashlib.sha256(ptx).hexdigest())
+def encoded(ptx: bytes, target: str, kernel: str, entry: str) -> bytes:
+    header = Header(target, kernel, entry, sources_digest(), hashlib.sha256(ptx).hexdigest())
     return _MARK + msgspec.json.encode(header) + b"\n" + ptx
 
 
@@ -73,8 +73,8 @@ def decode(content: bytes) -> Kernel:
     return Kernel(header, ptx)
 
 
-def kept(target: str) -> dict[int, Kernel]:
-    """Of the folder, lanes -> kernel for ``target``."""
+def kept(target: str) -> dict[str, Kernel]:
+    """Of the folder, name -> kernel for ``target``."""
     found = {}
     folder = compiled.folder()
     for path in sorted(folder.glob(f"*{SUFFIX}")) if folder.is_dir() else []:
@@ -83,17 +83,17 @@ def kept(target: str) -> dict[int, Kernel]:
         except InputRefused:
             continue
         if kernel.header.target == target:
-            found[kernel.header.lanes] = kernel
+            found[kernel.header.kernel] = kernel
     return found
 
 
-def load(target: str) -> dict[int, Kernel]:
+def load(target: str) -> dict[str, Kernel]:
     """Kept, or compiled and kept. Raises EngineUnavailable."""
     return kept(target) or compile_and_keep(target, None, must_keep=False)[1]
 
 
-def compile_and_keep(target: str, output: Path | None, must_keep: bool = True) -> tuple[Path, dict[int, Kernel]]:
-    """Compile for a GPU that need not be here; (folder, lanes -> kernel).
+def compile_and_keep(target: str, output: Path | None, must_keep: bool = True) -> tuple[Path, dict[str, Kernel]]:
+    """Compile for a GPU that need not be here; (folder, name -> kernel).
 
     Raises UsageError for an unknown target, EngineUnavailable without numba-cuda or its compiler, RunFailed where the
     files can't be written, unless they need not be.
@@ -104,7 +104,7 @@ def compile_and_keep(target: str, output: Path | None, must_keep: bool = True) -
         missing = f"no kernels for {target} in {compiled.folder()}, and numba-cuda is missing"
         raise EngineUnavailable(f"engine 'cuda': {missing}; {ADVICE}")
     folder = output or compiled.folder()
-    made: dict[int, bytes] = {}
+    made: dict[str, bytes] = {}
     with tempfile.TemporaryDirectory(prefix="edge-ssm-") as temporary:
         environment = {key: value for key, value in os.environ.items() if key != "NUMBA_ENABLE_CUDASIM"}
         environment["PYTHONPATH"] = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
@@ -114,12 +114,12 @@ def compile_and_keep(target: str, output: Path | None, must_keep: bool = True) -
             last = (done.stderr.strip() or f"status {done.returncode}").splitlines()[-1]
             raise EngineUnavailable(f"engine 'cuda': the kernels could not be compiled ({last}); {ADVICE}")
         for path in Path(temporary).iterdir():
-            made[int(path.stem)] = path.read_bytes()
+            made[path.stem] = path.read_bytes()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for lanes, content in made.items():
-            atomic.write(folder / f"{sources_digest()[:12]}-{target}-{lanes}{SUFFIX}", content)
+        for name, content in made.items():
+            atomic.write(folder / f"{sources_digest()[:12]}-{target}-{name}{SUFFIX}", content)
     except OSError as error:
         if must_keep:
             raise RunFailed(f"{folder}: cannot be written ({error.strerror})") from None
-    return folder, {lanes: decode(content) for lanes, content in made.items()}
+    return folder, {name: decode(content) for name, content in made.items()}
