@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -12,9 +13,9 @@ from typing import Any
 import click
 
 import edge_ssm
-from edge_ssm import artifact
+from edge_ssm import artifact, profiles
 from edge_ssm.engines import ENGINES, Engine, create
-from edge_ssm.errors import EdgeSSMError, EngineUnavailable, UsageError
+from edge_ssm.errors import EdgeSSMError, EngineUnavailable, RunFailed, UsageError
 from edge_ssm.network import Network, at_sample_rate
 from edge_ssm.stream import frames, sinks
 from edge_ssm.stream.loop import GAP_POLICIES, Account, GapPolicy, Loop
@@ -101,6 +102,13 @@ def cli() -> None:
     help="For --chunk auto: how long the engine may take from the last sample of a chunk to its outputs.",
 )
 @click.option("--pace", is_flag=True, help="Replay a recording at its sample rate.")
+@click.option(
+    "--profile",
+    default="auto",
+    show_default=True,
+    metavar="NAME|auto|none",
+    help="Board and power mode (edge-ssm profiles list): which core, how the CPU waits for a GPU.",
+)
 @click.option("--strict", is_flag=True, help="Stop at the first malformed row.")
 def run(model: str, stream: bool, **options: Any) -> None:
     """Classify a sensor stream with MODEL, an artifact of edge-ssm-build."""
@@ -116,7 +124,9 @@ def run(model: str, stream: bool, **options: Any) -> None:
         click.echo("edge-ssm: reading samples from the terminal, Ctrl-D ends", err=True)
     codec = options["format_"] or frames.guess_format(options["input_"])
     decoder = frames.decoder(codec, network.input, _scale(options["scale"]))
-    engine, why = _engine(options["engine"], network, windows.lanes)
+    named = _firmware_profile(options["profile"])
+    waits = named.profile.runtime.gpu_waits if named else "spin"
+    engine, why = _engine(options["engine"], network, windows.lanes, waits)
     sink = sinks.open_sink(options["output"], options["output_format"], network, options["logits"], options["truth"])
     gap: GapPolicy = options["gap"]
     chunk = _chunk(options["chunk"], options["latency_budget"], engine, windows)
@@ -137,7 +147,7 @@ def run(model: str, stream: bool, **options: Any) -> None:
         )
 
 
-def _engine(name: str, network: Network, lanes: int) -> tuple[Engine, str]:
+def _engine(name: str, network: Network, lanes: int, gpu_waits: str) -> tuple[Engine, str]:
     """The engine, and its name with the reason where "auto" chose it."""
     from edge_ssm.engines import choice, compiled
 
@@ -148,8 +158,8 @@ def _engine(name: str, network: Network, lanes: int) -> tuple[Engine, str]:
         with suppress(EngineUnavailable):  # said again, or gone around, by what follows
             compiled.load(say)
     if name != "auto":
-        return create(name, network, lanes), name
-    engine, trial = choice.choose(network, lanes)
+        return create(name, network, lanes, gpu_waits), name
+    engine, trial = choice.choose(network, lanes, gpu_waits)
     return engine, f"{engine.name} (by trial: {trial.why()})"
 
 
@@ -239,20 +249,135 @@ def inspect_(model: str, as_json: bool) -> None:
 
 
 @cli.command()
+@click.argument("models", metavar="[MODEL]...", nargs=-1)
+@click.option("--engine", "--engines", "engines", default="auto", show_default=True, metavar="NAME[,NAME...]|all")
+@click.option("--chunk", "chunks", default="1", show_default=True, metavar="N[,N...]", help="Samples a call.")
+@click.option("--lanes", default="1", show_default=True, metavar="N[,N...]", help="Streams at once.")
 @click.option(
-    "--step-table",
-    required=True,
-    metavar="FILE",
-    help="Gets the steps of many networks, for edge-ssm-build prune.",
+    "--sweep",
+    metavar="chunk,lanes,family",
+    help="Chunks of 1 to 64, lanes of 1 to 16; family: several MODELs, as of one pruning run.",
 )
-@click.option("--engine", default="auto", show_default=True)
-def profile(step_table: str, engine: str) -> None:
-    """Measure what a step costs on this machine."""
-    from edge_ssm.monitor import steptime
+@click.option("--input", "recording", metavar="FILE", help="A recording to step over.  [default: noise]")
+@click.option("--paced/--no-paced", default=True, help="Also at the model's sample rate.  [default: paced]")
+@click.option("--meter", default="auto", show_default=True, help="auto, hwmon, jtop, rapl, battery or none.")
+@click.option("--quick", is_flag=True, help="Fewer, shorter rounds: to look, not to publish.")
+@click.option("--rounds", type=click.IntRange(2, 1000), metavar="N", help="[default: 5; quick: 3]")
+@click.option(
+    "--block-seconds", type=click.FloatRange(0.2, 3600), metavar="S", help="Of each block.  [default: 10; quick: 1]"
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the order of blocks.")
+@click.option("--profile", "profile_", default="auto", show_default=True, metavar="NAME|auto|none")
+@click.option("--json", "json_", metavar="FILE", help="The report for programs.")
+@click.option("--html", "html_", metavar="FILE", help="The report as a page with plots.")
+@click.option("--compare", nargs=2, metavar="A.json B.json", help="Compare two reports; measures nothing.")
+@click.option(
+    "--step-table", metavar="FILE", help="Gets the steps of many networks, for edge-ssm-build prune; no MODEL."
+)
+def profile(models: tuple[str, ...], engines: str, step_table: str | None, **options: Any) -> None:
+    """Measure latency, power and energy of MODEL on this machine."""
+    if compared := options["compare"]:
+        from edge_ssm.monitor import compare, report
 
-    table = steptime.tabulate(engine)
-    steptime.save_table(Path(step_table), table)
-    click.echo(f"{step_table}: {len(table.rows)} networks measured on {table.machine}, engine {table.engine}")
+        click.echo(compare.compare(report.load(Path(compared[0])), report.load(Path(compared[1]))))
+        return
+    if step_table is not None:
+        from edge_ssm.monitor import steptime
+
+        if models:
+            raise UsageError("--step-table: measures networks of its own; leave MODEL out")
+        table = steptime.tabulate(engines)
+        steptime.save_table(Path(step_table), table)
+        click.echo(f"{step_table}: {len(table.rows)} networks measured on {table.machine}, engine {table.engine}")
+        return
+    _profile(models, engines.split(","), options)
+
+
+def _profile(models: tuple[str, ...], engines: list[str], options: dict[str, Any]) -> None:
+    from edge_ssm.monitor import page, profiling, protocol, report
+
+    if not models:
+        raise UsageError("MODEL: missing; give an artifact, or --compare, or --step-table")
+    quick, sweep = options["quick"], [part for part in (options["sweep"] or "").split(",") if part]
+    if unknown := [part for part in sweep if part not in ("chunk", "lanes", "family")]:
+        raise UsageError(f"--sweep {unknown[0]!r}: expected chunk, lanes, family")
+    if "family" in sweep and len(models) < 2:
+        raise UsageError("--sweep family: give several MODELs")
+    request = profiling.Request(
+        models,
+        engines,
+        profiling.CHUNKS if "chunk" in sweep else _counts("--chunk", options["chunks"]),
+        profiling.LANES if "lanes" in sweep else _counts("--lanes", options["lanes"]),
+        options["paced"] and not sweep,
+        options["recording"],
+        options["meter"],
+        options["rounds"] or (protocol.QUICK_ROUNDS if quick else protocol.ROUNDS),
+        options["block_seconds"] or (protocol.QUICK_BLOCK_S if quick else protocol.BLOCK_S),
+        quick,
+        options["seed"],
+        _firmware_profile(options["profile_"]),
+    )
+    measured = profiling.measure(request)
+    click.echo(report.render(measured))
+    if options["json_"]:
+        report.save(Path(options["json_"]), measured)
+    if options["html_"]:
+        report.write(Path(options["html_"]), page.render(measured).encode())
+    if not measured.valid:
+        raise RunFailed("the machine changed while it was measured: " + "; ".join(measured.invalid_because))
+
+
+def _counts(option: str, text: str) -> tuple[int, ...]:
+    try:
+        found = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        found = ()
+    if not found or min(found) < 1 or max(found) > 4096:
+        raise UsageError(f"{option} {text!r}: expected numbers from 1 to 4096, separated by commas")
+    return found
+
+
+def _firmware_profile(name: str) -> profiles.NamedProfile | None:
+    """The one asked for; what it says of the process is done here. A mismatch is a warning."""
+    if name == "none":
+        return None
+    named, warning = profiles.chosen(name)
+    if warning:
+        click.echo(f"edge-ssm: warning: {warning}", err=True)
+    if named is not None and (cores := set(named.profile.runtime.affinity) & os.sched_getaffinity(0)):
+        os.sched_setaffinity(0, cores)
+    return named
+
+
+@cli.group("profiles")
+def profiles_() -> None:
+    """Boards and power modes that edge-ssm knows."""
+
+
+@profiles_.command("list")
+def profiles_list() -> None:
+    """One line each; * marks this machine's."""
+    here = profiles.detect()
+    for named in profiles.load_all():
+        p = named.profile
+        mark = "*" if here is not None and here.name == named.name else " "
+        click.echo(f"{mark} {named.name:32} {p.board:24} {p.power_mode or '-':12}{' default' if p.default else ''}")
+
+
+@profiles_.command("show")
+@click.argument("name")
+def profiles_show(name: str) -> None:
+    """All figures of a profile, with their sources."""
+    click.echo(profiles.describe(profiles.load(name)))
+
+
+@profiles_.command("detect")
+def profiles_detect() -> None:
+    """This machine's profile, by its module and the name of its power mode."""
+    named, warning = profiles.chosen("auto")
+    if named is None:
+        raise EdgeSSMError(warning or "no profile fits this machine; edge-ssm profiles list shows what there is")
+    click.echo(named.name)
 
 
 @cli.command("compile")

@@ -1,22 +1,52 @@
-"""The shipped firmware profiles are valid, complete and found by board."""
+"""The shipped firmware profiles are valid, complete and found by board and by the name of the power mode."""
 
 import pytest
 
 from edge_ssm import profiles
-from edge_ssm.errors import InputRefused
+from edge_ssm.errors import InputRefused, UsageError
+
+CONF = """\
+# comment
+< POWER_MODEL ID=0 NAME=15W >
+CPU_ONLINE CORE_0 1
+< POWER_MODEL ID=1 NAME=25W >
+< POWER_MODEL ID=2 NAME=MAXN_SUPER >
+< PM_CONFIG DEFAULT=1 >
+"""
+
+
+@pytest.fixture
+def jetson(tmp_path, monkeypatch):
+    """An Orin Nano 8GB with the "Super" modes, as its files say."""
+    tree = tmp_path / "device-tree"
+    tree.mkdir()
+    (tree / "compatible").write_bytes(b"nvidia,p3768-0000+p3767-0005-super\0nvidia,p3767-0005\0nvidia,tegra234\0")
+    conf, status = tmp_path / "nvpmodel.conf", tmp_path / "status"
+    conf.write_text(CONF)
+    for name, value in (("NVPMODEL_CONF", conf), ("NVPMODEL_STATUS", status)):
+        monkeypatch.setattr(profiles, name, value)
+    monkeypatch.setattr(profiles, "board_name", lambda of=profiles.board_name: of(tree))
+    monkeypatch.setattr(profiles, "power_mode", lambda of=profiles.power_mode: of(conf, status))
+    return conf, status
 
 
 def test_every_shipped_profile_is_valid_and_each_board_has_one_default_a_mode_set():
     loaded = profiles.load_all()
-    assert len(loaded) >= 10
+    assert len(loaded) >= 30
     for named in loaded:
         profile = named.profile
-        assert profile.source
-        assert 1 <= profile.cpu.cores <= 6
-        assert profile.gpu.streaming_multiprocessors in (4, 8)
+        assert profile.sources
+        assert profile.cpu.cores is None or all(core < profile.cpu.cores for core in profile.runtime.affinity)
+        if profile.gpu:
+            assert profile.gpu.streaming_multiprocessors in (4, 6, 8, 14, 16)
+            assert profile.power.rails
+            assert profile.jetpack is not None
+            assert {"modes", "bandwidth", "rails", "thermal", "runtime"} <= set(profile.sources)
+        assert profiles.describe(named).startswith(named.name)
     modes = [(p.profile.board, p.profile.super, p.profile.power_mode) for p in loaded]
     assert len(set(modes)) == len(modes)
     defaults = [(p.profile.board, p.profile.super) for p in loaded if p.profile.default]
+    assert sorted(set(defaults)) == sorted({(p.profile.board, p.profile.super) for p in loaded})
     assert len(set(defaults)) == len(defaults)
 
 
@@ -26,6 +56,42 @@ def test_a_board_is_known_by_its_device_tree(tmp_path):
     assert board == "p3767-0005"
     assert {p.profile.board for p in profiles.matching(board)} == {"Jetson Orin Nano 8GB"}
     assert profiles.board_name(tmp_path / "none") is None
+    (tmp_path / "compatible").write_bytes(b"raspberrypi,5-model-b\0brcm,bcm2712\0")
+    assert profiles.matching(profiles.board_name(tmp_path))[0].name == "raspberry-pi-5"
+
+
+def test_a_power_mode_is_known_by_its_name_whatever_its_number(jetson):
+    conf, status = jetson
+    assert profiles.power_mode() == "25W"  # the configuration's default, as long as none was set
+    status.write_text("pmode:0002 fmode:fanNull")
+    assert profiles.power_mode() == "MAXN_SUPER"
+    assert profiles.detect().name == "orin-nano-8gb-super-maxn-super"
+    status.write_text("pmode:0000 fmode:fanNull")
+    assert profiles.detect().name == "orin-nano-8gb-super-15w"
+    # The same number and name, where the configuration has no Super set.
+    conf.write_text(CONF.replace("< POWER_MODEL ID=2 NAME=MAXN_SUPER >", "< POWER_MODEL ID=2 NAME=7W >"))
+    assert profiles.detect().name == "orin-nano-8gb-15w"
+    status.write_text("pmode:0009")
+    assert profiles.power_mode() is None
+    assert profiles.detect() is None
+    conf.unlink()
+    assert profiles.power_mode() is None
+
+
+def test_a_profile_that_is_not_the_machines_is_a_warning_that_names_both(jetson):
+    named, warning = profiles.chosen("auto")
+    assert (named.name, warning) == ("orin-nano-8gb-super-25w", "")
+    assert profiles.chosen("orin-nano-8gb-super-25w")[1] == ""
+    named, warning = profiles.chosen("orin-nano-8gb-super-15w")
+    assert named.name == "orin-nano-8gb-super-15w"
+    assert "orin-nano-8gb-super-15w (15W)" in warning
+    assert "orin-nano-8gb-super-25w (p3767-0005, power mode 25W)" in warning
+    with pytest.raises(UsageError, match="'orin': unknown; edge-ssm profiles list"):
+        profiles.chosen("orin")
+    jetson[0].write_text(CONF.replace("25W", "33W"))
+    named, warning = profiles.chosen("auto")
+    assert named is None
+    assert "no profile fits this machine (p3767-0005, power mode 33W)" in warning
 
 
 def test_a_profile_with_a_wrong_field_is_named(tmp_path, monkeypatch):

@@ -69,18 +69,21 @@ def available(network: Network) -> list[str]:
     return [name for name in candidates(network) if loads(name)]
 
 
-def create(name: str, network: Network, lanes: int = 1) -> Engine:
+def create(name: str, network: Network, lanes: int = 1, gpu_waits: str = "spin") -> Engine:
     """An engine for ``lanes`` streams, all states zero; "auto" is the fastest here, by trial (``choice``).
+
+    ``gpu_waits``: how the CPU waits for a GPU: spin, yield or block.
 
     Raises UsageError for an unknown name, EngineUnavailable if its package is missing or does not load.
     """
     if name == "auto":
         from edge_ssm.engines.choice import choose
 
-        return choose(network, lanes)[0]
+        return choose(network, lanes, gpu_waits)[0]
     if name not in ENGINES:
         raise UsageError(f"engine {name!r}: unknown, expected auto, {', '.join(ENGINES)}")
-    return _load(name)(network, lanes)
+    cls = _load(name)
+    return cls(network, lanes, waits=gpu_waits) if ENGINES[name].nodes else cls(network, lanes)  # type: ignore[call-arg]
 
 
 def installed(name: str) -> bool:

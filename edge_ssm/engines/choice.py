@@ -66,7 +66,7 @@ def measure(engines: Sequence[Engine], samples: Sequence[Array], rounds: int) ->
     return [statistics.median(times[1:]) for times in found]
 
 
-def choose(network: Network, lanes: int) -> tuple[Engine, Trial]:
+def choose(network: Network, lanes: int, gpu_waits: str = "spin") -> tuple[Engine, Trial]:
     """The fastest engine for ``lanes`` streams, and the trial that says so. Raises EngineUnavailable if none loads."""
     from edge_ssm.engines import installed
 
@@ -74,25 +74,25 @@ def choose(network: Network, lanes: int) -> tuple[Engine, Trial]:
     trial = _kept(path, network)
     if trial is not None:
         try:
-            return _create(trial.winner, network, lanes), trial
+            return _create(trial.winner, network, lanes, gpu_waits), trial
         except EngineUnavailable:
             pass  # It was there once; try again what is.
-    trial = _tried(network, lanes)
+    trial = _tried(network, lanes, gpu_waits)
     if any(installed(name) for name in trial.unavailable):
         # What should load and does not may do so at the next start.
-        return _create(trial.winner, network, lanes), trial
+        return _create(trial.winner, network, lanes, gpu_waits), trial
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         atomic.write(path, msgspec.json.encode(trial))
     except OSError:
         pass  # Tried again at the next start.
-    return _create(trial.winner, network, lanes), trial
+    return _create(trial.winner, network, lanes, gpu_waits), trial
 
 
-def _create(name: str, network: Network, lanes: int) -> Engine:
+def _create(name: str, network: Network, lanes: int, gpu_waits: str) -> Engine:
     from edge_ssm.engines import create
 
-    made = create(name, network, lanes)
+    made = create(name, network, lanes, gpu_waits)
     if name != "cuda":
         return made
     from edge_ssm.engines.fallback import FallbackEngine
@@ -132,7 +132,7 @@ def _samples(network: Network, lanes: int) -> Array:
     return samples
 
 
-def _tried(network: Network, lanes: int) -> Trial:
+def _tried(network: Network, lanes: int, gpu_waits: str) -> Trial:
     from edge_ssm.engines import candidates
     from edge_ssm.engines.reference import ReferenceEngine
 
@@ -143,7 +143,7 @@ def _tried(network: Network, lanes: int) -> Trial:
     exact = ReferenceEngine(network, lanes).chunk(samples)
     for name in candidates(network):
         try:
-            engine = _create(name, network, lanes)
+            engine = _create(name, network, lanes, gpu_waits)
         except EngineUnavailable as error:
             unavailable[name] = str(error)
             continue

@@ -87,9 +87,9 @@ class CudaEngine(Engine):
     name: ClassVar[str] = "cuda"
     dtype: ClassVar[npt.DTypeLike] = np.dtype(np.float32)
 
-    def __init__(self, network: Network, lanes: int = 1, device: Device | None = None) -> None:
+    def __init__(self, network: Network, lanes: int = 1, device: Device | None = None, waits: str = "spin") -> None:
         super().__init__(network, lanes)
-        self._device = device if device is not None else _first_device()
+        self._device = device if device is not None else _first_device(waits)
         packed = self._layout = cuda_layout.pack(network, self._step_parameters)
         made = self._plan = plan(lanes, packed, self._device.processors, self._device.shared_bytes)
         self._kernel = self._device.kernel(self._kernel_name(made), made.shared_bytes)
@@ -161,8 +161,8 @@ class CudaEngine(Engine):
         self._put(x)
 
 
-def _first_device() -> Device:
+def _first_device(waits: str) -> Device:
     from edge_ssm.engines.cuda_driver import Device as Driver
 
-    found: Device = Driver()
+    found: Device = Driver(waits=waits)
     return found

@@ -30,8 +30,8 @@ ASKED = 1 << 14
 class PersistentCudaEngine(CudaEngine):
     name: ClassVar[str] = "cuda-persistent"
 
-    def __init__(self, network: Network, lanes: int = 1, device: Device | None = None) -> None:
-        super().__init__(network, lanes, device)
+    def __init__(self, network: Network, lanes: int = 1, device: Device | None = None, waits: str = "spin") -> None:
+        super().__init__(network, lanes, device, waits)
         blocks = self._plan.groups * self._plan.blocks
         if self._plan.together > 1 or blocks > self._device.processors:
             raise EngineUnavailable(

@@ -6,6 +6,10 @@ A histogram with 64 linear buckets in every power of two: a percentile is off by
 
 from __future__ import annotations
 
+import numpy as np
+
+from edge_ssm.network import Array
+
 _BITS = 6
 _SUB = 1 << _BITS
 
@@ -25,6 +29,33 @@ class LatencyHistogram:
         if ns > self.max_ns:
             self.max_ns = ns
 
+    def record_many(self, ns: Array) -> None:
+        """(n,) int64."""
+        if not len(ns):
+            return
+        # frexp's exponent is the bit length: durations lie far below 2^53.
+        shift = np.maximum(np.frexp(np.maximum(ns, 1).astype(np.float64))[1] - _BITS - 1, 0)
+        buckets = np.minimum(shift * _SUB + (ns >> shift), len(self._counts) - 1)
+        found = np.bincount(buckets)
+        for i in np.flatnonzero(found):
+            self._counts[i] += int(found[i])
+        self.count += len(ns)
+        self.max_ns = max(self.max_ns, int(ns.max()))
+
+    def add(self, other: LatencyHistogram) -> None:
+        self._counts = [a + b for a, b in zip(self._counts, other._counts, strict=True)]
+        self.count += other.count
+        self.max_ns = max(self.max_ns, other.max_ns)
+
+    def buckets(self) -> list[tuple[int, int]]:
+        """(upper edge in nanoseconds, count) of each that is not empty."""
+        return [(self._edge(i), n) for i, n in enumerate(self._counts) if n]
+
+    @staticmethod
+    def _edge(i: int) -> int:
+        shift = max(i // _SUB - 1, 0)
+        return (((i - shift * _SUB) + 1) << shift) - 1
+
     def percentile_ns(self, percent: float) -> int:
         """The duration that ``percent`` of all stay at or under, rounded up to a bucket's edge; 0 if there is none."""
         due = self.count * percent / 100
@@ -32,6 +63,5 @@ class LatencyHistogram:
         for i, n in enumerate(self._counts):
             seen += n
             if n and seen >= due:
-                shift = max(i // _SUB - 1, 0)
-                return min((((i - shift * _SUB) + 1) << shift) - 1, self.max_ns)
+                return min(self._edge(i), self.max_ns)
         return 0
