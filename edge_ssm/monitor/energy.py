@@ -1,9 +1,10 @@
 """Energy of a step from repeated idle and active blocks, with an interval that holds what is not known.
 
-A block's power is the mean of the meter's readings in it, its beginning left out: a reading tells what was a moment
-before. Readings follow one another too closely to be independent, so the interval is over rounds (Student's t), each
-of which has one idle block and one active block beside it. To it the meter's resolution is added: a quantum that hides
-the same part of every reading makes rounds agree without being right.
+A block's power is what the meter's readings say of its middle, its beginning left out: a reading tells what was a
+moment before. A straight line through them carries a ramp over what was left out. Readings follow one another too
+closely to be independent, so the interval is over rounds (Student's t), each of which has one idle block and one active
+block beside it. To it the meter's resolution is added: a quantum that hides the same part of every reading makes rounds
+agree without being right.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from edge_ssm.network import Array
 
 SETTLE_PERIODS = 3
 SETTLE_S = 0.1
-FEWEST = 3
+FEWEST = 4
 """Readings in a block."""
 T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
 """Two-sided 95 % points of Student's t for 1, 2, ... degrees of freedom."""
@@ -61,11 +62,13 @@ def t95(n: int) -> float:
 def block_power(trace: Trace, block: Block) -> Array | None:
     """(rails + 1,) watts: of each rail, then of the whole; None if the meter said too little in the block."""
     settle = min(max(SETTLE_S, SETTLE_PERIODS * trace.meter.period_s), (block.end_s - block.begin_s) / 3)
-    inside = (trace.time_s >= block.begin_s + settle) & (trace.time_s <= block.end_s)
+    inside = (trace.time_s >= block.begin_s + settle) & (trace.time_s < block.end_s)
     if inside.sum() < FEWEST:
         return None
-    mean: Array = np.append(trace.watts[inside].mean(axis=0), trace.total()[inside].mean())
-    return mean
+    at = trace.time_s[inside] - (block.begin_s + block.end_s) / 2
+    watts = np.column_stack([trace.watts[inside], trace.total()[inside]])
+    middle: Array = np.polynomial.polynomial.polyfit(at, watts, 1)[0]
+    return middle
 
 
 def mean_power(trace: Trace, blocks: list[Block], kind: str) -> dict[str, float]:

@@ -20,7 +20,6 @@ from edge_ssm.engines import Engine, available, create
 from edge_ssm.errors import EngineUnavailable, InputRefused, UsageError
 from edge_ssm.monitor import machine, protocol, report
 from edge_ssm.monitor.energy import mean_power
-from edge_ssm.monitor.meters import MeterUnavailable
 from edge_ssm.monitor.protocol import Activity, open_meter
 from edge_ssm.monitor.report import MeterInfo, Model, Report
 from edge_ssm.monitor.sampler import Sampler
@@ -88,10 +87,7 @@ def measure(request: Request) -> Report:
 
     def another(why: str) -> Sampler | None:
         """After a failure: any meter, the failed one too if it is back."""
-        try:
-            return open_meter("auto")[0] if request.meter == "auto" else open_meter(request.meter)[0]
-        except MeterUnavailable:
-            return None
+        return open_meter("auto")[0]
 
     described = None if meter is None else meter.meter
     run = protocol.run(activities, meter, request.rounds, request.block_s, request.seed, another)

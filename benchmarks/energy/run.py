@@ -1,0 +1,68 @@
+"""Whether the stated energy of a step is true: runs of the protocol beside an emulated board whose power is known.
+
+    python benchmarks/energy/run.py [--runs 100] [--meters hwmon,jtop] [--output benchmarks/energy/results.json]
+
+The board is a tree of files under /sys in namespaces of its own, with 8 mA quanta at 5 V; jtop is the real service over
+its real socket (pip install 'edge-ssm[jetson]'). The runs' powers are steps, ramps and noise
+(``emulated_board.models``).
+``covered``: runs whose stated 95 % interval holds the true energy of a step beyond idling.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent.parent
+sys.path[:0] = [str(ROOT / "tests")]
+import emulated_board  # noqa: E402
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--runs", type=int, default=100)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--block", type=float, default=0.6)
+    parser.add_argument("--meters", default="hwmon,jtop")
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results.json")
+    arguments = parser.parse_args()
+    if why := emulated_board.can_enter():
+        raise SystemExit(why)
+    rows = []
+    for meter in arguments.meters.split(","):
+        sizes = ["--runs", arguments.runs, "--rounds", arguments.rounds, "--block", arguments.block]
+        command = [sys.executable, emulated_board.__file__, "measure", meter, *sizes]
+        limit = 60 + 4 * arguments.runs * arguments.rounds * arguments.block * 4
+        runs = [json.loads(line) for line in emulated_board.enter(command, meter == "jtop", limit).splitlines()]
+        for kind in ("step", "ramp", "noise", "all"):
+            of = [run for run in runs if kind in (run["kind"], "all")]
+            dynamic = [run["dynamic"] / run["true_dynamic"] - 1 for run in of]
+            total = [run["total"] / run["true_total"] - 1 for run in of]
+            rows.append(
+                {
+                    "meter": meter,
+                    "power": kind,
+                    "runs": len(of),
+                    "covered": sum(run["low"] <= run["true_dynamic"] <= run["high"] for run in of),
+                    "covered_total": sum(run["total_low"] <= run["true_total"] <= run["total_high"] for run in of),
+                    "total_within_2_percent": sum(abs(error) <= 0.02 for error in total),
+                    "dynamic_within_2_percent": sum(abs(error) <= 0.02 for error in dynamic),
+                    "largest_total_error": round(max(map(abs, total)), 4),
+                    "median_dynamic_error": round(statistics.median(map(abs, dynamic)), 4),
+                    "largest_dynamic_error": round(max(map(abs, dynamic)), 4),
+                    "median_half_width": round(
+                        statistics.median((run["high"] - run["low"]) / 2 / run["dynamic"] for run in of), 4
+                    ),
+                }
+            )
+            print(rows[-1])
+    lines = ",\n  ".join(json.dumps(row) for row in rows)
+    head = {"rounds": arguments.rounds, "block_s": arguments.block}
+    arguments.output.write_text(json.dumps(head)[:-1] + f', "rows": [\n  {lines}\n]}}\n')
+
+
+if __name__ == "__main__":
+    main()

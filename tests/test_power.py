@@ -1,0 +1,274 @@
+"""Power meters, the real jtop service among them, and the energy that is stated from what they say."""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import emulated_board
+import numpy as np
+import pytest
+
+from edge_ssm.errors import UsageError
+from edge_ssm.monitor import energy, meters, protocol
+from edge_ssm.monitor.energy import Block
+from edge_ssm.monitor.meters import MeterLost, MeterUnavailable, Rail
+from edge_ssm.monitor.sampler import Described, Trace
+
+HERE = Path(__file__).parent
+DEMO = HERE.parent / "examples" / "demo.safetensors"
+CLI = [sys.executable, "-c", "from edge_ssm.cli import main; main()"]
+NO_BOARD = emulated_board.can_enter()
+NO_JTOP = NO_BOARD or emulated_board.jtop_missing()
+needs_board = pytest.mark.skipif(bool(NO_BOARD), reason=NO_BOARD)
+needs_jtop = pytest.mark.skipif(bool(NO_JTOP), reason=NO_JTOP)
+
+
+def test_hwmon_reads_every_connected_rail_and_names_the_whole(tmp_path):
+    hwmon = emulated_board.make_tree(tmp_path)
+    meter = meters.HwmonMeter(tmp_path)
+    assert [rail.name for rail in meter.rails] == ["VDD_IN", "VDD_CPU_GPU_CV", "VDD_SOC"]
+    assert meter.total == ("VDD_IN",)
+    assert meter.rails[0].resolution_w == pytest.approx(0.04)
+    (hwmon / "curr1_input").write_text("1600\n")
+    assert meter.read().watts == pytest.approx((8.0, 2.0, 2.0))
+    (hwmon / "shunt1_resistor").write_text("2000\n")  # micro-ohm
+    (hwmon / "in2_label").write_text("NC\n")
+    (hwmon / "in3_enable").write_text("0\n")
+    (hwmon / "update_interval").write_text("150\n")
+    meter = meters.HwmonMeter(tmp_path)
+    assert [rail.name for rail in meter.rails] == ["VDD_IN"]
+    assert meter.rails[0].resolution_w == pytest.approx(0.1)
+    assert meter.period_s == 0.15
+    (hwmon / "curr1_input").unlink()
+    with pytest.raises(MeterLost, match="curr1_input"):
+        meter.read()
+    with pytest.raises(MeterUnavailable, match="curr1_input"):
+        meters.HwmonMeter(tmp_path)
+    with pytest.raises(MeterUnavailable, match="no INA3221"):
+        meters.HwmonMeter(tmp_path / "none")
+
+
+def test_without_a_rail_that_feeds_the_others_the_whole_is_their_sum(tmp_path):
+    hwmon = emulated_board.make_tree(tmp_path)
+    (hwmon / "in1_label").write_text("VDD_GPU_SOC\n")
+    meter = meters.HwmonMeter(tmp_path)
+    assert meter.total == ("VDD_GPU_SOC", "VDD_CPU_GPU_CV", "VDD_SOC")
+    assert meter.covers == "the rails that are measured"
+    trace = Trace(Described("hwmon", list(meter.rails), list(meter.total), "", 0.02), np.zeros(1), np.ones((1, 3)))
+    assert trace.total()[0] == 3
+    assert trace.resolution_w == pytest.approx(0.12)
+
+
+def test_rapl_counts_over_the_wrap_and_says_who_may_read_it(tmp_path, monkeypatch):
+    zone = tmp_path / "class/powercap/intel-rapl:0"
+    core = tmp_path / "class/powercap/intel-rapl:0:0"
+    for folder, name in ((zone, "package-0"), (core, "core")):
+        folder.mkdir(parents=True)
+        (folder / "name").write_text(f"{name}\n")
+        (folder / "energy_uj").write_text("900\n")
+        (folder / "max_energy_range_uj").write_text("1000\n")
+    meter = meters.RaplMeter(tmp_path)
+    assert [rail.name for rail in meter.rails] == ["package-0 0"]  # the core's zone is within it
+    (zone / "energy_uj").write_text("100\n")
+    assert meter.read() is None  # too soon to tell
+    meter._last = (time.monotonic() - 1, [900.0])
+    assert meter.read().watts[0] == pytest.approx(200e-6, rel=0.05)
+
+    def refused(path):
+        raise PermissionError
+
+    monkeypatch.setattr(meters.Path, "read_text", lambda self: "package-0" if self.name == "name" else refused(self))
+    with pytest.raises(MeterUnavailable, match="readable by root only"):
+        meters.RaplMeter(tmp_path)
+
+
+def test_a_battery_is_read_only_while_it_gives(tmp_path):
+    supply = tmp_path / "class/power_supply/BAT0"
+    supply.mkdir(parents=True)
+    for name, text in (
+        ("type", "Battery"),
+        ("status", "Charging"),
+        ("voltage_now", "12000000"),
+        ("current_now", "500000"),
+    ):
+        (supply / name).write_text(f"{text}\n")
+    with pytest.raises(MeterUnavailable, match="BAT0 is not discharging; unplug"):
+        meters.BatteryMeter(tmp_path)
+    (supply / "status").write_text("Discharging\n")
+    assert meters.BatteryMeter(tmp_path).read().watts == pytest.approx((6.0,))
+    (supply / "power_now").write_text("7000000\n")
+    assert meters.BatteryMeter(tmp_path).read().watts == pytest.approx((7.0,))
+
+
+def made(idle_w, active_w, rounds=5, resolution=0.0, period=0.02, seed=0, noise=0.0):
+    """A trace and blocks of one second: idle, then active at 1000 steps a second."""
+    rng = np.random.default_rng(seed)
+    blocks, times, watts = [], [], []
+    for i in range(rounds):
+        for j, (kind, power) in enumerate((("idle", idle_w), ("busy", active_w))):
+            begin = 2.0 * i + j
+            blocks.append(Block(i, kind, begin, begin + 1, 0 if kind == "idle" else 1000))
+            at = np.arange(begin, begin + 1, period)
+            times.append(at)
+            watts.append(power(at - begin) + rng.normal(0, noise, len(at)))
+    meter = Described("test", [Rail("VDD_IN", resolution)], ["VDD_IN"], "the board", period)
+    value = np.concatenate(watts)
+    if resolution:
+        value = np.round(value / resolution) * resolution
+    return Trace(meter, np.concatenate(times), value[:, None]), blocks
+
+
+def test_energy_of_a_step_is_power_over_rate_and_a_ramp_is_not_cut_short():
+    trace, blocks = made(lambda t: 4 + 0 * t, lambda t: 5 + t)
+    found = energy.per_step(trace, blocks, "busy")
+    assert found.total == pytest.approx(5500)
+    assert found.dynamic == pytest.approx(1500)
+    assert found.rounds == 5
+    assert not found.below_resolution
+    assert energy.mean_power(trace, blocks, "idle") == pytest.approx({"VDD_IN": 4, "total": 4})
+
+
+def test_what_a_quantum_hides_is_in_the_interval():
+    trace, blocks = made(lambda t: 4.019 + 0 * t, lambda t: 5.021 + 0 * t, resolution=0.04)
+    found = energy.per_step(trace, blocks, "busy")
+    assert found.dynamic != pytest.approx(1002)
+    assert found.low < 1002 < found.high
+    assert found.high - found.low > 20  # though all rounds agree
+    trace, blocks = made(lambda t: 4 + 0 * t, lambda t: 4.01 + 0 * t, resolution=0.04)
+    found = energy.per_step(trace, blocks, "busy")
+    assert found.below_resolution
+
+
+def test_intervals_hold_the_truth_as_often_as_they_say():
+    held = 0
+    for seed in range(200):
+        trace, blocks = made(lambda t: 4 + 0 * t, lambda t: 5 + 0 * t, noise=0.3, seed=seed)
+        found = energy.per_step(trace, blocks, "busy")
+        held += found.low <= 1000 <= found.high
+    assert 180 <= held < 200
+
+
+def test_blocks_that_were_not_read_give_no_energy():
+    trace, blocks = made(lambda t: 4 + 0 * t, lambda t: 5 + 0 * t)
+    short = Trace(trace.meter, trace.time_s[:90], trace.watts[:90])
+    assert energy.per_step(short, blocks, "busy") is None
+    assert energy.per_step(trace, blocks, "other") is None
+    assert energy.mean_power(Trace(trace.meter, trace.time_s[:0], trace.watts[:0]), blocks, "idle") == {}
+
+
+@pytest.mark.parametrize("n", [2, 5, 16, 17, 40, 200])
+def test_students_t_is_students(n):
+    stats = pytest.importorskip("scipy.stats")
+    assert energy.t95(n) == pytest.approx(stats.t.ppf(0.975, n - 1), rel=2e-3)
+
+
+def test_meters_are_named():
+    with pytest.raises(UsageError, match="--meter 'watt': unknown, expected auto, none, hwmon, jtop, rapl, battery"):
+        protocol.open_meter("watt")
+    assert protocol.open_meter("none") == (None, [])
+
+
+def profiled(command, jtop=False, timeout=180):
+    """What ``edge-ssm profile`` reports beside the emulated board; ``command`` is Bash, $PROFILE the call."""
+    call = " ".join(f"'{part}'" for part in [*CLI, "profile", str(DEMO), "--no-paced", "--json", "/run/report.json"])
+    script = f'PROFILE() {{ {call} "$@" >&2; }}\n{command}\ncat /run/report.json'
+    return emulated_board.enter(["bash", "-c", script], jtop, timeout)
+
+
+@needs_board
+def test_a_profile_beside_an_ina3221(tmp_path):
+    page = tmp_path / "page.html"
+    report = json.loads(profiled(f"PROFILE --quick --rounds 2 --block-seconds 0.5 --html {page}"))
+    assert report["meter"]["name"] == "hwmon"
+    assert report["meter"]["covers"] == "the board"
+    assert report["valid"] is True
+    assert report["power_w"] == pytest.approx({"VDD_IN": 2, "VDD_CPU_GPU_CV": 2, "VDD_SOC": 2, "total": 2})
+    assert report["energy_per_step_uj"]["below_resolution"] is True  # its power never changes
+    assert set(report["latency_us"]) == {"p50", "p90", "p99", "p999", "max"}
+    text = page.read_text()
+    assert "below resolution" in text
+    assert text.count("<svg") == 2
+
+
+@needs_board
+@pytest.mark.slow
+@pytest.mark.parametrize("meter", ["hwmon", pytest.param("jtop", marks=needs_jtop)])
+def test_the_stated_energy_is_the_boards(meter):
+    """One run of each kind of power; benchmarks/energy has a hundred."""
+    command = [sys.executable, str(HERE / "emulated_board.py"), "measure", meter, "--runs", "3"]
+    rows = [json.loads(line) for line in emulated_board.enter(command, meter == "jtop", 300).splitlines()]
+    assert [row["kind"] for row in rows] == ["step", "ramp", "noise"]
+    for row in rows:
+        assert row["meter"] == meter
+        assert row["total"] == pytest.approx(row["true_total"], rel=0.02)
+        assert row["total_low"] <= row["true_total"] <= row["total_high"]
+        # Noise as large as a tenth of the difference moves it by more than 2 %; the interval must say so.
+        assert row["low"] * 0.99 <= row["true_dynamic"] <= row["high"] * 1.01
+
+
+@needs_jtop
+@pytest.mark.slow
+def test_jtop_that_stops_in_mid_run_is_followed_by_the_next_meter():
+    command = "(sleep 4; kill $JTOP_PID) & PROFILE --quick --meter jtop --rounds 3 --block-seconds 1"
+    report = json.loads(profiled(command, jtop=True))
+    assert report["meter"]["name"] == "hwmon"
+    (note,) = [note for note in report["notes"] if "mid-run" in note]
+    assert "the meter failed in mid-run (jtop: " in note
+    assert note.endswith("; hwmon went on")
+    assert report["power_w"]["total"] == pytest.approx(2)
+
+
+@needs_jtop
+@pytest.mark.slow
+def test_jtop_that_may_not_be_asked_is_one_line():
+    drop = "setpriv --bounding-set=-dac_override,-dac_read_search --inh-caps=-dac_override,-dac_read_search"
+    call = " ".join(f"'{part}'" for part in [*CLI, "profile", str(DEMO), "--meter", "jtop"])
+    said = emulated_board.enter(["bash", "-c", f"chmod 0 /run/jtop.sock; {drop} {call} 2>&1 || true"], True, 60)
+    (line,) = said.splitlines()
+    assert line.startswith("edge-ssm: error: jtop: ")
+    assert "permission" in line.lower() or "access" in line.lower()
+
+
+@needs_jtop
+@pytest.mark.slow
+def test_jtop_of_another_version_is_one_line(tmp_path):
+    import shutil
+
+    import jtop
+
+    shutil.copytree(Path(jtop.__file__).parent, tmp_path / "jtop")
+    start = tmp_path / "jtop" / "__init__.py"
+    start.write_text(start.read_text().replace(jtop.__version__, "4.3.0"))
+    call = " ".join(f"'{part}'" for part in [*CLI, "profile", str(DEMO), "--meter", "jtop"])
+    said = emulated_board.enter(["bash", "-c", f"PYTHONPATH={tmp_path} {call} 2>&1 || true"], True, 60)
+    (line,) = said.splitlines()
+    assert line.startswith("edge-ssm: error: jtop: ")
+    assert "version" in line.lower()
+
+
+@needs_jtop
+def test_jtop_that_is_absent_is_one_line_and_auto_goes_on():
+    said = emulated_board.enter(["bash", "-c", f"{_call('--meter', 'jtop')} 2>&1 || true"], False, 60)
+    assert said.startswith("edge-ssm: error: jtop: The jtop.service is not active")
+    assert len(said.splitlines()) == 1
+
+
+def _call(*arguments):
+    return " ".join(f"'{part}'" for part in [*CLI, "profile", str(DEMO), *arguments])
+
+
+@needs_jtop
+@pytest.mark.slow
+def test_jtop_that_hangs_is_given_up(tmp_path):
+    script = tmp_path / "hang.py"
+    script.write_text(
+        "import os, socket, sys\n"
+        "s = socket.socket(socket.AF_UNIX); s.bind('/run/jtop.sock'); s.listen(8)\n"
+        "from edge_ssm.monitor import sampler\n"
+        "from edge_ssm.monitor.meters import MeterUnavailable\n"
+        "try:\n    sampler.start('jtop', 3)\n"
+        "except MeterUnavailable as error:\n    print(error)\n"
+    )
+    said = emulated_board.enter([sys.executable, str(script)], False, 60)
+    assert said == "jtop: no reading within 3 s\n"

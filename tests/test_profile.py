@@ -1,0 +1,278 @@
+"""``edge-ssm profile`` without a sensor: the protocol, the report, its page, comparisons, and what is refused."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from html.parser import HTMLParser
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from networks import random_network, samples_for
+
+from edge_ssm.engines import create
+from edge_ssm.errors import InputRefused
+from edge_ssm.monitor import compare, machine, page, protocol, report
+from edge_ssm.monitor.energy import Energy
+from edge_ssm.monitor.latency import LatencyHistogram
+from edge_ssm.monitor.protocol import Activity
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+DEMO = EXAMPLES / "demo.safetensors"
+CLI = [sys.executable, "-c", "from edge_ssm.cli import main; main()", "profile"]
+QUICK = ["--quick", "--rounds", "2", "--block-seconds", "0.3", "--meter", "none"]
+
+
+def profile(*arguments):
+    command = [*CLI, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+@pytest.fixture(scope="module")
+def reports(tmp_path_factory):
+    """Of the demo on its own recording, as a user measures it."""
+    folder = tmp_path_factory.mktemp("reports")
+    for name, engine in (("a", "cpu"), ("b", "reference")):
+        done = profile(
+            DEMO, *QUICK, "--engine", engine, "--input", EXAMPLES / "demo.csv",
+            "--json", folder / f"{name}.json", "--html", folder / f"{name}.html",
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+    (folder / "text").write_text(done.stdout)
+    return folder
+
+
+@given(st.lists(st.integers(0, 1 << 45), max_size=50))
+def test_many_durations_are_recorded_as_one_after_the_other(durations):
+    one, many = LatencyHistogram(), LatencyHistogram()
+    for ns in durations:
+        one.record(ns)
+    many.record_many(np.array(durations, dtype=np.int64))
+    assert (one._counts, one.count, one.max_ns) == (many._counts, many.count, many.max_ns)
+    both = LatencyHistogram()
+    both.add(one)
+    both.add(many)
+    assert both.count == 2 * one.count
+    assert both.percentile_ns(50) == one.percentile_ns(50)
+    assert sum(n for _, n in one.buckets()) == one.count
+
+
+def test_a_report_has_what_design_promises(reports):
+    found = json.loads((reports / "a.json").read_text())
+    assert found["version"] == 1
+    assert found["engine"] == "cpu"
+    assert found["meter"] is None
+    assert found["energy_per_step_uj"] is None  # what was not measured is not stated
+    assert found["power_w"] == {}
+    assert found["valid"] is True
+    latency = found["latency_us"]
+    assert 0 < latency["p50"] <= latency["p90"] <= latency["p99"] <= latency["p999"] <= latency["max"]
+    assert [r["name"] for r in found["results"]] == ["cpu", "cpu, at 50 Hz"]
+    assert found["results"][1]["samples_per_s"] == pytest.approx(50, rel=0.15)
+    assert found["models"][0]["digest"] in found["models"][0]["digest"]
+    assert found["timer_ns"] < 5000
+    text = (reports / "text").read_text()
+    assert "power: not measured (no sensor; see edge-ssm doctor)" in text
+    assert " W" not in re.sub(r"[A-Z]{2,}", "", text)
+
+
+def test_the_page_is_whole_and_needs_nothing_else(reports):
+    text = (reports / "a.html").read_text()
+    assert text.count("<svg") == text.count("</svg>") >= 1
+    assert not re.search(r"(src|href)=|https?:|@import|url\(", text)
+    assert "Power: not measured" in text
+
+    class Numbers(HTMLParser):
+        def handle_starttag(self, tag, attributes):
+            for name, value in attributes:
+                assert "nan" not in (value or "").lower(), (tag, name)
+
+    Numbers().feed(text)
+
+
+def test_the_page_draws_what_a_sensor_board_reports(reports):
+    """The same report with power, energy and temperatures in it."""
+    found = report.load(reports / "a.json")
+    energy = Energy(10, 4, 3.5, 4.5, 9, 11, False, 2)
+    watts = {"VDD_IN": 5.0, "total": 5.0}
+    results = [msgspec.structs.replace(r, energy_per_step_uj=energy, power_w=watts) for r in found.results]
+    curves = report.Curves([0.0, 1.0], [4.0, 5.0], [0.0, 1.0], {"cpu": [40.0, 41.0]}, found.curves.blocks)
+    whole = msgspec.structs.replace(
+        found, meter=report.MeterInfo("hwmon", "the board", ["VDD_IN"], 0.04, 0.02), idle_w=watts, results=results,
+        curves=curves, invalid_because=["<b>"],
+    )  # fmt: skip
+    text = page.render(whole)
+    assert text.count("<svg") == 3
+    assert "4 beyond idling (3.5 to 4.5)" in text
+    assert "&lt;b&gt;" in text
+    assert "not measured" not in text.replace("start", "")
+    assert "4 beyond idling (3.5 to 4.5)" in report.render(whole)
+
+
+def test_comparisons_say_no_more_than_the_intervals(reports):
+    done = profile("--compare", reports / "a.json", reports / "b.json")
+    assert done.returncode == 0, done.stderr
+    assert len(re.findall(r"latency A .* us .*, B .* us .*: (?:B is|no difference)", done.stdout)) == 2
+    assert "energy  not measured in both" in done.stdout
+    a = report.load(reports / "a.json")
+    same = compare.compare(a, a)
+    assert same.count("no difference that these runs can tell") == 2
+
+    def with_latency(us):
+        latency = report.Percentiles(us, us, us, us, us)
+        first = msgspec.structs.replace(
+            a.results[0], latency_us=latency, latency_low_us=us * 0.9, latency_high_us=us * 1.1
+        )
+        return msgspec.structs.replace(a, results=[first])
+
+    assert "B is 1.5 of A: worse" in compare.compare(with_latency(2), with_latency(3))
+    assert "B is 0.667 of A: faster" in compare.compare(with_latency(3), with_latency(2))
+    assert "no difference" in compare.compare(with_latency(3), with_latency(3.3))
+
+    def with_energy(dynamic, low, high):
+        energy = Energy(10, dynamic, low, high, 9, 11, low <= 0, 5)
+        first = msgspec.structs.replace(a.results[0], energy_per_step_uj=energy)
+        return msgspec.structs.replace(a, results=[first])
+
+    assert "B is 0.5 of A: thriftier" in compare.compare(with_energy(4, 3.9, 4.1), with_energy(2, 1.9, 2.1))
+    assert "no difference" in compare.compare(with_energy(4, 2, 6), with_energy(3, 1, 5)).split("energy")[1]
+    assert "below resolution in both" in compare.compare(with_energy(1, -1, 3), with_energy(1, -1, 3))
+    assert "not measured in B" in compare.compare(with_energy(4, 3, 5), a)
+    invalid = msgspec.structs.replace(a, valid=False, invalid_because=["the machine throttled"])
+    assert "verdict: none, for a run that is invalid" in compare.compare(a, invalid)
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", b"[]", b"\xff", b'{"version": 1}', b"[" * 5000])
+def test_what_is_no_report_is_refused(tmp_path, content):
+    path = tmp_path / "r.json"
+    path.write_bytes(content)
+    with pytest.raises(InputRefused, match=r"r\.json: not a report of edge-ssm profile --json"):
+        report.load(path)
+    with pytest.raises(InputRefused, match="can't be read"):
+        report.load(tmp_path / "none")
+
+
+def activity(name="work", **options):
+    network = random_network(h=4, pairs=2, layers=1)
+    return Activity(name, create("reference", network), samples_for(network, 0, 64), **options)
+
+
+def test_blocks_are_in_random_order_and_each_round_has_all():
+    one, two = activity("one"), activity("two", rate_hz=200.0, deadline_s=0.005)
+    run = protocol.run([one, two], None, rounds=6, block_s=0.05, seed=3)
+    orders = [[b.kind for b in run.blocks if b.round == i] for i in range(6)]
+    assert all(sorted(order) == ["idle", "one", "two"] for order in orders)
+    assert len(set(map(tuple, orders))) > 1
+    assert one.latency.count == one.steps == sum(b.steps for b in run.blocks if b.kind == "one")
+    assert len(one.block_p50_us) == 6
+    assert 0.5 * 6 * 0.05 * 200 <= two.steps <= 6 * 0.05 * 200
+    assert run.trace is None
+
+
+def test_a_late_paced_step_is_a_miss_and_none_is_left_out():
+    slow = activity(rate_hz=100.0, deadline_s=0.010)
+    step = slow.engine.step
+    slow.engine.step = lambda *a: (time.sleep(0.02), step(*a))[1]  # twice as long as there is time for
+    run = protocol.run([slow], None, rounds=2, block_s=0.2)
+    assert slow.misses == slow.latency.count > 10
+    assert slow.late.max_ns > 100e6  # it falls further and further behind
+    assert not run.invalid
+
+
+def test_a_machine_that_changes_makes_the_run_invalid(monkeypatch):
+    first = machine.state()
+    states = iter([first] * 4)
+    changed = msgspec.structs.replace(first, governor="powersave", power_mode="7W", throttle_alerts=1)
+    monkeypatch.setattr(machine, "state", lambda: next(states, changed))
+    run = protocol.run([activity()], None, rounds=2, block_s=0.02)
+    assert any("the power mode changed from None to 7W" in why for why in run.invalid)
+    assert any("throttled" in why for why in run.invalid)
+    assert machine.changes(first, first) == []
+    hotter = msgspec.structs.replace(first, throttle_count=first.throttle_count + 1, max_mhz=[100.0])
+    assert len(machine.changes(first, hotter)) == 2
+
+
+def test_an_invalid_run_is_told_by_the_status(tmp_path):
+    code = (
+        "from edge_ssm.monitor import machine\n"
+        "n = iter(range(99)); real = machine.state\n"
+        "import msgspec\n"
+        "machine.state = lambda: msgspec.structs.replace(real(), max_mhz=[1000.0 + next(n)])\n"
+        "from edge_ssm.cli import main; main()"
+    )
+    command = [sys.executable, "-c", code, "profile", DEMO, *QUICK, "--no-paced", "--json", tmp_path / "r.json"]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert "INVALID: in round 1 the allowed clocks changed" in done.stdout
+    assert done.stderr.startswith("edge-ssm: error: the machine changed while it was measured")
+    assert json.loads((tmp_path / "r.json").read_text())["valid"] is False
+
+
+def test_sweeps_and_all_engines_are_rounds_of_one_run(tmp_path):
+    done = profile(DEMO, *QUICK, "--sweep", "chunk,lanes", "--engine", "cpu", "--json", tmp_path / "r.json")
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "r.json").read_text())["results"]
+    assert len(results) == 12
+    assert {(r["chunk"], r["lanes"]) for r in results} == {(c, n) for c in (1, 4, 16, 64) for n in (1, 4, 16)}
+    done = profile(DEMO, *QUICK, "--engines", "all", "--no-paced", "--json", tmp_path / "r.json")
+    assert done.returncode == 0, done.stderr
+    assert {"cpu", "reference"} <= {r["engine"] for r in json.loads((tmp_path / "r.json").read_text())["results"]}
+
+
+def test_a_family_is_several_models(tmp_path):
+    other = tmp_path / "other.safetensors"
+    other.write_bytes(DEMO.read_bytes())
+    done = profile(DEMO, other, *QUICK, "--sweep", "family", "--engine", "cpu")
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"^demo cpu .*^other cpu ", done.stdout, re.MULTILINE | re.DOTALL)
+    same = tmp_path / "demo.safetensors"
+    same.write_bytes(DEMO.read_bytes())
+    done = profile(DEMO, same, *QUICK, "--sweep", "family", "--engine", "cpu")
+    assert done.returncode == 2
+    assert "a model of that name is there already" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "said"),
+    [
+        ([], 2, "MODEL: missing; give an artifact, or --compare, or --step-table"),
+        (["none.safetensors"], 2, "none.safetensors"),
+        ([DEMO, "--meter", "watt"], 2, "--meter 'watt': unknown"),
+        ([DEMO, "--meter", "battery"], 1, "battery: "),
+        ([DEMO, "--sweep", "all"], 2, "--sweep 'all': expected chunk, lanes, family"),
+        ([DEMO, "--sweep", "family"], 2, "--sweep family: give several MODELs"),
+        ([DEMO, "--chunk", "0"], 2, "--chunk '0': expected numbers from 1 to 4096"),
+        ([DEMO, "--lanes", "two"], 2, "--lanes 'two'"),
+        ([DEMO, "--profile", "pi"], 2, "profile 'pi': unknown; edge-ssm profiles list"),
+        ([DEMO, "--engine", "gpu"], 2, "engine 'gpu': unknown"),
+        ([DEMO, "--input", "none.csv"], 2, "none.csv: can't be read"),
+        ([DEMO, "--input", "/dev/null"], 2, "/dev/null: no sample"),
+        ([DEMO, "--rounds", "1"], 2, "--rounds"),
+        ([DEMO, "--step-table", "t.json"], 2, "--step-table: measures networks of its own"),
+        (["--compare", "a.json", "b.json"], 2, "a.json: can't be read"),
+    ],
+)
+def test_wrong_use_is_one_line(arguments, status, said):
+    done = profile(*arguments)
+    assert done.returncode == status, done.stderr
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("edge-ssm: error: ")
+    assert said in line
+
+
+def test_profiles_are_listed_and_shown():
+    command = [*CLI[:-1], "profiles"]
+    done = subprocess.run([*command, "list"], capture_output=True, text=True, timeout=60)
+    assert len(done.stdout.splitlines()) >= 30
+    done = subprocess.run([*command, "show", "orin-nano-8gb-super-25w"], capture_output=True, text=True, timeout=60)
+    assert "6 cores at 1344 MHz" in done.stdout
+    assert "nvpmodel_p3767_0003_super.conf" in done.stdout
+    if os.uname().machine == "x86_64":
+        done = subprocess.run([*command, "detect"], capture_output=True, text=True, timeout=60)
+        assert done.stdout == "generic-x86-64\n"
