@@ -6,11 +6,13 @@ import json
 import math
 import os
 import sys
+import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import click
+import msgspec
 
 import edge_ssm
 from edge_ssm import artifact, profiles
@@ -130,13 +132,17 @@ def run(model: str, stream: bool, **options: Any) -> None:
     sink = sinks.open_sink(options["output"], options["output_format"], network, options["logits"], options["truth"])
     gap: GapPolicy = options["gap"]
     chunk = _chunk(options["chunk"], options["latency_budget"], engine, windows)
-    loop = Loop(engine, windows, sink, gap, options["max_gap"], options["strict"], _Reporter(source.name), chunk)
+    from edge_ssm.monitor.live import Live
+
+    live = Live(sink, model, engine.name, pace)
+    loop = Loop(engine, windows, live, gap, options["max_gap"], options["strict"], _Reporter(source.name), chunk)
+    live.watch(loop.account)
     try:
         with Stop() as stop:
             account = loop.run(source, decoder, stop, pace if options["pace"] else None)
     finally:
         source.close()
-        sink.close()
+        live.close()
     if engine.lost:
         why += f", lost in mid-stream ({engine.lost}); {engine.name} took over"
     click.echo(summary(account, network, why, chunk), err=True)
@@ -347,6 +353,29 @@ def _firmware_profile(name: str) -> profiles.NamedProfile | None:
     if named is not None and (cores := set(named.profile.runtime.affinity) & os.sched_getaffinity(0)):
         os.sched_setaffinity(0, cores)
     return named
+
+
+@cli.command("top")
+@click.option("--once", is_flag=True, help="Print once and end; so too where stdout is no terminal.")
+@click.option("--json", "as_json", is_flag=True, help="For programs; once.")
+@click.option("--interval", type=click.FloatRange(0.2, 60), default=1.0, show_default=True, metavar="S")
+def top_(once: bool, as_json: bool, interval: float) -> None:
+    """Watch the runs on this machine: decisions, latency, power, temperature, events. Ctrl-C ends."""
+    from edge_ssm.monitor import live, top
+
+    if as_json:
+        click.echo(msgspec.json.encode(live.running()).decode())
+        return
+    meter = top.file_meter()
+    while True:
+        time.sleep(0 if meter is None else meter.period_s)  # some meters tell what was since they were opened
+        text = top.page(live.running(), meter)
+        if once or not sys.stdout.isatty():
+            click.echo(text)
+            return
+        click.clear()
+        click.echo(text)
+        time.sleep(interval)
 
 
 @cli.group("profiles")

@@ -102,22 +102,27 @@ def folder() -> Path:
     return _SHIPPED if _SHIPPED.is_dir() else _CHECKOUT
 
 
-def load_all() -> list[NamedProfile]:
-    """All profiles, by name. Raises InputRefused, naming the file and the field, for one that is not valid."""
-    loaded = []
-    for path in sorted(folder().glob("*.toml")):
-        try:
-            loaded.append(NamedProfile(path.stem, msgspec.toml.decode(path.read_bytes(), type=Profile)))
-        except msgspec.MsgspecError as error:
-            raise InputRefused(f"{path}: {error}") from None
-    return loaded
+def load_all(naming: str = "") -> list[NamedProfile]:
+    """All profiles whose text has ``naming`` in it, by name: reading them all takes a start's time.
+
+    Raises InputRefused, naming the file and the field, for one that is not valid.
+    """
+    contents = [(path, path.read_bytes()) for path in sorted(folder().glob("*.toml"))]
+    return [_decoded(path, content) for path, content in contents if naming.encode() in content]
+
+
+def _decoded(path: Path, content: bytes) -> NamedProfile:
+    try:
+        return NamedProfile(path.stem, msgspec.toml.decode(content, type=Profile))
+    except msgspec.MsgspecError as error:
+        raise InputRefused(f"{path}: {error}") from None
 
 
 def load(name: str) -> NamedProfile:
     """By name. Raises UsageError for one that is not there."""
-    for named in load_all():
-        if named.name == name:
-            return named
+    for path in folder().glob("*.toml"):
+        if path.stem == name:
+            return _decoded(path, path.read_bytes())
     raise UsageError(f"profile {name!r}: unknown; edge-ssm profiles list shows them")
 
 
@@ -155,7 +160,7 @@ def power_mode(conf: Path = NVPMODEL_CONF, status: Path = NVPMODEL_STATUS) -> st
 
 
 def matching(board: str) -> list[NamedProfile]:
-    return [p for p in load_all() if board in p.profile.modules]
+    return [p for p in load_all(board) if board in p.profile.modules]
 
 
 def detect() -> NamedProfile | None:

@@ -58,6 +58,9 @@ def make_tree(root):
         (hwmon / f"curr{i}_input").write_text("000400\n")
         (hwmon / f"curr{i}_max").write_text("4000\n")
         (hwmon / f"curr{i}_crit").write_text("5000\n")
+    (root / "class/thermal/thermal_zone0").mkdir(parents=True)
+    (root / "class/thermal/thermal_zone0/type").write_text("cpu-thermal\n")
+    (root / "class/thermal/thermal_zone0/temp").write_text("45000\n")
     (root / "class/hwmon").mkdir(parents=True)
     (root / "class/hwmon/hwmon1").symlink_to("../../bus/i2c/devices/1-0040/hwmon/hwmon1")
     return hwmon
@@ -133,11 +136,37 @@ def emulate(shared_path):
         watts = idle + drift * math.sin(now / 7) + noise
         if since:
             watts += dynamic * (1 + ramp * (min((now - since) / block, 1) - 0.5))
-        for file, share in zip(files, SHARE, strict=True):
-            milliamperes = round(share * watts / MILLIVOLTS * 1e6 / QUANTUM_MA) * QUANTUM_MA
-            os.pwrite(file, b"%06d\n" % max(milliamperes, 0), 0)
+        write(files, watts)
         last = now
         time.sleep(0.002)
+
+
+def write(files, watts):
+    for file, share in zip(files, SHARE, strict=True):
+        milliamperes = round(share * watts / MILLIVOLTS * 1e6 / QUANTUM_MA) * QUANTUM_MA
+        os.pwrite(file, b"%06d\n" % max(milliamperes, 0), 0)
+
+
+def follow(idle, dynamic):
+    """Draw ``dynamic`` watts more while a profile computes, and warm up with it: for pictures."""
+    files = [os.open(f"/sys/class/hwmon/hwmon1/curr{i}_input", os.O_WRONLY) for i in (1, 2, 3)]
+    thermometer = Path("/sys/class/thermal/thermal_zone0/temp")
+    celsius, last, rng = 45.0, {}, random.Random(0)
+    while True:
+        busy = False
+        for path in Path("/proc").glob("[0-9]*/stat"):
+            try:
+                if b"\0profile\0" in (path.parent / "cmdline").read_bytes():
+                    ticks = sum(map(int, path.read_text().rpartition(")")[2].split()[11:13]))
+                    busy = busy or ticks > last.get(path, ticks)
+                    last[path] = ticks
+            except OSError:
+                continue
+        watts = idle + dynamic * busy + rng.gauss(0, 0.02)
+        celsius += 0.05 / 20 * (40 + 2 * watts - celsius)
+        write(files, watts)
+        thermometer.write_text(f"{1000 * celsius:.0f}\n")
+        time.sleep(0.05)
 
 
 def models(runs):
@@ -178,8 +207,8 @@ def measure(arguments):
             meter = protocol.open_meter(arguments.meter)[0]
             run = protocol.run([activity], meter, arguments.rounds, arguments.block, number, on_block=on_block)
             energy = per_step(run.trace, run.blocks, "work")
-            took = [(b.end_s - b.begin_s) / b.steps for b in run.blocks if b.kind == "work"]
-            mean = 1e6 * sum(took) / len(took)
+            work = [b for b in run.blocks if b.kind == "work"]
+            mean = 1e6 * sum(b.end_s - b.begin_s for b in work) / sum(b.steps for b in work)
             row = {
                 "kind": kind,
                 "meter": run.trace.meter.name,
@@ -203,6 +232,9 @@ def main():
     parser = argparse.ArgumentParser()
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("emulate").add_argument("path")
+    command = commands.add_parser("follow")
+    command.add_argument("idle", type=float)
+    command.add_argument("dynamic", type=float)
     command = commands.add_parser("measure")
     command.add_argument("meter")
     command.add_argument("--runs", type=int, default=1)
@@ -211,6 +243,8 @@ def main():
     arguments = parser.parse_args()
     if arguments.command == "emulate":
         emulate(arguments.path)
+    elif arguments.command == "follow":
+        follow(arguments.idle, arguments.dynamic)
     else:
         measure(arguments)
 

@@ -276,3 +276,63 @@ def test_profiles_are_listed_and_shown():
     if os.uname().machine == "x86_64":
         done = subprocess.run([*command, "detect"], capture_output=True, text=True, timeout=60)
         assert done.stdout == "generic-x86-64\n"
+
+
+@pytest.fixture
+def running(tmp_path, monkeypatch):
+    """A demo run that lives until its input is closed, and tells of itself under ``tmp_path``."""
+    monkeypatch.setenv("EDGE_SSM_RUN", str(tmp_path / "status"))
+    command = [*CLI[:-1], "run", str(DEMO), "--stream", "--engine", "reference", "--output", str(tmp_path / "out")]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE)
+    rows = (EXAMPLES / "demo.csv").read_bytes().splitlines(keepends=True)
+    process.stdin.write(b"".join(rows[:401]) + b"bad\n" + rows[402])
+    process.stdin.flush()
+    yield process, tmp_path / "status"
+    process.stdin.close()
+    process.wait(30)
+
+
+def top(*arguments):
+    done = subprocess.run([*CLI[:-1], "top", *arguments], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_top_shows_a_run_and_forgets_it_when_it_ends(running):
+    process, folder = running
+    until = time.monotonic() + 30
+    while time.monotonic() < until:
+        found = json.loads(top("--json"))
+        if found and found[0]["samples"] == 401:
+            break
+    (status,) = found
+    assert status["pid"] == process.pid
+    assert (status["decisions"], status["malformed"]) == (2, 1)
+    text = top("--once")
+    assert f"pid {process.pid}, engine reference" in text
+    assert "decisions  2 (" in text
+    assert re.search(r"step +p50 \d+\.\d us", text)
+    assert "power        " in text
+    process.stdin.close()
+    assert process.wait(30) == 0
+    assert list(folder.iterdir()) == []
+    assert "nothing runs here" in top()
+
+
+def test_top_passes_over_what_is_no_status(tmp_path, monkeypatch):
+    monkeypatch.setenv("EDGE_SSM_RUN", str(tmp_path))
+    for name, content in (("1.status", b""), ("2.status", b"\xff"), ("3.status", b"{}"), ("4.status", b"[" * 9999)):
+        (tmp_path / name).write_bytes(content)
+    assert json.loads(top("--json")) == []
+
+
+def test_a_folder_that_others_could_write_to_is_not_used(tmp_path, monkeypatch):
+    from edge_ssm.monitor import live
+
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    shared.chmod(0o777)
+    assert not live._own(shared)
+    assert live._own(tmp_path / "own")
+    (tmp_path / "link").symlink_to(tmp_path / "own")
+    assert not live._own(tmp_path / "link")

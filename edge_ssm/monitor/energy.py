@@ -85,28 +85,29 @@ def per_step(trace: Trace, blocks: list[Block], kind: str) -> Energy | None:
     by_round: dict[int, dict[str, Block]] = {}
     for block in blocks:
         by_round.setdefault(block.round, {})[block.kind] = block
-    total, dynamic, seconds_a_step = [], [], []
+    total, dynamic, rates = [], [], []
     for of in by_round.values():
         if "idle" not in of or kind not in of or not of[kind].steps:
             continue
         idle, active = block_power(trace, of["idle"]), block_power(trace, of[kind])
         if idle is None or active is None:
             continue
-        took = (of[kind].end_s - of[kind].begin_s) / of[kind].steps
-        seconds_a_step.append(took)
-        total.append(active[-1] * took * 1e6)
-        dynamic.append((active[-1] - idle[-1]) * took * 1e6)
+        rates.append(of[kind].steps / (of[kind].end_s - of[kind].begin_s))
+        total.append(active[-1])
+        dynamic.append(active[-1] - idle[-1])
     n = len(total)
     if n < 2:
         return None
+    # Energy over steps, both of all rounds. How many steps there were is known; what they drew is not.
+    uj_a_watt = 1e6 / float(np.mean(rates))
     # A value within its quantum is as likely anywhere: standard deviation of a quantum, 1/sqrt(12).
-    quantum = 1.96 * trace.resolution_w / math.sqrt(12) * float(np.mean(seconds_a_step)) * 1e6
+    quantum = 1.96 * trace.resolution_w / math.sqrt(12)
 
-    def half(values: list[float], quanta: float) -> float:
-        spread = t95(n) * float(np.std(values, ddof=1)) / math.sqrt(n)
-        return math.hypot(spread, quantum * math.sqrt(quanta))
+    def half(watts: list[float], quanta: float) -> float:
+        spread = t95(n) * float(np.std(watts, ddof=1)) / math.sqrt(n)
+        return math.hypot(spread, quantum * math.sqrt(quanta)) * uj_a_watt
 
-    mean, mean_total = float(np.mean(dynamic)), float(np.mean(total))
+    mean, mean_total = float(np.mean(dynamic)) * uj_a_watt, float(np.mean(total)) * uj_a_watt
     around, around_total = half(dynamic, 2), half(total, 1)
     low, high = mean - around, mean + around
     return Energy(

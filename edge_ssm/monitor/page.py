@@ -9,18 +9,19 @@ from collections.abc import Callable, Mapping, Sequence
 from edge_ssm.monitor.report import NOT_MEASURED, Report, Result, energy_text
 
 WIDTH, HEIGHT = 860, 260
-LEFT, RIGHT, TOP, BOTTOM = 60, 16, 14, 34
+LEFT, RIGHT, TOP, BOTTOM = 72, 16, 18, 34
 COLOURS = ("#0b6e99", "#c4552d", "#3f8f4f", "#8a5aa8", "#a88618", "#666f7a")
 _STYLE = """
-:root{color-scheme:light dark;--ink:#1d2329;--paper:#fff;--line:#d5dbe1;--shade:#0b6e9914}
-@media (prefers-color-scheme:dark){:root{--ink:#e3e8ed;--paper:#15191d;--line:#3a434c;--shade:#5bb5dd22}}
+:root{color-scheme:light dark;--ink:#1d2329;--paper:#fff;--line:#d5dbe1}
+@media (prefers-color-scheme:dark){:root{--ink:#e3e8ed;--paper:#15191d;--line:#3a434c}}
 body{font:15px/1.5 system-ui,sans-serif;color:var(--ink);background:var(--paper);max-width:56rem;
  margin:2rem auto;padding:0 1rem}
 h1{font-size:1.4rem}h2{font-size:1.1rem;margin-top:2rem}
 .scroll{overflow-x:auto}table{border-collapse:collapse;font-variant-numeric:tabular-nums}
 td,th{padding:.25rem .7rem;border-bottom:1px solid var(--line);text-align:right;white-space:nowrap}
-td:first-child,th:first-child{text-align:left}svg{width:100%;height:auto}svg text{fill:var(--ink);font-size:12px}
-.grid{stroke:var(--line)}.active{fill:var(--shade)}
+td:first-child,th:first-child,.facts td{text-align:left}.facts td{white-space:normal}
+svg{width:100%;height:auto}svg text{fill:var(--ink);font-size:12px}
+.grid{stroke:var(--line)}.active{opacity:.1}
 .bad{border-left:4px solid #c4302b;padding:.4rem .8rem}.note{color:#7a838c}
 """
 Scale = Callable[[float], float]
@@ -46,7 +47,7 @@ def render(report: Report) -> str:
         parts.append(
             f"<p class=note>By {e(report.meter.name)}: {e(report.meter.covers)}; a reading every "
             f"{report.meter.period_s * 1e3:.0f} ms, in steps of {report.meter.resolution_w * 1e3:.3g} mW. Blocks of "
-            "work are shaded.</p>"
+            "work are shaded in the colour of what ran; what comes before the first is the warm-up.</p>"
         )
     if report.curves.temperature_c:
         parts += ["<h2>Temperature</h2>", _temperature_plot(report)]
@@ -150,9 +151,10 @@ def _latency_plot(results: Sequence[Result]) -> str:
 
 
 def _over_time(report: Report, x: Scale) -> str:
+    kinds = [r.name for r in report.results]
     return "".join(
-        f'<rect class=active x="{x(begin):.1f}" y="{TOP}" width="{x(end) - x(begin):.1f}" '
-        f'height="{HEIGHT - TOP - BOTTOM}">'
+        f'<rect class=active fill="{COLOURS[kinds.index(kind) % len(COLOURS)]}" x="{x(begin):.1f}" y="{TOP}" '
+        f'width="{x(end) - x(begin):.1f}" height="{HEIGHT - TOP - BOTTOM}">'
         f"<title>{html.escape(kind)}</title></rect>"
         for kind, begin, end in report.curves.blocks
         if kind != "idle"
@@ -210,4 +212,4 @@ def _facts(report: Report) -> str:
         *([f"model {model.path}", model.digest] for model in report.models),
         ["measured", f"{report.created}, edge-ssm {report.edge_ssm}"],
     ]
-    return _table(["", ""], rows)
+    return _table(["", ""], rows).replace("<table", "<table class=facts")

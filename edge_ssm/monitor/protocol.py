@@ -26,7 +26,7 @@ from edge_ssm.network import Array
 
 ROUNDS, BLOCK_S = 5, 10.0
 QUICK_ROUNDS, QUICK_BLOCK_S = 3, 1.0
-LEVEL_C, LEVEL_READINGS = 1.0, 5
+LEVEL_C, LEVEL_READINGS = 1.0, 3
 LONGEST_WARM_UP_BLOCKS = 12
 PASS, PASS_S = 1024, 5e-3
 """Most calls between two looks at whether a block is over, and how long they may take."""
@@ -268,7 +268,7 @@ def _warm_up(
         state = machine.state()
         yield time.monotonic(), state
         hottest.append(max(state.temperature_c.values(), default=0.0))
-        if not state.temperature_c or (i + 1 >= 2 and machine.level(hottest[-LEVEL_READINGS:], LEVEL_C)):
+        if not state.temperature_c or (i + 1 >= LEVEL_READINGS and machine.level(hottest[-LEVEL_READINGS:], LEVEL_C)):
             return
 
 

@@ -208,9 +208,11 @@ def load(path: Path) -> Report:
 def energy_text(energy: Energy | None) -> str:
     if energy is None:
         return "not measured"
+    unit, scale = ("mJ", 1e3) if energy.total >= 1e4 else ("uJ", 1.0)
+    total, dynamic, low, high = (v / scale for v in (energy.total, energy.dynamic, energy.low, energy.high))
     if energy.below_resolution:
-        return f"{energy.total:.4g} uJ total; beyond idling below resolution (under {max(energy.high, 0):.3g} uJ)"
-    return f"{energy.total:.4g} uJ total, {energy.dynamic:.4g} beyond idling ({energy.low:.4g} to {energy.high:.4g})"
+        return f"{total:.4g} {unit} total; beyond idling below resolution (under {max(high, 0):.3g} {unit})"
+    return f"{total:.4g} {unit} total, {dynamic:.4g} beyond idling ({low:.4g} to {high:.4g})"
 
 
 def render(report: Report) -> str:

@@ -6,7 +6,7 @@ import time as clock
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
@@ -14,9 +14,9 @@ from edge_ssm.engines import Engine
 from edge_ssm.errors import RunFailed, UsageError
 from edge_ssm.monitor.latency import LatencyHistogram
 from edge_ssm.network import Array, input_range
-from edge_ssm.stream.decisions import Event, decide
+from edge_ssm.stream.decisions import Decision, Event, decide
 from edge_ssm.stream.frames import Frame, FrameDecoder, Malformed
-from edge_ssm.stream.sinks import Sink, SinkClosed
+from edge_ssm.stream.sinks import SinkClosed
 from edge_ssm.stream.source import ByteSource
 from edge_ssm.stream.stop import Stop
 from edge_ssm.stream.windows import Windows
@@ -52,6 +52,13 @@ class Account:
     ended_by: str = "end of input"
 
 
+class Decisions(Protocol):
+    """What a loop hands its decisions to (``sinks.Sink``)."""
+
+    def decision(self, decision: Decision) -> None: ...
+    def event(self, event: Event) -> None: ...
+
+
 class Loop:
     """Joins an engine, windows and a sink. ``engine.lanes`` must be ``windows.lanes``."""
 
@@ -59,7 +66,7 @@ class Loop:
         self,
         engine: Engine,
         windows: Windows,
-        sink: Sink,
+        sink: Decisions,
         gap: GapPolicy = "hold",
         max_gap: int | None = None,
         strict: bool = False,

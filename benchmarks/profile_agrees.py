@@ -1,0 +1,52 @@
+"""Whether ``edge-ssm profile`` and the benchmarks of the engine see the same step, and what timing each step costs.
+
+    OMP_NUM_THREADS=1 python benchmarks/profile_agrees.py
+
+Rounds take turns: the benchmarks' measure (one look at the clock for twenty steps) and the profile's (each step timed).
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT / "tests")]
+from networks import random_network, samples_for  # noqa: E402
+
+from edge_ssm.engines import choice, create  # noqa: E402
+from edge_ssm.monitor import protocol  # noqa: E402
+from edge_ssm.monitor.latency import LatencyHistogram  # noqa: E402
+
+SHAPES = {"small": (64, 2), "ecg": (128, 4), "large": (256, 6)}
+ROUNDS, ROUND_S = 21, 0.1
+
+
+def main() -> None:
+    overhead = protocol.timer_ns()
+    print(f"timing adds {overhead:.0f} ns to a call that does nothing")
+    for shape, (h, layers) in SHAPES.items():
+        network = random_network(h=h, pairs=32, layers=layers, d_input=1, d_output=5)
+        samples = samples_for(network, 0, 256)
+        engine = create("cpu", network)
+        calls = protocol.Activity("cpu", engine, samples).calls()
+        ratios, ours, theirs = [], [], []
+        for turn in range(ROUNDS + 1):
+            (benchmark,) = choice.measure([engine], list(samples[:20]), 5)
+            histogram = LatencyHistogram()
+            protocol._back_to_back(calls, time.perf_counter_ns() + int(ROUND_S * 1e9), histogram)
+            profiled = histogram.percentile_ns(50) / 1e3
+            if turn:
+                ratios.append(profiled / benchmark)
+                ours.append(profiled)
+                theirs.append(benchmark)
+        print(
+            f"{shape:6} profile p50 {statistics.median(ours):7.2f} us, benchmark {statistics.median(theirs):7.2f} us, "
+            f"ratio {statistics.median(ratios):.3f} ({min(ratios):.2f} to {max(ratios):.2f})"
+        )
+
+
+if __name__ == "__main__":
+    main()
