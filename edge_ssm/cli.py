@@ -132,7 +132,7 @@ def run(model: str, stream: bool, **options: Any) -> None:
     sink = sinks.open_sink(options["output"], options["output_format"], network, options["logits"], options["truth"])
     gap: GapPolicy = options["gap"]
     chunk = _chunk(options["chunk"], options["latency_budget"], engine, windows)
-    from edge_ssm.monitor.live import Live
+    from edge_ssm.stream.live import Live
 
     live = Live(sink, model, engine.name, pace)
     loop = Loop(engine, windows, live, gap, options["max_gap"], options["strict"], _Reporter(source.name), chunk)
@@ -301,6 +301,7 @@ def profile(models: tuple[str, ...], engines: str, step_table: str | None, **opt
 
 def _profile(models: tuple[str, ...], engines: list[str], options: dict[str, Any]) -> None:
     from edge_ssm.monitor import page, profiling, protocol, report
+    from edge_ssm.stream import recording
 
     if not models:
         raise UsageError("MODEL: missing; give an artifact, or --compare, or --step-table")
@@ -309,19 +310,21 @@ def _profile(models: tuple[str, ...], engines: list[str], options: dict[str, Any
         raise UsageError(f"--sweep {unknown[0]!r}: expected chunk, lanes, family")
     if "family" in sweep and len(models) < 2:
         raise UsageError("--sweep family: give several MODELs")
+    path = options["recording"]
     request = profiling.Request(
-        models,
-        engines,
-        profiling.CHUNKS if "chunk" in sweep else _counts("--chunk", options["chunks"]),
-        profiling.LANES if "lanes" in sweep else _counts("--lanes", options["lanes"]),
-        options["paced"] and not sweep,
-        options["recording"],
-        options["meter"],
-        options["rounds"] or (protocol.QUICK_ROUNDS if quick else protocol.ROUNDS),
-        options["block_seconds"] or (protocol.QUICK_BLOCK_S if quick else protocol.BLOCK_S),
-        quick,
-        options["seed"],
-        _firmware_profile(options["profile_"]),
+        models=models,
+        engines=engines,
+        chunks=profiling.CHUNKS if "chunk" in sweep else _counts("--chunk", options["chunks"]),
+        lanes=profiling.LANES if "lanes" in sweep else _counts("--lanes", options["lanes"]),
+        paced=options["paced"] and not sweep,
+        recording=path,
+        read=lambda network: recording.read(path, network),
+        meter=options["meter"],
+        rounds=options["rounds"] or (protocol.QUICK_ROUNDS if quick else protocol.ROUNDS),
+        block_s=options["block_seconds"] or (protocol.QUICK_BLOCK_S if quick else protocol.BLOCK_S),
+        quick=quick,
+        seed=options["seed"],
+        profile=_firmware_profile(options["profile_"]),
     )
     measured = profiling.measure(request)
     click.echo(report.render(measured))
@@ -361,7 +364,7 @@ def _firmware_profile(name: str) -> profiles.NamedProfile | None:
 @click.option("--interval", type=click.FloatRange(0.2, 60), default=1.0, show_default=True, metavar="S")
 def top_(once: bool, as_json: bool, interval: float) -> None:
     """Watch the runs on this machine: decisions, latency, power, temperature, events. Ctrl-C ends."""
-    from edge_ssm.monitor import live, top
+    from edge_ssm.stream import live, top
 
     if as_json:
         click.echo(msgspec.json.encode(live.running()).decode())

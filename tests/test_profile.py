@@ -327,7 +327,7 @@ def test_top_passes_over_what_is_no_status(tmp_path, monkeypatch):
 
 
 def test_a_folder_that_others_could_write_to_is_not_used(tmp_path, monkeypatch):
-    from edge_ssm.monitor import live
+    from edge_ssm.stream import live
 
     shared = tmp_path / "shared"
     shared.mkdir()

@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -17,7 +17,7 @@ import numpy as np
 import edge_ssm
 from edge_ssm import artifact
 from edge_ssm.engines import Engine, available, create
-from edge_ssm.errors import EngineUnavailable, InputRefused, UsageError
+from edge_ssm.errors import EngineUnavailable, UsageError
 from edge_ssm.monitor import machine, protocol, report
 from edge_ssm.monitor.energy import mean_power
 from edge_ssm.monitor.protocol import Activity, open_meter
@@ -25,13 +25,11 @@ from edge_ssm.monitor.report import MeterInfo, Model, Report
 from edge_ssm.monitor.sampler import Sampler
 from edge_ssm.network import Array, Network, input_range
 from edge_ssm.profiles import NamedProfile
-from edge_ssm.stream import frames
 
 CHUNKS, LANES = (1, 4, 16, 64), (1, 4, 16)
 """Of a sweep."""
-SAMPLES = 4096
-"""Of a recording that are used, from its beginning."""
-LARGEST_RECORDING = 1 << 24
+SAMPLES = 1024
+"""That are stepped over again and again, at least."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +41,9 @@ class Request:
     lanes: Sequence[int] = (1,)
     paced: bool = True
     recording: str | None = None
+    """What ``read`` reads, for the report; None: noise."""
+    read: Callable[[Network], Array] = lambda network: np.empty((0, network.d_input))
+    """The recording's samples that a network can take, (n, d_input)."""
     meter: str = "auto"
     rounds: int = protocol.ROUNDS
     block_s: float = protocol.BLOCK_S
@@ -60,7 +61,7 @@ def measure(request: Request) -> Report:
     notes: list[str] = []
     for path, found in loaded:
         names = _engines(request, found.network)
-        samples, samples_from = _samples(found.network, request.recording)
+        samples, samples_from = _samples(found.network, request.recording, request.read)
         for name, chunk, lanes in product(names, request.chunks, request.lanes):
             try:
                 engine = create(name, found.network, lanes, runtime.gpu_waits if runtime else "spin")
@@ -166,8 +167,8 @@ def _not_paced(network: Network, request: Request) -> str:
     return ""
 
 
-def _samples(network: Network, recording: str | None) -> tuple[Array, str]:
-    """(n, d_input) in the sensor's units, at least 64 times, and where they are from."""
+def _samples(network: Network, recording: str | None, read: Callable[[Network], Array]) -> tuple[Array, str]:
+    """(n, d_input) in the sensor's units, and where they are from; a short recording over and over."""
     if recording is None:
         rng = np.random.default_rng(0)
         allowed, shape = input_range(network), (SAMPLES, network.d_input)
@@ -175,17 +176,8 @@ def _samples(network: Network, recording: str | None) -> tuple[Array, str]:
             return rng.integers(0, int(allowed.high[0]) + 1, shape).astype(np.float64), "random tokens"
         noise = network.input.mean + network.input.std * rng.standard_normal(shape)
         return noise, "noise of the training data's mean and deviation"
-    try:
-        with open(recording, "rb") as file:
-            content = file.read(LARGEST_RECORDING)
-    except OSError as error:
-        raise InputRefused(f"{recording}: can't be read ({error.strerror})") from None
-    reader = frames.decoder(frames.guess_format(recording), network.input)
-    rows = [item.values for item in reader.feed(content) if isinstance(item, frames.Frame)]
-    good = [row for row in rows[:SAMPLES] if not input_range(network).bad(row).any()]
-    if not good:
-        raise InputRefused(f"{recording}: no sample that {', '.join(network.input.channels)} can take")
-    return np.resize(np.stack(good), (max(64, len(good)), network.d_input)), recording
+    found = read(network)
+    return np.resize(found, (max(SAMPLES, len(found)), network.d_input)), recording
 
 
 def _start_up(model: str, engine: str) -> float | None:

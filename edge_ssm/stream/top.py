@@ -6,9 +6,9 @@ import time
 from collections.abc import Callable, Sequence
 
 from edge_ssm.monitor import machine
-from edge_ssm.monitor.live import Status
 from edge_ssm.monitor.meters import METERS, Meter, MeterLost, MeterUnavailable
 from edge_ssm.profiles import power_mode
+from edge_ssm.stream.live import Status
 
 STALE_S = 5.0
 BAR = 30
