@@ -92,10 +92,9 @@ def cli() -> None:
 )
 @click.option(
     "--chunk",
-    default="1",
     metavar="N|auto",
     help="Step up to N samples in one go, never across the end of a window; auto: as many as --latency-budget allows."
-    "  [default: 1]",
+    "  [default: the profile's; 1]",
 )
 @click.option(
     "--latency-budget",
@@ -127,11 +126,11 @@ def run(model: str, stream: bool, **options: Any) -> None:
     codec = options["format_"] or frames.guess_format(options["input_"])
     decoder = frames.decoder(codec, network.input, _scale(options["scale"]))
     named = _firmware_profile(options["profile"])
-    waits = named.profile.runtime.gpu_waits if named else "spin"
-    engine, why = _engine(options["engine"], network, windows.lanes, waits)
+    engine, why = _engine(options["engine"], network, windows.lanes, named)
     sink = sinks.open_sink(options["output"], options["output_format"], network, options["logits"], options["truth"])
     gap: GapPolicy = options["gap"]
-    chunk = _chunk(options["chunk"], options["latency_budget"], engine, windows)
+    default = str(named.profile.runtime.chunk) if named else "1"
+    chunk = _chunk(options["chunk"] or default, options["latency_budget"], engine, windows)
     from edge_ssm.stream.live import Live
 
     live = Live(sink, model, engine.name, pace)
@@ -153,19 +152,21 @@ def run(model: str, stream: bool, **options: Any) -> None:
         )
 
 
-def _engine(name: str, network: Network, lanes: int, gpu_waits: str) -> tuple[Engine, str]:
+def _engine(name: str, network: Network, lanes: int, named: profiles.NamedProfile | None) -> tuple[Engine, str]:
     """The engine, and its name with the reason where "auto" chose it."""
     from edge_ssm.engines import choice, compiled
 
     def say() -> None:
         click.echo("edge-ssm: compiling for this processor, once; takes some seconds", err=True)
 
+    runtime = named.profile.runtime if named else None
+    gpu_waits = runtime.gpu_waits if runtime else "spin"
     if name in ("auto", "cpu", "cpu-float32"):
         with suppress(EngineUnavailable):  # said again, or gone around, by what follows
             compiled.load(say)
     if name != "auto":
         return create(name, network, lanes, gpu_waits), name
-    engine, trial = choice.choose(network, lanes, gpu_waits)
+    engine, trial = choice.choose(network, lanes, gpu_waits, runtime.engines if runtime else None)
     return engine, f"{engine.name} (by trial: {trial.why()})"
 
 
@@ -310,6 +311,9 @@ def _profile(models: tuple[str, ...], engines: list[str], options: dict[str, Any
         raise UsageError(f"--sweep {unknown[0]!r}: expected chunk, lanes, family")
     if "family" in sweep and len(models) < 2:
         raise UsageError("--sweep family: give several MODELs")
+    for place in (options["json_"], options["html_"]):
+        if place:
+            report.check_place(Path(place))
     path = options["recording"]
     request = profiling.Request(
         models=models,

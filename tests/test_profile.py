@@ -255,6 +255,8 @@ def test_a_family_is_several_models(tmp_path):
         ([DEMO, "--input", "/dev/null"], 2, "/dev/null: no sample"),
         ([DEMO, "--rounds", "1"], 2, "--rounds"),
         ([DEMO, "--step-table", "t.json"], 2, "--step-table: measures networks of its own"),
+        ([DEMO, "--json", "/nowhere/r.json"], 2, "/nowhere/r.json: its folder is missing"),
+        ([DEMO, "--html", "/tmp"], 2, "/tmp: is a folder"),
         (["--compare", "a.json", "b.json"], 2, "a.json: can't be read"),
     ],
 )

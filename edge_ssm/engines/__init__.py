@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
@@ -49,10 +50,11 @@ ENGINES: dict[str, EngineEntry] = {
 }
 
 
-def candidates(network: Network) -> list[str]:
-    """The engines that are there and differ for this network: without small weights there is nothing to widen."""
+def candidates(network: Network, allowed: Sequence[str] | None = None) -> list[str]:
+    """The engines that are there, are ``allowed`` and differ for this network (without small weights there is nothing
+    to widen)."""
     small = any(block.mixing.dtype != "float32" for block in network.blocks)
-    names = [name for name, entry in ENGINES.items() if entry.chosen and installed(name)]
+    names = [name for name in allowed or ENGINES if name in ENGINES and ENGINES[name].chosen and installed(name)]
     return [name for name in names if small or name != "cpu-float32"]
 
 

@@ -66,18 +66,22 @@ def measure(engines: Sequence[Engine], samples: Sequence[Array], rounds: int) ->
     return [statistics.median(times[1:]) for times in found]
 
 
-def choose(network: Network, lanes: int, gpu_waits: str = "spin") -> tuple[Engine, Trial]:
-    """The fastest engine for ``lanes`` streams, and the trial that says so. Raises EngineUnavailable if none loads."""
+def choose(
+    network: Network, lanes: int, gpu_waits: str = "spin", allowed: Sequence[str] | None = None
+) -> tuple[Engine, Trial]:
+    """The fastest engine for ``lanes`` streams, of those ``allowed`` (None: any), and the trial that says so.
+
+    Raises EngineUnavailable if none loads."""
     from edge_ssm.engines import installed
 
-    path = compiled.folder() / f"{_key(network, lanes)}{SUFFIX}"
-    trial = _kept(path, network)
+    path = compiled.folder() / f"{_key(network, lanes, allowed)}{SUFFIX}"
+    trial = _kept(path, network, allowed)
     if trial is not None:
         try:
             return _create(trial.winner, network, lanes, gpu_waits), trial
         except EngineUnavailable:
             pass  # It was there once; try again what is.
-    trial = _tried(network, lanes, gpu_waits)
+    trial = _tried(network, lanes, gpu_waits, allowed)
     if any(installed(name) for name in trial.unavailable):
         # What should load and does not may do so at the next start.
         return _create(trial.winner, network, lanes, gpu_waits), trial
@@ -100,16 +104,16 @@ def _create(name: str, network: Network, lanes: int, gpu_waits: str) -> Engine:
     return FallbackEngine(made, lambda: create("cpu", network, lanes))
 
 
-def _key(network: Network, lanes: int) -> str:
+def _key(network: Network, lanes: int, allowed: Sequence[str] | None) -> str:
     from edge_ssm.engines import ENGINES, installed
 
     # An engine whose package was installed since deserves its trial.
-    there = [name for name in ENGINES if installed(name)]
+    there = [name for name in allowed or ENGINES if name in ENGINES and installed(name)]
     parts: list[Any] = [fingerprint(network), lanes, there, sources_digest(), *sorted(processor_features())]
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:24]
 
 
-def _kept(path: Any, network: Network) -> Trial | None:
+def _kept(path: Any, network: Network, allowed: Sequence[str] | None) -> Trial | None:
     from edge_ssm.engines import candidates
 
     try:
@@ -117,7 +121,7 @@ def _kept(path: Any, network: Network) -> Trial | None:
     except (OSError, msgspec.DecodeError):
         return None
     named = {*trial.step_us, *trial.unavailable, *trial.inaccurate}
-    return trial if trial.step_us and named == set(candidates(network)) else None
+    return trial if trial.step_us and named == set(candidates(network, allowed)) else None
 
 
 def _samples(network: Network, lanes: int) -> Array:
@@ -132,7 +136,7 @@ def _samples(network: Network, lanes: int) -> Array:
     return samples
 
 
-def _tried(network: Network, lanes: int, gpu_waits: str) -> Trial:
+def _tried(network: Network, lanes: int, gpu_waits: str, allowed: Sequence[str] | None) -> Trial:
     from edge_ssm.engines import candidates
     from edge_ssm.engines.reference import ReferenceEngine
 
@@ -141,7 +145,7 @@ def _tried(network: Network, lanes: int, gpu_waits: str) -> Trial:
     inaccurate: dict[str, str] = {}
     samples = _samples(network, lanes)
     exact = ReferenceEngine(network, lanes).chunk(samples)
-    for name in candidates(network):
+    for name in candidates(network, allowed):
         try:
             engine = _create(name, network, lanes, gpu_waits)
         except EngineUnavailable as error:
@@ -154,7 +158,7 @@ def _tried(network: Network, lanes: int, gpu_waits: str) -> Trial:
         else:
             inaccurate[name] = f"its outputs are off by {error_found:.1e}, more than {network.tolerance:.1e}"
     if not made:
-        raise EngineUnavailable("; ".join(unavailable.values()))
+        raise EngineUnavailable("; ".join(unavailable.values()) or "no engine that the profile allows is here")
     timed = list(samples[:STEPS])
     steps = measure(list(made.values()), timed, ROUNDS)
     return Trial(dict(zip(made, steps, strict=True)), unavailable, inaccurate)

@@ -16,7 +16,7 @@ import numpy as np
 
 import edge_ssm
 from edge_ssm import artifact
-from edge_ssm.engines import Engine, available, create
+from edge_ssm.engines import Engine, available, choice, create
 from edge_ssm.errors import EngineUnavailable, UsageError
 from edge_ssm.monitor import machine, protocol, report
 from edge_ssm.monitor.energy import mean_power
@@ -62,9 +62,15 @@ def measure(request: Request) -> Report:
     for path, found in loaded:
         names = _engines(request, found.network)
         samples, samples_from = _samples(found.network, request.recording, request.read)
+        if len(samples) < max(request.chunks):
+            samples = np.resize(samples, (max(request.chunks), found.network.d_input))
         for name, chunk, lanes in product(names, request.chunks, request.lanes):
             try:
-                engine = create(name, found.network, lanes, runtime.gpu_waits if runtime else "spin")
+                waits, allowed = (runtime.gpu_waits, runtime.engines) if runtime else ("spin", None)
+                if name == "auto":
+                    engine = choice.choose(found.network, lanes, waits, allowed)[0]
+                else:
+                    engine = create(name, found.network, lanes, waits)
             except EngineUnavailable as error:
                 if len(names) == 1:
                     raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -189,6 +190,13 @@ def write(path: Path, content: bytes) -> None:
         atomic.write(path, content)
     except OSError as error:
         raise InputRefused(f"{path}: can't be written ({error.strerror})") from None
+
+
+def check_place(path: Path) -> None:
+    """Before minutes are spent on what goes there. Raises InputRefused."""
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        why = "is a folder" if path.is_dir() else "its folder is missing or can't be written to"
+        raise InputRefused(f"{path}: {why}; name another file")
 
 
 def load(path: Path) -> Report:
