@@ -22,6 +22,7 @@ from edge_ssm.monitor import compare, machine, page, protocol, report
 from edge_ssm.monitor.energy import Energy
 from edge_ssm.monitor.latency import LatencyHistogram
 from edge_ssm.monitor.protocol import Activity
+from edge_ssm.monitor.sampler import Described
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 DEMO = EXAMPLES / "demo.safetensors"
@@ -173,6 +174,23 @@ def test_blocks_are_in_random_order_and_each_round_has_all():
     assert len(one.block_p50_us) == 6
     assert 0.5 * 6 * 0.05 * 200 <= two.steps <= 6 * 0.05 * 200
     assert run.trace is None
+
+
+def test_a_meter_that_keeps_failing_does_not_keep_the_run_from_its_end():
+    class Failing:
+        meter = Described("flaky", [], [], "", 0.1)
+        stopped = 0
+
+        def failed(self):
+            return "flaky: gone"
+
+        def stop(self):
+            Failing.stopped += 1
+
+    run = protocol.run([activity()], Failing(), 2, 0.02, open_next=lambda why: Failing())
+    assert Failing.stopped == 3
+    assert run.trace is None
+    assert [note.endswith("flaky went on") for note in run.notes] == [True, True, False]
 
 
 def test_a_late_paced_step_is_a_miss_and_none_is_left_out():

@@ -28,6 +28,8 @@ ROUNDS, BLOCK_S = 5, 10.0
 QUICK_ROUNDS, QUICK_BLOCK_S = 3, 1.0
 LEVEL_C, LEVEL_READINGS = 1.0, 3
 LONGEST_WARM_UP_BLOCKS = 12
+MOST_FAILURES = 3
+"""Of meters in a run; then it goes on without."""
 PASS, PASS_S = 1024, 5e-3
 """Most calls between two looks at whether a block is over, and how long they may take."""
 SPIN_S = 200e-6
@@ -202,7 +204,7 @@ def run(
         first = machine.state()
         invalid: list[str] = []
         blocks: list[Block] = []
-        idle_s, number, whole = 0.0, 0, 0
+        idle_s, number, whole, failures = 0.0, 0, 0, 0
         while whole < rounds:
             kinds: list[Activity | None] = [None, *activities]
             order.shuffle(kinds)
@@ -225,7 +227,8 @@ def run(
             if meter is not None and (why := meter.failed()):
                 notes.append(f"the meter failed in mid-run ({why})")
                 meter.stop()
-                meter = open_next(why)
+                failures += 1
+                meter = open_next(why) if failures < MOST_FAILURES else None
                 if meter is not None:
                     notes[-1] += f"; {meter.meter.name} went on"
                     whole = 0
