@@ -188,7 +188,7 @@ def test_a_profile_beside_an_ina3221(tmp_path):
     assert set(report["latency_us"]) == {"p50", "p90", "p99", "p999", "max"}
     text = page.read_text()
     assert "below resolution" in text
-    assert text.count("<svg") == 2
+    assert text.count("<svg") == 3  # latency, power, temperature
 
 
 @needs_board
