@@ -26,6 +26,8 @@ MILLIVOLTS = 5000
 QUANTUM_MA = 8
 """40 uV over 5 milliohm."""
 NOISE_S = 0.05
+HELD_UP_S = 0.05
+"""A run in which the board itself stood still for longer is none, and is repeated."""
 SHARE = (1.0, 0.4, 0.25)
 """Of each rail."""
 
@@ -106,17 +108,24 @@ def enter(command, jtop, timeout):
 class Shared:
     """What the measuring process tells the board: whether it works, since when, and the model of this run."""
 
-    FORMAT = "=d6d"
+    FORMAT, HELD_UP = "=d6d", "=d"
 
     def __init__(self, path):
         path = Path(path)
         if not path.exists():
-            path.write_bytes(bytes(struct.calcsize(self.FORMAT)))
+            path.write_bytes(bytes(struct.calcsize(self.FORMAT) + struct.calcsize(self.HELD_UP)))
         with path.open("r+b") as file:
             self._map = mmap.mmap(file.fileno(), 0)
 
     def put(self, since, model):
         struct.pack_into(self.FORMAT, self._map, 0, since, *model)
+
+    def held_up(self, seconds=None):
+        """The longest that the board has stood still, for want of a processor; set if given."""
+        place = struct.calcsize(self.FORMAT)
+        if seconds is not None:
+            struct.pack_into(self.HELD_UP, self._map, place, seconds)
+        return struct.unpack_from(self.HELD_UP, self._map, place)[0]
 
     def get(self):
         since, *model = struct.unpack_from(self.FORMAT, self._map, 0)
@@ -131,6 +140,8 @@ def emulate(shared_path):
     while True:
         now = time.monotonic()
         since, (idle, dynamic, ramp, sigma, drift, block) = shared.get()
+        if now - last > shared.held_up():
+            shared.held_up(now - last)
         keep = math.exp(-(now - last) / NOISE_S)
         noise = keep * noise + sigma * math.sqrt(1 - keep**2) * rng.gauss(0, 1)
         watts = idle + drift * math.sin(now / 7) + noise
@@ -195,17 +206,25 @@ def measure(arguments):
     board = subprocess.Popen([sys.executable, __file__, "emulate", path])
     network = random_network(h=32, pairs=8, layers=2)
     engine = create("cpu", network)
+    waiting, repeated, number = list(models(arguments.runs)), 0, 0
     try:
-        for number, (kind, model) in enumerate(models(arguments.runs)):
+        while waiting:
+            number += 1
+            kind, model = waiting[0]
             whole = [*model, arguments.block]
 
             def on_block(activity, stage, whole=whole):
                 shared.put(time.monotonic() if activity != "idle" and stage == "begin" else 0.0, whole)
 
             shared.put(0.0, whole)
+            shared.held_up(0.0)
             activity = protocol.Activity("work", engine, samples_for(network, 0, 256))
             meter = protocol.open_meter(arguments.meter)[0]
             run = protocol.run([activity], meter, arguments.rounds, arguments.block, number, on_block=on_block)
+            if shared.held_up() > HELD_UP_S and repeated < arguments.runs:
+                repeated += 1
+                continue
+            waiting.pop(0)
             energy = per_step(run.trace, run.blocks, "work")
             work = [b for b in run.blocks if b.kind == "work"]
             mean = 1e6 * sum(b.end_s - b.begin_s for b in work) / sum(b.steps for b in work)
@@ -221,6 +240,7 @@ def measure(arguments):
                 "total_high": energy.total_high,
                 "true_total": (model[0] + model[1]) * mean,
                 "readings": len(run.trace.time_s),
+                "repeated": repeated,
                 "notes": run.notes,
             }
             print(json.dumps(row), flush=True)

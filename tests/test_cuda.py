@@ -134,6 +134,69 @@ def test_what_a_driver_refuses_is_explained(status, said):
     assert device._meaning("cuLaunchKernel", getattr(driver.CUresult, f"CUDA_ERROR_{status}")).startswith(said)
 
 
+@pytest.fixture(scope="session")
+def stub(orin, tmp_path_factory):
+    """Runs Python with a driver that takes every call and runs nothing; its output."""
+    compiler = shutil.which("cc")
+    if compiler is None:
+        pytest.skip("cc is missing")
+    folder = tmp_path_factory.mktemp("driver")
+    source = HERE / "driver_stub.c"
+    subprocess.run([compiler, "-shared", "-fPIC", "-o", folder / "libcuda.so.1", source, "-ldl"], check=True)
+
+    def run(code, **variables):
+        places = {"LD_LIBRARY_PATH": str(folder), "EDGE_SSM_CACHE": str(orin), "PYTHONPATH": str(HERE)}
+        head = (
+            "from networks import random_network, samples_for\n"
+            "from edge_ssm.engines import create\n"
+            "network = random_network(h=16, pairs=4, layers=2); samples = samples_for(network, 0, 3)\n"
+        )
+        command = [sys.executable, "-c", head + code]
+        environment = os.environ | places | {name: str(value) for name, value in variables.items()}
+        return subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+
+    return run
+
+
+@needs_numba_cuda
+@pytest.mark.slow
+@pytest.mark.skipif(not NO_GPU, reason="there is a GPU")
+def test_the_drivers_interface_takes_every_call(stub):
+    done = stub(
+        "engine = create('cuda', network, 1, 'block')\n"
+        "engine.step(samples[0]); engine.chunk(samples)\n"
+        "engine.restore(engine.snapshot()); engine.reset(); engine.reset(0); engine.skip(2)"
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [
+        "flags 4",
+        "function run",
+        "launch 1 x 256: 1 1 32 1",
+        "launch 1 x 256: 3 1 32 1",
+    ]
+    done = stub("create('cuda-persistent', network).step(samples[0])", STUB_POINTERS=9)
+    assert "edge_ssm.errors.RunFailed: engine 'cuda-persistent': the kernel ended by itself" in done.stderr
+    assert done.stdout.splitlines() == ["flags 1", "function serve", "launch 1 x 256: 64 1 32 1"]
+
+
+@needs_numba_cuda
+@pytest.mark.slow
+@pytest.mark.skipif(not NO_GPU, reason="there is a GPU")
+@pytest.mark.parametrize(
+    ("fail", "said"),
+    [
+        ("cuInit:100", "EngineUnavailable: engine 'cuda': cuInit failed (no device)"),
+        ("cuModuleLoadData:222", "EngineUnavailable: engine 'cuda': the driver (CUDA 12.6) does not take the kernel"),
+        ("cuMemAlloc:2", "EngineUnavailable: engine 'cuda': the GPU is out of memory; use fewer lanes"),
+        ("cuLaunchKernel:700", "RunFailed: engine 'cuda': a launch failed (illegal address)"),
+        ("cuStreamSynchronize:719", "RunFailed: engine 'cuda': a launch failed (launch failed)"),
+    ],
+)
+def test_a_driver_that_fails_is_told_apart(stub, fail, said):
+    done = stub("create('cuda', network).step(samples[0])", STUB_FAIL=fail)
+    assert said in done.stderr.splitlines()[-1]
+
+
 def test_an_unknown_gpu_is_refused():
     with pytest.raises(UsageError, match="--target 'sm_1': unknown, expected sm_72"):
         cuda_store.compile_and_keep("sm_1", None)
