@@ -6,8 +6,9 @@ import os
 from pathlib import Path
 
 
-def write(path: Path, content: bytes) -> None:
-    """Replace ``path`` by way of a temporary file beside it, flushed to disk. Raises OSError; leaves nothing behind."""
+def write(path: Path, content: bytes, durable: bool = True) -> None:
+    """Replace ``path`` by way of a temporary file beside it. ``durable``: on disk before this returns, and so after a
+    power cut too. Raises OSError; leaves nothing behind."""
     import tempfile
 
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
@@ -16,8 +17,15 @@ def write(path: Path, content: bytes) -> None:
             os.fchmod(file.fileno(), 0o644)
             file.write(content)
             file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
         os.unlink(temporary)
         raise
+    if durable:  # the new name as well
+        folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)

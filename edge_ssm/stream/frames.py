@@ -37,6 +37,8 @@ class Frame:
     """The source's own time stamp, as it stands there."""
     label: str | None = None
     """The true label, where a recording carries one. Never shown to the model."""
+    sequence: int | None = None
+    """The sender's own number of the sample, one more for each, where it has one."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,5 @@
-"""What runs tell of themselves while they run: a small file each, renewed every second, that ``edge-ssm top`` reads."""
+"""What runs tell of themselves while they run: one ``Status``, renewed every second. ``edge-ssm top`` reads it from a
+small file, the metrics and the status page from the process itself."""
 
 from __future__ import annotations
 
@@ -7,19 +8,27 @@ import stat
 import threading
 import time
 from collections import Counter, deque
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import gettempdir
 
 import msgspec
 
 from edge_ssm import atomic
+from edge_ssm.monitor import machine
+from edge_ssm.monitor.latency import LatencyHistogram
 from edge_ssm.stream.decisions import Decision, Event
 from edge_ssm.stream.loop import Account
+from edge_ssm.stream.outlets.base import Outlet
 from edge_ssm.stream.sinks import Sink
 
-VERSION = 1
+VERSION = 2
 INTERVAL_S = 1.0
-EVENTS = 8
+EVENTS = 32
+RECENT = 64
+HISTORY = 900
+"""Points kept of power and temperature over time, one an interval: 15 minutes."""
 FOLDER_VARIABLE = "EDGE_SSM_RUN"
 SYSTEM_FOLDER = Path("/run/edge-ssm")
 SUFFIX = ".status"
@@ -30,7 +39,12 @@ class Status(msgspec.Struct, frozen=True):
     version: int
     pid: int
     model: str
+    model_digest: str
     engine: str
+    profile: str | None
+    source: str
+    source_state: str
+    """waiting (nothing came yet), flowing, stale (nothing for too long), lost (no connection)."""
     started: float
     """Seconds of the epoch, as ``updated``."""
     updated: float
@@ -43,14 +57,47 @@ class Status(msgspec.Struct, frozen=True):
     labels: dict[str, int]
     last: str
     """The last decision, in words."""
-    gaps: int
-    malformed: int
+    gaps: dict[str, int]
+    """Samples that had to be filled, skipped or given up, by reason."""
+    dropped: dict[str, int]
+    """What came in, or was decided, and went nowhere, by reason: malformed, repeated, late, discarded, unfinished
+    windows; output_* are decisions."""
+    undecided: int
     resets: int
+    deadline_misses: int
+    reconnects: int
+    reloads: int
+    moves: int
+    """Between members of a family."""
+    queue: int
+    queue_size: int
+    """Lines that wait for a slow reader of decisions, and how many may; 0 where none can wait."""
+    output_problem: str
+    snapshot_age_s: float | None
+    power_w: float | None
+    temperature_c: float | None
+    """Of the hottest zone."""
+    resident_mb: float
     step_p50_us: float
     step_p99_us: float
     step_max_us: float
+    loop_age_s: float
+    """Since the loop last went round: it is stuck where this grows."""
+    ready: bool
     events: list[str]
     """The last ones, oldest first."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """One interval of the past."""
+
+    time: float
+    """Seconds of the epoch."""
+    samples_per_s: float
+    power_w: float | None
+    temperature_c: float | None
+    step_p99_us: float
 
 
 def folders() -> list[Path]:
@@ -73,78 +120,157 @@ def _own(folder: Path) -> bool:
     return stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o022
 
 
-class Live:
-    """A sink that passes everything on, and tells of it once a second from a thread of its own."""
+@dataclass
+class Facts:
+    """What a run is, beside its account. The loop's thread changes it, ``Live``'s thread reads it."""
 
-    def __init__(self, sink: Sink, model: str, engine: str, sample_rate_hz: float | None) -> None:
+    model: str
+    model_digest: str
+    engine: str
+    sample_rate_hz: float | None
+    profile: str | None = None
+    source: str = ""
+    source_state: str = "waiting"
+    ready: bool = False
+    snapshot_at: float | None = None
+    """time.monotonic() of the last one."""
+    loop_at: float = 0.0
+    """time.monotonic() of the loop's last round."""
+    power_w: float | None = None
+    """Measured by whoever watches budgets, so that a meter is opened once."""
+
+
+class Live:
+    """A sink that passes everything on, and a thread of its own that tells of it once a second."""
+
+    def __init__(self, sink: Sink, facts: Facts) -> None:
         self._sink = sink
-        self._model, self._engine, self._rate = model, engine, sample_rate_hz
+        self.facts = facts
+        self._account = Account()
         self._labels: Counter[str] = Counter()
-        self._last = ""
-        self._events: deque[str] = deque(maxlen=EVENTS)
+        self._last: Decision | None = None
+        self._recent: deque[Decision] = deque(maxlen=RECENT)
+        self._events: deque[tuple[float, str]] = deque(maxlen=EVENTS)
+        self._history: deque[Point] = deque(maxlen=HISTORY)
+        self._rates = (0.0, 0.0)
         self._started = time.time()
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
         self._path: Path | None = None
+        self.power: Callable[[], float | None] = lambda: None
+        """Watts now; called once a second from this object's thread."""
+
+    @property
+    def outlet(self) -> Outlet | None:
+        return self._sink.outlet
 
     def decision(self, decision: Decision) -> None:
         self._sink.decision(decision)
         if decision.label is not None:
             self._labels[decision.label] += 1
-            self._last = f"{decision.label} ({decision.score:.3f})"
-        else:
-            self._last = ", ".join(f"{value:.4g}" for value in decision.outputs)
+        self._last = decision
+        self._recent.append(decision)
 
     def event(self, event: Event) -> None:
         self._sink.event(event)
         details = ", ".join(f"{key} {value}" for key, value in event.details.items())
-        self._events.append(f"sample {event.sample}: {event.event}" + (f" ({details})" if details else ""))
+        self._events.append(
+            (time.time(), f"sample {event.sample}: {event.event}" + (f" ({details})" if details else ""))
+        )
 
     def watch(self, account: Account) -> None:
-        """Tell of ``account`` from now on, where a folder can be written to."""
+        """Tell of ``account`` from now on; in a file too, where a folder can be written to."""
+        self._account = account
         folder = next((folder for folder in folders() if _own(folder)), None)
-        if folder is None:
-            return
-        self._path = folder / f"{os.getpid()}{SUFFIX}"
-        self._thread = threading.Thread(target=self._tell, args=(account, self._path), name="status", daemon=True)
+        self._path = folder / f"{os.getpid()}{SUFFIX}" if folder else None
+        self._thread = threading.Thread(target=self._tell, name="status", daemon=True)
         self._thread.start()
 
-    def _tell(self, account: Account, path: Path) -> None:
-        before, samples, decisions = time.monotonic(), 0, 0
+    def _tell(self) -> None:
+        account = self._account
+        before, samples, decisions = time.monotonic(), account.samples, account.decisions
         while not self._ended.wait(INTERVAL_S):
             now = time.monotonic()
-            status = self._status(account, (account.samples - samples) / (now - before), 0.0)
-            rate = (account.decisions - decisions) / (now - before)
+            self._rates = (
+                (account.samples - samples) / (now - before),
+                (account.decisions - decisions) / (now - before),
+            )
             before, samples, decisions = now, account.samples, account.decisions
-            try:
-                atomic.write(path, msgspec.json.encode(msgspec.structs.replace(status, decisions_per_s=rate)))
-            except OSError:
-                return  # A full disk or a folder that is gone: the run itself matters more.
+            self.facts.power_w = self.power()
+            status = self.status()
+            self._history.append(
+                Point(status.updated, self._rates[0], status.power_w, status.temperature_c, status.step_p99_us)
+            )
+            if self._path is not None:
+                try:
+                    atomic.write(self._path, msgspec.json.encode(status), durable=False)
+                except OSError:
+                    self._path = None  # A full disk or a folder that is gone: the run itself matters more.
 
-    def _status(self, account: Account, samples_per_s: float, decisions_per_s: float) -> Status:
+    def status(self) -> Status:
+        """As of now. From any thread."""
+        account, facts, outlet, now = self._account, self.facts, self.outlet, time.monotonic()
         p50, p99, longest = (account.latency.percentile_ns(p) / 1e3 for p in (50, 99, 100))
+        dropped = account.dropped.copy()
+        dropped.update({"malformed": account.malformed, "discarded": account.discarded})
+        if outlet is not None:
+            dropped.update({f"output_{reason}": n for reason, n in outlet.dropped.copy().items()})
         return Status(
             version=VERSION,
             pid=os.getpid(),
-            model=self._model,
-            engine=self._engine,
+            model=facts.model,
+            model_digest=facts.model_digest,
+            engine=facts.engine,
+            profile=facts.profile,
+            source=facts.source,
+            source_state=facts.source_state,
             started=self._started,
             updated=time.time(),
-            sample_rate_hz=self._rate,
+            sample_rate_hz=facts.sample_rate_hz,
             samples=account.samples,
-            samples_per_s=samples_per_s,
+            samples_per_s=self._rates[0],
             decisions=account.decisions,
-            decisions_per_s=decisions_per_s,
-            labels=dict(self._labels),
-            last=self._last,
-            gaps=sum(account.gaps.copy().values()),
-            malformed=account.malformed,
+            decisions_per_s=self._rates[1],
+            labels=dict(self._labels.copy()),
+            last=in_words(self._last),
+            gaps=dict(account.gaps.copy()),
+            dropped={reason: n for reason, n in dropped.items() if n},
+            undecided=account.undecided,
             resets=account.resets,
+            deadline_misses=account.deadline_misses,
+            reconnects=account.reconnects,
+            reloads=account.reloads,
+            moves=account.moves,
+            queue=outlet.depth if outlet else 0,
+            queue_size=outlet.size if outlet else 0,
+            output_problem=outlet.problem if outlet else "",
+            snapshot_age_s=None if facts.snapshot_at is None else now - facts.snapshot_at,
+            power_w=facts.power_w,
+            temperature_c=max(machine.temperatures().values(), default=None),
+            resident_mb=machine.resident_mib(),
             step_p50_us=p50,
             step_p99_us=p99,
             step_max_us=longest,
-            events=list(self._events),
+            loop_age_s=now - facts.loop_at if facts.loop_at else 0.0,
+            ready=facts.ready,
+            events=[text for _, text in list(self._events)],
         )
+
+    def recent(self) -> list[Decision]:
+        """The last decisions, oldest first. From any thread."""
+        return list(self._recent)
+
+    def events(self) -> list[tuple[float, str]]:
+        """(seconds of the epoch, what happened), oldest first. From any thread."""
+        return list(self._events)
+
+    def history(self) -> list[Point]:
+        """One point an interval, oldest first. From any thread."""
+        return list(self._history)
+
+    def latency(self) -> LatencyHistogram:
+        """Of the engine's steps so far. From any thread."""
+        return self._account.latency
 
     def close(self) -> None:
         self._ended.set()
@@ -153,6 +279,14 @@ class Live:
         if self._path is not None:
             self._path.unlink(missing_ok=True)
         self._sink.close()
+
+
+def in_words(decision: Decision | None) -> str:
+    if decision is None:
+        return ""
+    if decision.label is not None:
+        return f"{decision.label} ({decision.score:.3f})"
+    return ", ".join(f"{value:.4g}" for value in decision.outputs)
 
 
 def running() -> list[Status]:

@@ -41,6 +41,14 @@ class Account:
     """Accepted samples of windows that a reset gave up, and those between a reset and the next good sample."""
     undecided: int = 0
     """Windows that ended without a decision: all skipped, or outputs not finite."""
+    dropped: Counter[str] = field(default_factory=Counter)
+    """Frames that got no sample number, by reason: repeated (already taken in), late (overtaken by a newer one)."""
+    deadline_misses: int = 0
+    """Decisions later than the sample period times the budget after their last sample came."""
+    reconnects: int = 0
+    reloads: int = 0
+    moves: int = 0
+    """Of the network: to a new artifact, and between members of a family."""
     labelled: int = 0
     correct: int = 0
     """Decisions with a true label, and those of them that are right."""

@@ -13,6 +13,7 @@ from typing import Any, TextIO
 from edge_ssm.errors import RunFailed, UsageError
 from edge_ssm.network import Network
 from edge_ssm.stream.decisions import Decision, Event
+from edge_ssm.stream.outlets.base import Outlet
 
 
 def discard(file: TextIO) -> None:
@@ -25,12 +26,17 @@ class SinkClosed(Exception):
 
 
 class Sink(ABC):
-    def __init__(self, file: TextIO, network: Network, logits: bool, truth: bool) -> None:
+    def __init__(self, file: TextIO | Outlet, network: Network, logits: bool, truth: bool) -> None:
         self._file = file
         self._names = network.labelled
         self._logits = logits
         self._truth = truth
         self._regression = network.task == "regression"
+
+    @property
+    def outlet(self) -> Outlet | None:
+        """Where the lines go, if it is more than a file."""
+        return self._file if isinstance(self._file, Outlet) else None
 
     def decision(self, decision: Decision) -> None:
         self._write(self._decision(decision))

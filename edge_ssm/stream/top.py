@@ -55,10 +55,12 @@ def page(statuses: Sequence[Status], meter: Meter | None, now: Callable[[], floa
         stale = f"   NOTHING NEW for {age:.0f} s" if age > STALE_S else ""
         lines += ["", f"{s.model}   pid {s.pid}, engine {s.engine}, up {_span(now() - s.started)}{stale}"]
         rate = "" if s.sample_rate_hz is None else f" of {s.sample_rate_hz:g}"
-        lines.append(f"  samples    {s.samples} ({s.samples_per_s:.0f}{rate} a second), {s.gaps} gaps")
+        lines.append(f"  samples    {s.samples} ({s.samples_per_s:.0f}{rate} a second), {sum(s.gaps.values())} gaps")
         lines.append(f"  decisions  {s.decisions} ({s.decisions_per_s:.1f} a second), last {s.last or '-'}")
         lines.append(f"  step       p50 {s.step_p50_us:.1f} us, p99 {s.step_p99_us:.1f} us, max {s.step_max_us:.1f} us")
-        lines.append(f"  bad rows   {s.malformed}, resets {s.resets}")
+        dropped = ", ".join(f"{n} {reason}" for reason, n in sorted(s.dropped.items()))
+        lines.append(f"  dropped    {dropped or 'nothing'}; resets {s.resets}, late decisions {s.deadline_misses}")
+        lines.append(f"  source     {s.source} ({s.source_state})" + (f", waiting {s.queue}" if s.queue else ""))
         most = max(s.labels.values(), default=1)
         for label, count in sorted(s.labels.items(), key=lambda item: -item[1])[:8]:
             lines.append(f"  {label[:20]:20} {count:8} {'#' * round(BAR * count / most)}")

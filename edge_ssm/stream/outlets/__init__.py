@@ -1,0 +1,1 @@
+"""Where formatted decisions go."""

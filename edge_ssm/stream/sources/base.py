@@ -1,0 +1,92 @@
+"""What every source is: bytes as they come, seams where they do not join, and silence."""
+
+from __future__ import annotations
+
+import random
+import time
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any
+
+from edge_ssm.stream.stop import Stop
+
+BLOCK = 1 << 16
+"""Most bytes of one ``Data``."""
+
+
+@dataclass(frozen=True, slots=True)
+class Data:
+    content: bytes
+    token: Any = None
+    """What ``Source.acknowledge`` takes, where the sender keeps what was not acknowledged (MQTT)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Seam:
+    """What follows does not continue what came before: a connection was lost or made anew. A decoder begins again."""
+
+    reason: str
+    connected: bool
+    """Whether there is a connection now."""
+
+
+class Source(ABC):
+    """Where bytes come from. Owned by one thread; a source that has threads of its own hands over through a
+    ``Mailbox``."""
+
+    name: str
+    """For messages: stdin, a path, an address."""
+    live: bool = True
+    """Samples come as they are taken: a late decision is a miss. A file's do not."""
+    datagrams: bool = False
+    """Each ``Data`` holds whole frames (UDP, MQTT): what is unfinished at its end will not be completed."""
+    ended: bool = False
+    """Nothing will come any more."""
+
+    @abstractmethod
+    def read(self, stop: Stop, seconds: float | None) -> Data | Seam | None:
+        """What is there, waiting for it ``seconds`` at most (None: for ever). None: nothing came, or a stop was asked
+        for, or ``ended``. Connections that are lost are made anew in here, with back-off.
+
+        Raises RunFailed where going on makes no sense.
+        """
+
+    def acknowledge(self, token: Any) -> None:  # noqa: B027  a sender that keeps nothing needs no answer
+        """The samples of the ``Data`` with this token, and of all before it, will not be asked for again."""
+
+    def position(self) -> dict[str, int]:
+        """Where the next ``Data`` begins, for ``seek`` after a restart; empty where a source can't go back."""
+        return {}
+
+    def seek(self, position: dict[str, int]) -> None:  # noqa: B027
+        """Go to a ``position`` of an earlier run. Ignored where it does not fit."""
+
+    @abstractmethod
+    def close(self) -> None: ...
+
+
+class BackOff:
+    """Waits between tries: 0.1 s, doubled up to ``longest_s``, each shortened at random by up to a half, so that many
+    devices do not come back at once. Success starts anew."""
+
+    SHORTEST_S = 0.1
+
+    def __init__(self, longest_s: float = 30.0) -> None:
+        self._longest_s = longest_s
+        self._next_s = self.SHORTEST_S
+        self.due = 0.0
+        """time.monotonic() from which the next try is allowed."""
+
+    def failed(self) -> float:
+        """Note a failed try; returns the seconds until the next one."""
+        wait = self._next_s * random.uniform(0.5, 1.0)
+        self._next_s = min(2 * self._next_s, self._longest_s)
+        self.due = time.monotonic() + wait
+        return wait
+
+    def succeeded(self) -> None:
+        self._next_s, self.due = self.SHORTEST_S, 0.0
+
+    @property
+    def left_s(self) -> float:
+        return max(0.0, self.due - time.monotonic())
