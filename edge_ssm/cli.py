@@ -3,29 +3,24 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import sys
 import time
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import click
 import msgspec
+from click.core import ParameterSource
 
 import edge_ssm
 from edge_ssm import artifact, profiles
-from edge_ssm.engines import ENGINES, Engine, create
-from edge_ssm.errors import EdgeSSMError, EngineUnavailable, RunFailed, UsageError
-from edge_ssm.network import Network, at_sample_rate
+from edge_ssm.engines import ENGINES
+from edge_ssm.errors import EdgeSSMError, RunFailed, UsageError
+from edge_ssm.network import Network
 from edge_ssm.stream import frames, sinks
-from edge_ssm.stream.loop import GAP_POLICIES, Account, GapPolicy, Loop
-from edge_ssm.stream.source import ByteSource
-from edge_ssm.stream.stop import Stop
-from edge_ssm.stream.windows import Windows
-
-MAX_REPORTED = 20
+from edge_ssm.stream.loop import GAP_POLICIES, Account
+from edge_ssm.stream.outlets.queued import OVERFLOWS
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -35,23 +30,32 @@ def cli() -> None:
 
 
 @cli.command("run")
-@click.argument("model")
+@click.argument("model", required=False)
+@click.option("--config", metavar="FILE", help="A service's configuration (TOML); flags that are given come first.")
 @click.option(
     "--stream",
     is_flag=True,
     help="Sample by sample, decisions as they fall due (the default, and so far the only way).",
 )
-@click.option("--input", "input_", default="-", metavar="FILE|-", help="Where samples come from.  [default: - (stdin)]")
 @click.option(
-    "--format",
-    "format_",
-    type=click.Choice(frames.FORMATS),
-    help="Of the input.  [default: by the file's name, else csv]",
+    "--input",
+    metavar="FILE|-|ADDRESS",
+    help="Where samples come from: a file, stdin, or serial:, tcp:, tcp-listen:, udp:, unix:, unix-listen:, mqtt:, "
+    "iio: and an address (docs/service.md).  [default: - (stdin)]",
 )
 @click.option(
-    "--scale", default="1", metavar="S[,S...]", help="i16le, f32le: factor to the model's units, one or one a channel."
+    "--format", type=click.Choice(frames.FORMATS), help="Of the input.  [default: by the file's name, else csv]"
 )
-@click.option("--output", default="-", metavar="FILE|-", help="Where decisions go.  [default: - (stdout)]")
+@click.option("--scale", metavar="S[,S...]", help="i16le, f32le: factor to the model's units, one or one a channel.")
+@click.option("--follow", is_flag=True, help="Go on at the end of a file, as it grows or is replaced.")
+@click.option("--stale-after", type=float, metavar="S", help="Report a sensor that is silent for so long.")
+@click.option("--time-gaps", is_flag=True, help="Take time stamps that skip samples for a gap.")
+@click.option(
+    "--output",
+    metavar="FILE|-|ADDRESS",
+    help="Where decisions go: a file, stdout, or tcp:, udp:, unix:, mqtt:, http: and an "
+    "address.  [default: - (stdout)]",
+)
 @click.option(
     "--output-format",
     type=click.Choice(sinks.FORMATS),
@@ -63,7 +67,16 @@ def cli() -> None:
     is_flag=True,
     help="Add the recording's own label (column `label`) to every decision; text shows it anyway.",
 )
-@click.option("--engine", default="auto", metavar="NAME", help=f"auto, {', '.join(ENGINES)}.  [default: auto]")
+@click.option("--append", is_flag=True, help="Add to the output file instead of replacing it.")
+@click.option("--rotate-bytes", type=int, metavar="N", help="Start another output file at this size.")
+@click.option("--rotate-keep", type=int, metavar="N", help="Older output files kept.  [default: 5]")
+@click.option("--queue", type=int, metavar="N", help="Decisions that may wait for a slow reader.  [default: 1024]")
+@click.option(
+    "--overflow",
+    type=click.Choice(OVERFLOWS),
+    help="What a full queue does.  [default: drop-oldest; wait where the input is a file or stdin]",
+)
+@click.option("--engine", metavar="NAME", help=f"auto, {', '.join(ENGINES)}.  [default: auto]")
 @click.option(
     "--hop",
     type=int,
@@ -77,13 +90,7 @@ def cli() -> None:
     metavar="HZ",
     help="Of the stream, where it is not the trained one: the step size is rescaled.",
 )
-@click.option(
-    "--gap",
-    type=click.Choice(GAP_POLICIES),
-    default="hold",
-    show_default=True,
-    help="What stands in for missing samples.",
-)
+@click.option("--gap", type=click.Choice(GAP_POLICIES), help="What stands in for missing samples.  [default: hold]")
 @click.option(
     "--max-gap",
     type=click.IntRange(min=0),
@@ -102,118 +109,60 @@ def cli() -> None:
     metavar="MS",
     help="For --chunk auto: how long the engine may take from the last sample of a chunk to its outputs.",
 )
+@click.option(
+    "--deadline",
+    type=float,
+    metavar="PERIODS",
+    help="A decision later than so many sample periods is counted as late.  [default: the profile's; 1]",
+)
 @click.option("--pace", is_flag=True, help="Replay a recording at its sample rate.")
 @click.option(
     "--profile",
-    default="auto",
-    show_default=True,
     metavar="NAME|auto|none",
-    help="Board and power mode (edge-ssm profiles list): which core, how the CPU waits for a GPU.",
+    help="Board and power mode (edge-ssm profiles list): which core, how the CPU waits for a GPU.  [default: auto]",
+)
+@click.option("--affinity", type=int, multiple=True, metavar="CORE", help="Keep to this core; may be repeated.")
+@click.option("--fifo", type=int, metavar="PRIORITY", help="Real-time priority (SCHED_FIFO) of the loop, 1 to 98.")
+@click.option("--state", metavar="DIR", help="Keep snapshots there, and go on from the last one.")
+@click.option("--snapshot-interval", type=float, metavar="S", help="[default: 10]")
+@click.option("--reload", is_flag=True, help="Take a new MODEL over on SIGHUP or when its file changes.")
+@click.option(
+    "--member", multiple=True, metavar="FILE", help="A smaller model of the same family to move to under pressure."
+)
+@click.option("--max-misses", type=float, metavar="SHARE", help="Of late decisions before a move.  [default: 0.01]")
+@click.option("--max-power", type=float, metavar="W", help="Power before a move.  [default: the profile's]")
+@click.option("--max-temperature", type=float, metavar="C", help="Temperature before a move.  [default: the profile's]")
+@click.option("--settle", type=float, metavar="S", help="Between two moves.  [default: 30]")
+@click.option("--listen", metavar="HOST:PORT", help="Status page, /healthz and /readyz there; :PORT is loopback only.")
+@click.option("--prometheus", is_flag=True, help="Metrics too, at /metrics.")
+@click.option(
+    "--require-signature",
+    multiple=True,
+    metavar="KEYFILE",
+    help="Take only models that this Ed25519 key signed; may be repeated.",
 )
 @click.option("--strict", is_flag=True, help="Stop at the first malformed row.")
-def run(model: str, stream: bool, **options: Any) -> None:
+@click.pass_context
+def run(context: click.Context, /, config: str | None, stream: bool, **options: Any) -> None:
     """Classify a sensor stream with MODEL, an artifact of edge-ssm-build."""
-    network = artifact.load(model).network
-    if (rate := options["sample_rate"]) is not None:
-        network = at_sample_rate(network, rate)
-    pace = network.input.sample_rate_hz
-    if options["pace"] and pace is None:
-        raise UsageError("--pace: the model states no sample rate; give --sample-rate")
-    windows = Windows(network, options["hop"], options["carry"])
-    source = ByteSource(options["input_"])
-    if options["input_"] == "-" and sys.stdin.isatty():
-        click.echo("edge-ssm: reading samples from the terminal, Ctrl-D ends", err=True)
-    codec = options["format_"] or frames.guess_format(options["input_"])
-    decoder = frames.decoder(codec, network.input, _scale(options["scale"]))
-    named = _firmware_profile(options["profile"])
-    engine, why = _engine(options["engine"], network, windows.lanes, named)
-    sink = sinks.open_sink(options["output"], options["output_format"], network, options["logits"], options["truth"])
-    gap: GapPolicy = options["gap"]
-    default = str(named.profile.runtime.chunk) if named else "1"
-    chunk = _chunk(options["chunk"] or default, options["latency_budget"], engine, windows)
-    from edge_ssm.stream.live import Live
+    from edge_ssm.service import configuration, running
 
-    live = Live(sink, model, engine.name, pace)
-    loop = Loop(engine, windows, live, gap, options["max_gap"], options["strict"], _Reporter(source.name), chunk)
-    live.watch(loop.account)
-    try:
-        with Stop() as stop:
-            account = loop.run(source, decoder, stop, pace if options["pace"] else None)
-    finally:
-        source.close()
-        live.close()
-    if engine.lost:
-        why += f", lost in mid-stream ({engine.lost}); {engine.name} took over"
-    click.echo(summary(account, network, why, chunk), err=True)
+    given = {
+        name: list(value) if isinstance(value, tuple) else value
+        for name, value in options.items()
+        if context.get_parameter_source(name) is not ParameterSource.DEFAULT
+    }
+    settings = configuration.settings(config, given)
+    if settings.input == "-" and sys.stdin.isatty():
+        click.echo("edge-ssm: reading samples from the terminal, Ctrl-D ends", err=True)
+    outcome = running.run(settings, lambda line: click.echo(f"edge-ssm: {line}", err=True))
+    account, network = outcome.account, outcome.network
+    click.echo(summary(account, network, outcome.engine, outcome.chunk), err=True)
     if account.malformed and not account.samples:
         raise EdgeSSMError(
-            f"{source.name}: no valid sample among {account.malformed} rows; expected {codec} with "
+            f"{outcome.source}: no valid sample among {account.malformed} rows; expected {outcome.format} with "
             f"{len(network.input.channels)} channels ({', '.join(network.input.channels)})"
         )
-
-
-def _engine(name: str, network: Network, lanes: int, named: profiles.NamedProfile | None) -> tuple[Engine, str]:
-    """The engine, and its name with the reason where "auto" chose it."""
-    from edge_ssm.engines import choice, compiled
-
-    def say() -> None:
-        click.echo("edge-ssm: compiling for this processor, once; takes some seconds", err=True)
-
-    runtime = named.profile.runtime if named else None
-    gpu_waits = runtime.gpu_waits if runtime else "spin"
-    if name in ("auto", "cpu", "cpu-float32"):
-        with suppress(EngineUnavailable):  # said again, or gone around, by what follows
-            compiled.load(say)
-    if name != "auto":
-        return create(name, network, lanes, gpu_waits), name
-    engine, trial = choice.choose(network, lanes, gpu_waits, runtime.engines if runtime else None)
-    return engine, f"{engine.name} (by trial: {trial.why()})"
-
-
-def _chunk(text: str, budget_ms: float | None, engine: Engine, windows: Windows) -> int:
-    from edge_ssm.stream import chunks
-
-    if text != "auto":
-        if budget_ms is not None:
-            raise UsageError("--latency-budget: only with --chunk auto")
-        try:
-            size = int(text)
-        except ValueError:
-            size = 0
-        if not 1 <= size <= chunks.LARGEST:
-            raise UsageError(f"--chunk {text!r}: expected auto, or 1 to {chunks.LARGEST} samples")
-        return size
-    if budget_ms is None or not math.isfinite(budget_ms):
-        raise UsageError("--chunk auto: needs --latency-budget, in milliseconds")
-    network = engine.network
-    wait = 0.0
-    if network.pooling == "none":
-        if network.input.sample_rate_hz is None:
-            raise UsageError("--chunk auto: the model states no sample rate; give --sample-rate")
-        wait = 1 / network.input.sample_rate_hz
-    return chunks.largest(engine, windows.hop if wait == 0 else chunks.LARGEST, budget_ms / 1e3, wait)
-
-
-def _scale(text: str) -> list[float]:
-    try:
-        return [float(part) for part in text.split(",")]
-    except ValueError:
-        raise UsageError(f"--scale {text!r}: expected numbers separated by commas") from None
-
-
-class _Reporter:
-    """Malformed rows on stderr, the first ones only: a babbling sensor must not fill a log. All are counted."""
-
-    def __init__(self, source: str) -> None:
-        self._source = source
-        self._count = 0
-
-    def __call__(self, line: str) -> None:
-        self._count += 1
-        if self._count <= MAX_REPORTED:
-            click.echo(f"edge-ssm: {self._source}, {line}", err=True)
-        if self._count == MAX_REPORTED:
-            click.echo("edge-ssm: further malformed rows are counted, not shown", err=True)
 
 
 def summary(account: Account, network: Network, engine: str, chunk: int = 1) -> str:

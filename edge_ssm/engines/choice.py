@@ -136,6 +136,26 @@ def _samples(network: Network, lanes: int) -> Array:
     return samples
 
 
+def _inaccuracy(engine: Engine, samples: Array, exact: Array) -> str:
+    """What is wrong with an engine's outputs; empty if nothing is."""
+    found, tolerance = engine.chunk(samples), engine.network.tolerance
+    error = float(np.abs(found - exact).max())
+    # Outputs of a network that blows its input up are held to their own size.
+    if error <= tolerance * max(1.0, float(np.abs(exact).max()) / ORDINARY):
+        return ""
+    return f"its outputs are off by {error:.1e}, more than {tolerance:.1e}"
+
+
+def self_test(engine: Engine) -> str:
+    """What is wrong with an engine, by some samples beside the reference; empty if nothing is. Its state is reset."""
+    from edge_ssm.engines.reference import ReferenceEngine
+
+    samples = _samples(engine.network, engine.lanes)
+    problem = _inaccuracy(engine, samples, ReferenceEngine(engine.network, engine.lanes).chunk(samples))
+    engine.reset()
+    return problem
+
+
 def _tried(network: Network, lanes: int, gpu_waits: str, allowed: Sequence[str] | None) -> Trial:
     from edge_ssm.engines import candidates
     from edge_ssm.engines.reference import ReferenceEngine
@@ -151,12 +171,10 @@ def _tried(network: Network, lanes: int, gpu_waits: str, allowed: Sequence[str] 
         except EngineUnavailable as error:
             unavailable[name] = str(error)
             continue
-        error_found = float(np.abs(engine.chunk(samples) - exact).max())
-        # Outputs of a network that blows its input up are held to their own size.
-        if error_found <= network.tolerance * max(1.0, float(np.abs(exact).max()) / ORDINARY):
-            made[name] = engine
+        if problem := _inaccuracy(engine, samples, exact):
+            inaccurate[name] = problem
         else:
-            inaccurate[name] = f"its outputs are off by {error_found:.1e}, more than {network.tolerance:.1e}"
+            made[name] = engine
     if not made:
         raise EngineUnavailable("; ".join(unavailable.values()) or "no engine that the profile allows is here")
     timed = list(samples[:STEPS])

@@ -68,6 +68,10 @@ class Meter(ABC):
     def read(self) -> Reading | None:
         """Now; None if nothing new is there yet. Raises MeterLost."""
 
+    def total_w(self, reading: Reading) -> float:
+        """What the board (RAPL: the processor) takes, by one of its readings."""
+        return sum(w for rail, w in zip(self.rails, reading.watts, strict=True) if rail.name in self.total)
+
     def close(self) -> None:  # noqa: B027  most have nothing to close
         """Nothing is held by the meters that are files."""
 

@@ -14,7 +14,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -61,6 +61,23 @@ class FrameDecoder(ABC):
     def finish(self) -> Iterator[Frame | Malformed]:
         """What is left when the source has ended."""
 
+    def restart(self) -> Iterator[Malformed]:
+        """Begin anew after a seam (a lost connection): what is unfinished may be cut short and is no frame."""
+        for item in self.finish():
+            yield item if isinstance(item, Malformed) else Malformed("last row", "cut off by a lost connection")
+
+    @property
+    def pending(self) -> int:
+        """Bytes that were fed and wait for the rest of their frame."""
+        return 0
+
+    def state(self) -> dict[str, Any]:
+        """What was learnt from the stream's beginning (a header), for JSON; ``resume`` takes it after a restart."""
+        return {}
+
+    def resume(self, state: dict[str, Any]) -> None:  # noqa: B027
+        """Read on in the middle of a stream, with what another decoder learnt. Ignores what does not fit."""
+
 
 class _LineDecoder(FrameDecoder):
     """Splits bytes into lines (\\n or \\r\\n, UTF-8) and keeps no more than MAX_LINE bytes of an unfinished one."""
@@ -86,6 +103,10 @@ class _LineDecoder(FrameDecoder):
         tail, self._tail = self._tail, b""
         if tail.strip() or self._discarding:
             yield from self._one(tail)
+
+    @property
+    def pending(self) -> int:
+        return len(self._tail)
 
     def _one(self, line: bytes) -> Iterator[Frame | Malformed]:
         self.line += 1
@@ -146,6 +167,7 @@ class CsvDecoder(_LineDecoder):
     def __init__(self, spec: InputSpec) -> None:
         super().__init__(spec)
         self._columns: list[int] | None = None
+        self._beginning = True
         self._width = len(self.channels)
         self._label: int | None = None
         self._time: int | None = None
@@ -155,10 +177,12 @@ class CsvDecoder(_LineDecoder):
             row = next(csv.reader([text])) if '"' in text else text.split(",")
         except (csv.Error, StopIteration):
             return self._malformed("not a CSV row")
-        if self._columns is None:
+        if self._beginning:
             numbers = [_number(field) for field in row]
             if None in numbers and all(n is None or math.isnan(n) for n in numbers):
                 return self._read_header(text, [field.strip() for field in row])
+            self._beginning = False
+        if self._columns is None:
             self._columns = list(range(self._width))
         if len(row) != self._width:
             return self._malformed(f"{len(row)} fields, expected {self._width}")
@@ -171,6 +195,24 @@ class CsvDecoder(_LineDecoder):
         time = None if self._time is None else _time_stamp(row[self._time])
         label = None if self._label is None else row[self._label].strip() or None
         return Frame(values, time, label)
+
+    def restart(self) -> Iterator[Malformed]:
+        yield from super().restart()
+        self._beginning = True  # a new connection may send its header again
+
+    def state(self) -> dict[str, Any]:
+        if self._columns is None:
+            return {}
+        return {"columns": self._columns, "width": self._width, "label": self._label, "time": self._time}
+
+    def resume(self, state: dict[str, Any]) -> None:
+        columns, width = state.get("columns"), state.get("width")
+        if not isinstance(columns, list) or len(columns) != len(self.channels) or not isinstance(width, int):
+            return
+        spare = [place for place in (state.get("label"), state.get("time")) if place is not None]
+        if all(isinstance(place, int) and 0 <= place < width for place in [*columns, *spare]):
+            self._columns, self._width = columns, width
+            self._label, self._time = state.get("label"), state.get("time")
 
     def _read_header(self, text: str, header: list[str]) -> Malformed | None:
         named = set(re.split(r"[,;\s]+", text)) & set(self.channels)
@@ -268,6 +310,10 @@ class BinaryDecoder(FrameDecoder):
             values = rows.astype(np.float64) * self._scale
         for row in values:
             yield Frame(row)
+
+    @property
+    def pending(self) -> int:
+        return len(self._tail)
 
     def finish(self) -> Iterator[Frame | Malformed]:
         if self._tail:

@@ -18,6 +18,7 @@ import msgspec
 from edge_ssm import atomic
 from edge_ssm.monitor import machine
 from edge_ssm.monitor.latency import LatencyHistogram
+from edge_ssm.network import Network
 from edge_ssm.stream.decisions import Decision, Event
 from edge_ssm.stream.loop import Account
 from edge_ssm.stream.outlets.base import Outlet
@@ -67,8 +68,10 @@ class Status(msgspec.Struct, frozen=True):
     deadline_misses: int
     reconnects: int
     reloads: int
+    reload_failures: int
     moves: int
     """Between members of a family."""
+    engine_losses: int
     queue: int
     queue_size: int
     """Lines that wait for a slow reader of decisions, and how many may; 0 where none can wait."""
@@ -164,6 +167,10 @@ class Live:
     def outlet(self) -> Outlet | None:
         return self._sink.outlet
 
+    def adopt(self, network: Network) -> None:
+        """Decisions are another network's from now on."""
+        self._sink.adopt(network)
+
     def decision(self, decision: Decision) -> None:
         self._sink.decision(decision)
         if decision.label is not None:
@@ -240,7 +247,9 @@ class Live:
             deadline_misses=account.deadline_misses,
             reconnects=account.reconnects,
             reloads=account.reloads,
+            reload_failures=account.reload_failures,
             moves=account.moves,
+            engine_losses=account.engine_losses,
             queue=outlet.depth if outlet else 0,
             queue_size=outlet.size if outlet else 0,
             output_problem=outlet.problem if outlet else "",

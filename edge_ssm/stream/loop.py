@@ -4,25 +4,30 @@ from __future__ import annotations
 
 import time as clock
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Annotated, Any, Literal, Protocol
 
+import msgspec
 import numpy as np
 
-from edge_ssm.engines import Engine
-from edge_ssm.errors import RunFailed, UsageError
+from edge_ssm.engines import Engine, Snapshot
+from edge_ssm.errors import RunFailed, SnapshotError, UsageError
 from edge_ssm.monitor.latency import LatencyHistogram
 from edge_ssm.network import Array, input_range
 from edge_ssm.stream.decisions import Decision, Event, decide
 from edge_ssm.stream.frames import Frame, FrameDecoder, Malformed
 from edge_ssm.stream.sinks import SinkClosed
-from edge_ssm.stream.source import ByteSource
+from edge_ssm.stream.sources.base import Data, Seam, Source
 from edge_ssm.stream.stop import Stop
-from edge_ssm.stream.windows import Windows
+from edge_ssm.stream.windows import Number, Windows, WindowsState
 
 GapPolicy = Literal["hold", "skip", "reset"]
 GAP_POLICIES: tuple[GapPolicy, ...] = ("hold", "skip", "reset")
+ROUND_S = 0.1
+"""At most so long between two rounds of the attendant, data or not."""
+LONGEST_LOSS = 1 << 24
+"""A sequence number further ahead is no gap: the sender counts anew."""
 
 
 @dataclass
@@ -33,7 +38,8 @@ class Account:
     """Frames accepted, each with a sample number; gaps are among them."""
     decisions: int = 0
     gaps: Counter[str] = field(default_factory=Counter)
-    """Samples that the engine could not be given as they were, by reason: missing, out_of_range."""
+    """Samples that the engine could not be given as they were, by reason: missing, out_of_range, lost (the sender's
+    sequence numbers or time stamps skip them), stopped (this program did not run)."""
     malformed: int = 0
     """Rows or trailing bytes that are no frame; they get no sample number."""
     resets: int = 0
@@ -47,8 +53,11 @@ class Account:
     """Decisions later than the sample period times the budget after their last sample came."""
     reconnects: int = 0
     reloads: int = 0
+    reload_failures: int = 0
     moves: int = 0
-    """Of the network: to a new artifact, and between members of a family."""
+    """Of the network: to a new artifact, one that was refused, and between members of a family."""
+    engine_losses: int = 0
+    """Engines that failed in mid-stream; another one took over."""
     labelled: int = 0
     correct: int = 0
     """Decisions with a true label, and those of them that are right."""
@@ -60,6 +69,19 @@ class Account:
     ended_by: str = "end of input"
 
 
+class LoopState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What a loop must know to go on after a restart, beside its engine's state."""
+
+    windows: WindowsState
+    held: list[float | None]
+    in_gap: Number
+    waiting: bool
+    sequence: Annotated[int, msgspec.Meta(ge=-(1 << 62), lt=1 << 62)] | None
+    stamp: float | None
+    counts: dict[str, Number]
+    """Of ``Account``, the whole numbers; and gap.* and dropped.*."""
+
+
 class Decisions(Protocol):
     """What a loop hands its decisions to (``sinks.Sink``)."""
 
@@ -67,8 +89,43 @@ class Decisions(Protocol):
     def event(self, event: Event) -> None: ...
 
 
+class Attendant:
+    """Who looks after a loop while it runs, from the loop's own thread (``service.attendant``); this one does not."""
+
+    def between_samples(self) -> None:
+        """At least every ROUND_S; nothing is half done, but a block of input may be."""
+
+    def between_blocks(self, source: Source, token: Any) -> None:
+        """All that was read is stepped; ``token`` is the last one that ``source`` gave."""
+
+    def seam(self, connected: bool) -> None:
+        """The source lost its connection, or has one."""
+
+
+_COUNTS = (
+    "samples",
+    "decisions",
+    "malformed",
+    "resets",
+    "discarded",
+    "undecided",
+    "deadline_misses",
+    "reconnects",
+    "reloads",
+    "reload_failures",
+    "moves",
+    "engine_losses",
+    "labelled",
+    "correct",
+)
+
+
 class Loop:
-    """Joins an engine, windows and a sink. ``engine.lanes`` must be ``windows.lanes``."""
+    """Joins an engine, windows and a sink. ``engine.lanes`` must be ``windows.lanes``.
+
+    ``deadline_s``: how long after a sample came its decision is on time; None: not counted. ``stamps_hz``: fill what
+    the frames' own time stamps skip, at this sample rate.
+    """
 
     def __init__(
         self,
@@ -80,6 +137,9 @@ class Loop:
         strict: bool = False,
         report: Callable[[str], None] = lambda line: None,
         chunk: int = 1,
+        deadline_s: float | None = None,
+        stale_after_s: float | None = None,
+        stamps_hz: float | None = None,
     ) -> None:
         if engine.lanes != windows.lanes:
             raise UsageError(f"engine has {engine.lanes} lanes, the windows need {windows.lanes}")
@@ -88,47 +148,131 @@ class Loop:
         self._windows = windows
         self._sink = sink
         self._gap_policy = gap
-        self._max_gap = windows.longest_gap if max_gap is None else max_gap
+        self._given_max_gap = max_gap
         self._strict = strict
         self._report = report
         self._chunk = chunk
+        self._deadline_s = deadline_s
+        self._stale_after_s = stale_after_s
+        self._stamps_hz = stamps_hz
         self._pending: list[tuple[Array, Frame, bool]] = []  # accepted and not yet stepped: values, frame, gap
         self.account = Account()
         self._held = np.full(engine.network.d_input, np.nan)
         self._in_gap = 0
         self._waiting = False  # after a reset within a gap, until the next good sample
+        self._sequence: int | None = None
+        self._stamp: float | None = None
+        self._reorder = 0
+        self._came_at = 0.0
+        self._next_round = 0.0
+        self.stale = False
+        self._at_rest: Callable[[], None] | None = None
 
-    def run(self, source: ByteSource, decoder: FrameDecoder, stop: Stop, pace_hz: float | None = None) -> Account:
+    @property
+    def engine(self) -> Engine:
+        return self._engine
+
+    @property
+    def windows(self) -> Windows:
+        return self._windows
+
+    @property
+    def _max_gap(self) -> int:
+        return self._windows.longest_gap if self._given_max_gap is None else self._given_max_gap
+
+    def run(
+        self,
+        source: Source,
+        decoder: FrameDecoder,
+        stop: Stop,
+        pace_hz: float | None = None,
+        attendant: Attendant | None = None,
+    ) -> Account:
         """Until the source ends, a signal comes, or the reader of the output goes away.
 
         ``pace_hz`` holds a recording back to that many samples a second. Raises RunFailed for a malformed row
         when ``strict``.
         """
         account = self.account
-        began = clock.perf_counter()
+        attendant = attendant or Attendant()
+        self._reorder = source.reorder
+        began, paced = clock.monotonic(), 0
+        self._came_at = began
+        token: Any = None
         try:
-            for data in source.blocks(stop):
-                for item in decoder.feed(data):
+            while not stop.requested and not source.ended:
+                received = source.read(stop, ROUND_S)
+                if isinstance(received, Data):
+                    self._came()
+                    items: Iterator[Frame | Malformed] = decoder.feed(received.content)
+                    token = received.token if received.token is not None else token
+                elif isinstance(received, Seam):
+                    self._seam(received, attendant)
+                    items = decoder.restart()
+                else:
+                    self._watch_silence()
+                    attendant.between_samples()
+                    attendant.between_blocks(source, token)
+                    continue
+                for item in items:
                     if pace_hz is not None:
-                        ahead = began + account.samples / pace_hz - clock.perf_counter()
-                        if ahead > 0:
-                            stop.wait(seconds=ahead)
-                        if stop.requested:
+                        paced += 1
+                        if not self._wait_until(began + paced / pace_hz, stop, attendant):
                             break
                     # Without pacing a stop ends after the block at hand: what was read is decided.
                     self._item(item)
+                    if clock.monotonic() >= self._next_round:
+                        self._next_round = clock.monotonic() + ROUND_S
+                        attendant.between_samples()
+                else:
+                    if source.datagrams and isinstance(received, Data):
+                        for item in decoder.finish():
+                            self._item(item)
+                    attendant.between_blocks(source, token)
             if stop.requested:
                 account.ended_by = "signal"
             else:
                 for item in decoder.finish():
                     self._item(item)
             self._flush()
+            if not stop.requested or pace_hz is None:
+                attendant.between_blocks(source, token)
         except SinkClosed:
             account.ended_by = "closed output"
         finally:
             account.unfinished = self._windows.unfinished
-            account.seconds = clock.perf_counter() - began
+            account.seconds = clock.monotonic() - began
         return account
+
+    def _wait_until(self, due: float, stop: Stop, attendant: Attendant) -> bool:
+        """False: a stop was asked for."""
+        while (ahead := due - clock.monotonic()) > 0 and not stop.requested:
+            stop.wait(seconds=min(ahead, ROUND_S))
+            attendant.between_samples()
+        self._came_at = max(due, self._came_at)
+        return not stop.requested
+
+    def _came(self) -> None:
+        self._came_at = clock.monotonic()
+        if self.stale:
+            self.stale = False
+            self._sink.event(Event("flowing", self._windows.sample))
+
+    def _watch_silence(self) -> None:
+        silent = clock.monotonic() - self._came_at
+        if self._stale_after_s is not None and silent > self._stale_after_s and not self.stale:
+            self._flush()
+            self.stale = True
+            self._sink.event(Event("stale", self._windows.sample, {"seconds": round(silent, 3)}))
+
+    def _seam(self, seam: Seam, attendant: Attendant) -> None:
+        if seam.connected:
+            self.account.reconnects += 1
+        attendant.seam(seam.connected)
+        self._report(seam.reason)
+        self._sink.event(
+            Event("connected" if seam.connected else "disconnected", self._windows.sample, {"reason": seam.reason})
+        )
 
     def _item(self, item: Frame | Malformed) -> None:
         if isinstance(item, Frame):
@@ -141,20 +285,64 @@ class Loop:
         self._report(f"{item.where}: {item.problem}; left out")
 
     def _frame(self, frame: Frame) -> None:
+        if frame.sequence is not None:
+            if not self._in_sequence(frame.sequence):
+                return
+        elif self._stamps_hz is not None and isinstance(frame.time, (int, float)):
+            self._in_time(frame.time, self._stamps_hz)
         self.account.samples += 1
         bad = self._range.bad(frame.values)
         if bad.any():
-            self._gap(frame, bad)
+            self._gap(frame, bad, "missing" if np.isnan(frame.values[bad]).all() else "out_of_range")
             return
         self._held = frame.values
         self._in_gap = 0
         self._waiting = False
         self._advance(frame.values, frame)
 
-    def _gap(self, frame: Frame, bad: Array) -> None:
+    def _in_sequence(self, number: int) -> bool:
+        """Fill what the sender's numbers skip. False: this sample was already there, or comes too late."""
+        last, self._sequence = self._sequence, number
+        if last is None or number == last + 1:
+            return True
+        if last - self._reorder < number <= last:
+            self._sequence = last
+            self.account.dropped["late" if self._reorder < 1 << 20 else "repeated"] += 1
+            return False
+        if number <= last or number - last > LONGEST_LOSS:
+            self._flush()
+            self._sink.event(Event("sender_restarted", self._windows.sample, {"sequence": number, "before": last}))
+            if self._gap_policy == "reset":
+                self._restart("reset", reason="sender restarted")
+            return True
+        self.lost(number - last - 1, "lost")
+        return True
+
+    def _in_time(self, stamp: float, hz: float) -> None:
+        last, self._stamp = self._stamp, stamp
+        if last is not None and (skipped := round((stamp - last) * hz) - 1) > 0 and skipped < LONGEST_LOSS:
+            self.lost(skipped, "lost")
+
+    def lost(self, samples: int, reason: str) -> None:
+        """Samples that were taken and never came: they get numbers, and are filled by the gap policy."""
+        account, blank = self.account, Frame(np.full(self._engine.network.d_input, np.nan))
+        bad = np.ones(self._engine.network.d_input, dtype=bool)
+        for i in range(samples):
+            if self._waiting:
+                rest = samples - i
+                account.samples += rest
+                account.gaps[reason] += rest
+                account.discarded += rest
+                self._in_gap += rest
+                self._windows.pass_over(rest)
+                return
+            account.samples += 1
+            self._gap(blank, bad, reason)
+
+    def _gap(self, frame: Frame, bad: Array, reason: str) -> None:
         """A sample that must not reach the state: fill it, skip it, or give the window up."""
         account = self.account
-        account.gaps["missing" if np.isnan(frame.values[bad]).all() else "out_of_range"] += 1
+        account.gaps[reason] += 1
         self._in_gap += 1
         if not self._waiting and (self._gap_policy == "reset" or self._in_gap > self._max_gap):
             self._flush()
@@ -231,6 +419,11 @@ class Loop:
             account.labelled += 1
             account.correct += decision.label == decision.truth
         self._sink.decision(decision)
+        if self._deadline_s is not None and clock.monotonic() - self._came_at > self._deadline_s:
+            account.deadline_misses += 1
+        if self._at_rest is not None and windows.resting:
+            act, self._at_rest = self._at_rest, None
+            act()
 
     def _restart(self, event: str, **details: Any) -> None:
         """Zero state, and the next window starts with the next sample; said in the output and counted."""
@@ -239,3 +432,66 @@ class Loop:
         self.account.discarded += lost
         self._engine.reset()
         self._sink.event(Event(event, self._windows.sample, {**details, "discarded": lost}))
+
+    def note(self, event: str, **details: Any) -> None:
+        """An event of whoever attends to this loop, at the next sample."""
+        self._flush()
+        self._sink.event(Event(event, self._windows.sample, details))
+
+    def at_rest(self, act: Callable[[], None]) -> None:
+        """Call ``act`` once no window is open, between two samples; now, if none is. One that waits is replaced."""
+        self._flush()
+        if self._windows.resting:
+            act()
+        else:
+            self._at_rest = act
+
+    def swap(self, engine: Engine, windows: Windows | None = None) -> None:
+        """Go on with another engine, between two samples. Its state is the caller's to hand over (``handover``).
+
+        ``windows``: where the new network's differ; those that are open are given up. Raises UsageError if the engine
+        does not fit.
+        """
+        self._flush()
+        if engine.lanes != (windows or self._windows).lanes or engine.network.d_input != self._engine.network.d_input:
+            raise UsageError("the new network does not fit this stream: other input channels or windows")
+        if windows is not None:
+            self.account.discarded += self._windows.restart()
+            windows.pass_over(self._windows.sample)
+            self._windows = windows
+        self._engine = engine
+        self._range = input_range(engine.network)
+
+    def state(self) -> tuple[LoopState, Snapshot]:
+        """What a restart needs, with all that came in stepped."""
+        self._flush()
+        counts = {name: getattr(self.account, name) for name in _COUNTS}
+        counts |= {f"gap.{reason}": n for reason, n in self.account.gaps.items()}
+        counts |= {f"dropped.{reason}": n for reason, n in self.account.dropped.items()}
+        held = [None if np.isnan(value) else float(value) for value in self._held]
+        state = LoopState(self._windows.state(), held, self._in_gap, self._waiting, self._sequence, self._stamp, counts)
+        return state, self._engine.snapshot()
+
+    def restore(self, state: LoopState, snapshot: Snapshot) -> None:
+        """Go on where ``state`` was taken. Raises SnapshotError if it belongs to another network or other windows."""
+        if len(state.held) != len(self._held):
+            raise SnapshotError(f"snapshot: {len(state.held)} channels, expected {len(self._held)}; start without it")
+        before = self._engine.snapshot()
+        self._engine.restore(snapshot)
+        try:
+            self._windows.restore(state.windows)
+        except SnapshotError:
+            self._engine.restore(before)
+            raise
+        self._held = np.array([np.nan if value is None else value for value in state.held])
+        self._in_gap, self._waiting = state.in_gap, state.waiting
+        self._sequence, self._stamp = state.sequence, state.stamp
+        for name in _COUNTS:
+            setattr(self.account, name, state.counts.get(name, 0))
+        for kind, counter in (("gap.", self.account.gaps), ("dropped.", self.account.dropped)):
+            counter.update({name[len(kind) :]: n for name, n in state.counts.items() if name.startswith(kind)})
+
+    @property
+    def numbered(self) -> bool:
+        """Whether the sender numbers its samples, so that what is missing will show."""
+        return self._sequence is not None

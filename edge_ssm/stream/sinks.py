@@ -10,7 +10,7 @@ import sys
 from abc import ABC, abstractmethod
 from typing import Any, TextIO
 
-from edge_ssm.errors import RunFailed, UsageError
+from edge_ssm.errors import RunFailed
 from edge_ssm.network import Network
 from edge_ssm.stream.decisions import Decision, Event
 from edge_ssm.stream.outlets.base import Outlet
@@ -28,15 +28,19 @@ class SinkClosed(Exception):
 class Sink(ABC):
     def __init__(self, file: TextIO | Outlet, network: Network, logits: bool, truth: bool) -> None:
         self._file = file
-        self._names = network.labelled
         self._logits = logits
         self._truth = truth
-        self._regression = network.task == "regression"
+        self.adopt(network)
 
     @property
     def outlet(self) -> Outlet | None:
         """Where the lines go, if it is more than a file."""
         return self._file if isinstance(self._file, Outlet) else None
+
+    def adopt(self, network: Network) -> None:
+        """Write decisions of another network from now on."""
+        self._names = network.labelled
+        self._regression = network.task == "regression"
 
     def decision(self, decision: Decision) -> None:
         self._write(self._decision(decision))
@@ -56,7 +60,8 @@ class Sink(ABC):
             self._file.write(text)
             self._file.flush()
         except OSError as error:
-            discard(self._file)
+            if not isinstance(self._file, Outlet):
+                discard(self._file)
             if isinstance(error, BrokenPipeError):
                 raise SinkClosed from None
             raise RunFailed(f"output: can't be written ({error.strerror}); decisions from here on are lost") from None
@@ -157,20 +162,18 @@ _SINKS: dict[str, type[Sink]] = {"ndjson": NdjsonSink, "csv": CsvSink, "text": T
 FORMATS = tuple(_SINKS)
 
 
-def open_sink(path: str, form: str | None, network: Network, logits: bool, truth: bool) -> Sink:
-    """A sink on a file, or on standard output for "-". ``form`` None: text on a terminal, csv for *.csv, else ndjson.
+def stdout() -> TextIO:
+    """Standard output, which takes a label that its encoding lacks."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+    return sys.stdout
 
-    Raises UsageError if the file can't be written.
-    """
-    if path == "-":
-        file: TextIO = sys.stdout
-        default = "text" if file.isatty() else "ndjson"
-        if isinstance(file, io.TextIOWrapper):
-            file.reconfigure(errors="backslashreplace")  # a label may not exist in the terminal's encoding
-    else:
-        default = "csv" if path.endswith(".csv") else "ndjson"
-        try:
-            file = open(path, "w", encoding="utf-8")  # noqa: SIM115  closed by Sink.close
-        except OSError as error:
-            raise UsageError(f"{path}: can't be written ({error.strerror})") from None
-    return _SINKS[form or default](file, network, logits, truth)
+
+def stdout_format() -> str:
+    """What suits standard output: text on a terminal."""
+    return "text" if sys.stdout.isatty() else "ndjson"
+
+
+def make(form: str, file: TextIO | Outlet, network: Network, logits: bool, truth: bool) -> Sink:
+    """A sink that writes ``form``, one of FORMATS, to ``file``."""
+    return _SINKS[form](file, network, logits, truth)

@@ -15,8 +15,11 @@ class Stop:
     For the main thread only.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, hangups: bool = False) -> None:
         self.requested = False
+        self.hangups = 0
+        """How often SIGHUP came; without ``hangups`` it ends the process, as ever."""
+        self._counts_hangups = hangups
         self._reader, self._writer = os.pipe()
         os.set_blocking(self._writer, False)
         os.set_blocking(self._reader, False)
@@ -27,6 +30,8 @@ class Stop:
         self._wakeup = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
         for number in (signal.SIGINT, signal.SIGTERM):
             self._previous[number] = signal.signal(number, self._on_signal)
+        if self._counts_hangups:
+            self._previous[signal.SIGHUP] = signal.signal(signal.SIGHUP, self._on_hangup)
         return self
 
     def __exit__(
@@ -44,6 +49,9 @@ class Stop:
             signal.raise_signal(number)
         self.requested = True
 
+    def _on_hangup(self, number: int, frame: FrameType | None) -> None:
+        self.hangups += 1
+
     def wait(self, fd: int | None = None, seconds: float | None = None) -> bool:
         """Wait until ``fd`` can be read (or has ended), at most ``seconds``. False: stopped, or time ran out."""
         poll = select.poll()
@@ -53,4 +61,6 @@ class Stop:
         if self.requested:
             return False
         ready = poll.poll(None if seconds is None else max(0.0, seconds) * 1000)
+        if any(descriptor == self._reader for descriptor, _ in ready) and not self.requested:
+            os.read(self._reader, 512)  # A signal that asks for no stop must not keep the descriptor ready.
         return not self.requested and any(descriptor == fd for descriptor, _ in ready)

@@ -7,12 +7,16 @@ of its own windows. With ``carry`` one lane is never reset, and each window pool
 
 from __future__ import annotations
 
+import math
 from collections import Counter, deque
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import Annotated
 
+import msgspec
 import numpy as np
 
-from edge_ssm.errors import UsageError
+from edge_ssm.errors import SnapshotError, UsageError
 from edge_ssm.network import Array, Network
 
 UNPOOLED_GAP = 100
@@ -34,6 +38,24 @@ class Closed:
     """Samples of the window that were filled or skipped."""
     truth: str | None
     """The commonest true label within the window, where the source carries labels."""
+
+
+Number = Annotated[int, msgspec.Meta(ge=0, lt=1 << 62)]
+
+
+class WindowsState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Open windows, as a snapshot keeps them."""
+
+    sample: Number
+    origin: Number
+    opened: Number
+    starts: list[tuple[Number, Number]]
+    """(start, slot), oldest first."""
+    sums: list[list[float]]
+    """(slots, d_output)"""
+    pooled: list[Number]
+    gaps: list[Number]
+    truth: list[dict[str, Number]]
 
 
 class Windows:
@@ -113,10 +135,48 @@ class Windows:
             self._truth[slot].most_common(1)[0][0] if self._truth[slot] else None,
         )
 
-    def pass_over(self) -> None:
-        """A sample between a reset and the next good one: it has a number and belongs to no window."""
-        self.sample += 1
+    def pass_over(self, samples: int = 1) -> None:
+        """Samples between a reset and the next good one: they have numbers and belong to no window."""
+        self.sample += samples
         self._origin = self.sample
+
+    def state(self) -> WindowsState:
+        """All that is open, for ``restore`` after a restart."""
+        return WindowsState(
+            self.sample,
+            self._origin,
+            self._opened,
+            list(self._starts),
+            self._sums.tolist(),
+            self._pooled.tolist(),
+            self._gaps.tolist(),
+            [dict(counter) for counter in self._truth],
+        )
+
+    def restore(self, state: WindowsState) -> None:
+        """Go on where ``state`` was taken. Raises SnapshotError, with nothing changed, if it is of other windows."""
+        slots, outputs = self._sums.shape
+        fits = (
+            all(len(part) == slots for part in (state.sums, state.pooled, state.gaps, state.truth))
+            and all(len(row) == outputs and all(map(math.isfinite, row)) for row in state.sums)
+            and len(state.starts) <= slots
+            and all(0 <= slot < slots and start <= state.sample for start, slot in state.starts)
+            and all(a[0] < b[0] for a, b in pairwise(state.starts))
+            and state.origin <= state.sample
+        )
+        if not fits:
+            raise SnapshotError("snapshot: its windows are not those of this run (hop, window); start without it")
+        self.sample, self._origin, self._opened = state.sample, state.origin, state.opened
+        self._starts = deque(state.starts)
+        self._sums[:] = state.sums
+        self._pooled[:] = state.pooled
+        self._gaps[:] = state.gaps
+        self._truth = [Counter(counts) for counts in state.truth]
+
+    @property
+    def resting(self) -> bool:
+        """Whether no window is open: the next sample starts one."""
+        return not self._starts
 
     def restart(self) -> int:
         """Give up all open windows; the next one starts with the next sample. Returns how many samples that loses."""

@@ -1,1 +1,53 @@
-"""Where formatted decisions go."""
+"""Where formatted decisions go, by address."""
+
+from __future__ import annotations
+
+from edge_ssm.errors import UsageError
+from edge_ssm.stream.outlets.base import Outlet, Wire
+from edge_ssm.stream.outlets.queued import Overflow
+from edge_ssm.stream.places import Place, place
+
+SCHEMES = ("tcp", "udp", "unix", "mqtt", "mqtts", "http", "https")
+
+
+def open_outlet(
+    text: str,
+    append: bool = False,
+    rotate_bytes: int = 0,
+    rotate_keep: int = 5,
+    queue: int = 1024,
+    overflow: Overflow = "wait",
+) -> Outlet | None:
+    """The outlet that ``text`` names: a file or SCHEME://... (docs/service.md); None for standard output that the
+    loop may wait for. Raises UsageError."""
+    from edge_ssm.stream.outlets import files
+    from edge_ssm.stream.outlets.queued import Queued
+
+    found = place(text, SCHEMES)
+    if found.scheme == "std":
+        if overflow == "wait":
+            return None
+        return Queued(files.DescriptorWire(1, "stdout"), queue, overflow)
+    if found.scheme == "file":
+        if overflow == "wait":
+            return files.FileOutlet(text, append, rotate_bytes, rotate_keep)
+        return Queued(files.FileWire(text, append, rotate_bytes, rotate_keep), queue, overflow)
+    return Queued(_wire(text), queue, overflow)
+
+
+def _wire(text: str) -> Wire:
+    from edge_ssm.stream.outlets import sockets
+
+    found = place(text, SCHEMES)
+    if found.scheme in ("mqtt", "mqtts", "http", "https"):
+        return _device(found)
+    found.known_options()
+    if found.scheme == "unix":
+        return sockets.ConnectWire(found.shown, found.socket_path())
+    if found.scheme == "tcp":
+        return sockets.ConnectWire(found.shown, found.address())
+    return sockets.UdpWire(found.shown, found.address())
+
+
+def _device(found: Place) -> Wire:
+    raise UsageError(f"{found.shown}: {found.scheme} is not there yet")

@@ -45,6 +45,8 @@ class Wire(ABC):
     """What a ``queued.Queued`` outlet feeds from a thread of its own: a connection that can be lost and made anew."""
 
     name: str
+    final: bool = False
+    """A reader that went away (BrokenPipeError) never comes back: standard output's."""
 
     @abstractmethod
     def connect(self) -> None:

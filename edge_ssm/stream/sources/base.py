@@ -40,6 +40,11 @@ class Source(ABC):
     """Samples come as they are taken: a late decision is a miss. A file's do not."""
     datagrams: bool = False
     """Each ``Data`` holds whole frames (UDP, MQTT): what is unfinished at its end will not be completed."""
+    reorder: int = 0
+    """How far a sample's sequence number may lie behind the last one's and still be of the same count: 0 where bytes
+    come in order, once; up to 2^20 or more where what was not acknowledged is sent again."""
+    in_flight: int = 0
+    """Messages that came and were not acknowledged yet."""
     ended: bool = False
     """Nothing will come any more."""
 

@@ -1,0 +1,166 @@
+"""When a snapshot is taken, when it may be written, and when the source is told that it may forget.
+
+The order is what a kill can't break: what was decided is out (``Outlet.settled``), then the snapshot is on disk, then
+the source may forget its samples. A kill before the last step makes some decisions again; none is ever missing. Where
+a source keeps nothing (a serial line), there is nothing to wait for, and a snapshot is written as soon as it is taken.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from edge_ssm import atomic
+from edge_ssm.engines import Snapshot
+from edge_ssm.errors import SnapshotError
+from edge_ssm.service import snapshots
+from edge_ssm.stream.frames import FrameDecoder
+from edge_ssm.stream.loop import Loop
+from edge_ssm.stream.outlets.base import Outlet
+from edge_ssm.stream.sources.base import Source
+
+FILE = "snapshot"
+REFUSED = "snapshot.refused"
+IN_FLIGHT = 16
+"""Unacknowledged messages after which a snapshot is taken early: mosquitto sends 20 and then waits."""
+RETRY_S = 1.0
+
+
+@dataclass
+class _Taken:
+    content: bytes | None
+    """None: nothing is kept, and only the source waits."""
+    mark: int
+    token: Any
+    at: float
+
+
+class Keeper:
+    """``folder`` None: no snapshots; a source that waits to forget is still told so, once its decisions are out."""
+
+    def __init__(
+        self, folder: Path | None, interval_s: float, source_name: str, outlet: Outlet | None, decoder: FrameDecoder
+    ) -> None:
+        self._path = None if folder is None else folder / FILE
+        self._interval_s = interval_s
+        self._source_name = source_name
+        self._outlet = outlet
+        self._decoder = decoder
+        self._taken: _Taken | None = None
+        self._writing: threading.Thread | None = None
+        self._problem = ""
+        self._told = ""
+        self._token: Any = None
+        self._due = time.monotonic() + interval_s
+        self.artifact = ""
+        """Digest of the artifact that runs."""
+        self.written_at: float | None = None
+        """time.monotonic() when the last one was taken that is on disk."""
+
+    def resume(self, loop: Loop, source: Source, accept: Callable[[str], bool]) -> snapshots.Document | None:
+        """Put loop, source and decoder where the last snapshot was taken; None if there is none.
+
+        ``accept`` is asked with the artifact's digest, and may swap the loop's engine for that artifact's. Raises
+        SnapshotError for one that does not belong here; it is set aside as ``snapshot.refused``.
+        """
+        if self._path is None:
+            return None
+        try:
+            found = snapshots.read(self._path)
+            if found is None:
+                return None
+            document, state = found
+            if not accept(document.artifact):
+                raise SnapshotError(f"snapshot: of artifact {document.artifact[:12]}..., not of this one")
+            loop.restore(document.loop, state)
+        except SnapshotError:
+            with suppress(OSError):
+                self._path.replace(self._path.with_name(REFUSED))
+            raise
+        if document.source == self._source_name:
+            self._decoder.resume(document.decoder)
+            source.seek(document.position)
+        return document
+
+    def round(self, loop: Loop, source: Source, token: Any) -> str:
+        """Between blocks: take, write, acknowledge, each when it is time. Returns what a user must be told, or ""."""
+        self._token = token
+        now = time.monotonic()
+        waiting = source.in_flight >= IN_FLIGHT
+        if self._taken is None and (now >= self._due or waiting):
+            self._take(loop, source, now)
+        if self._taken is not None and self._writing is None and self._settled(self._taken, source):
+            self._write()
+        if self._writing is not None and not self._writing.is_alive():
+            self._written(source)
+        problem, self._told = ("" if self._problem == self._told else self._problem), self._problem
+        return problem
+
+    def _take(self, loop: Loop, source: Source, now: float) -> None:
+        self._due = now + self._interval_s
+        content = None
+        if self._path is not None:
+            state, snapshot = loop.state()
+            content = snapshots.to_bytes(self._document(state, snapshot, source), snapshot)
+        elif self._token is None:
+            return
+        self._taken = _Taken(content, self._outlet.accepted if self._outlet else 0, self._token, now)
+
+    def _document(self, state: Any, snapshot: Snapshot, source: Source) -> snapshots.Document:
+        position = source.position()
+        if "offset" in position:
+            position["offset"] -= self._decoder.pending
+        shapes = [(len(x), x.shape[1]) for x in snapshot.state]
+        return snapshots.Document(
+            self.artifact,
+            snapshot.fingerprint,
+            shapes,
+            state,
+            self._source_name,
+            position,
+            self._decoder.state(),
+            time.time(),
+        )
+
+    def _settled(self, taken: _Taken, source: Source) -> bool:
+        if self._outlet is None or (taken.token is None and not source.position()):
+            return True
+        return self._outlet.settled >= taken.mark
+
+    def _write(self) -> None:
+        """In a thread: a flash card takes its time to flush, and the loop must not."""
+        self._writing = threading.Thread(target=self._put, args=(self._taken,), name="snapshot", daemon=True)
+        self._writing.start()
+
+    def _put(self, taken: _Taken) -> None:
+        if self._path is None or taken.content is None:
+            return
+        try:
+            atomic.write(self._path, taken.content)
+            self._problem, self.written_at = "", taken.at
+        except OSError as error:
+            self._problem = f"{self._path}: not written ({error.strerror}); a kill now loses the open window"
+
+    def _written(self, source: Source) -> None:
+        taken, self._taken, self._writing = self._taken, None, None
+        # Acknowledged even where no snapshot could be written: a full disk must not stop the stream.
+        if taken is not None and taken.token is not None:
+            source.acknowledge(taken.token)
+
+    def finish(self, loop: Loop, source: Source, limit_s: float = 5.0) -> str:
+        """At the end of a run: the last snapshot, once all that was decided is out."""
+        end = time.monotonic() + limit_s
+        while self._taken is not None and time.monotonic() < end:
+            self.round(loop, source, self._token)
+            time.sleep(0.005)
+        if self._taken is None:
+            self._take(loop, source, time.monotonic())
+            while self._taken is not None and time.monotonic() < end:
+                self.round(loop, source, self._token)
+                time.sleep(0.005)
+        return self._problem

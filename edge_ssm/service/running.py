@@ -1,0 +1,347 @@
+"""A run, from its settings to its account: everything is opened, joined, run and closed here."""
+
+from __future__ import annotations
+
+import gc
+import math
+import os
+import time
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from edge_ssm import profiles
+from edge_ssm.engines import Engine, create
+from edge_ssm.errors import EngineUnavailable, SnapshotError, UsageError
+from edge_ssm.network import Network
+from edge_ssm.service import candidates
+from edge_ssm.service.attendant import Adaptive, Attendant
+from edge_ssm.service.budgets import Ladder, Limits
+from edge_ssm.service.candidates import Candidate
+from edge_ssm.service.configuration import Settings
+from edge_ssm.service.keeper import Keeper
+from edge_ssm.service.notify import Notifier
+from edge_ssm.stream import frames, sinks
+from edge_ssm.stream.live import Facts, Live
+from edge_ssm.stream.loop import Account, Loop
+from edge_ssm.stream.outlets import open_outlet
+from edge_ssm.stream.outlets.queued import Overflow
+from edge_ssm.stream.sources import open_source
+from edge_ssm.stream.sources.base import Source
+from edge_ssm.stream.stop import Stop
+from edge_ssm.stream.windows import Windows
+
+Say = Callable[[str], None]
+MAX_REPORTED = 20
+REPORTED_AGAIN_S = 600.0
+
+
+@dataclass(frozen=True)
+class Outcome:
+    account: Account
+    network: Network
+    """That ran last."""
+    engine: str
+    """Its name, with the reason where "auto" chose it."""
+    chunk: int
+    source: str
+    format: str
+
+
+class _Reporter:
+    """What is wrong with the input, in words, the first lines only: a babbling sensor must not fill a log. After ten
+    minutes the next ones are shown again. All are counted."""
+
+    def __init__(self, source: str, say: Say) -> None:
+        self._source, self._say = source, say
+        self._count, self._since = 0, 0.0
+
+    def __call__(self, line: str) -> None:
+        now = time.monotonic()
+        if now - self._since > REPORTED_AGAIN_S:
+            self._count, self._since = 0, now
+        self._count += 1
+        if self._count <= MAX_REPORTED:
+            self._say(f"{self._source}, {line}")
+        if self._count == MAX_REPORTED:
+            self._say("further malformed rows are counted, not shown")
+
+
+def run(settings: Settings, say: Say) -> Outcome:
+    """Until the source ends or a signal comes. ``say`` is told what a user should know, a line at a time.
+
+    Raises EdgeSSMError.
+    """
+    with ExitStack() as stack:
+        return _run(settings, say, stack)
+
+
+def _run(settings: Settings, say: Say, stack: ExitStack) -> Outcome:
+    network, digest = candidates.load(settings.model, settings.sample_rate, settings.require_signature)
+    pace = network.input.sample_rate_hz
+    if settings.pace and pace is None:
+        raise UsageError("--pace: the model states no sample rate; give --sample-rate")
+    if settings.time_gaps and pace is None:
+        raise UsageError("--time-gaps: the model states no sample rate; give --sample-rate")
+
+    def make_windows(of: Network) -> Windows:
+        return Windows(of, settings.hop, settings.carry)
+
+    windows = make_windows(network)
+    source = open_source(settings.input, settings.follow)
+    stack.callback(source.close)
+    codec = settings.format or frames.guess_format(settings.input)
+    decoder = frames.decoder(codec, network.input, _scale(settings.scale))
+    named = firmware_profile(settings.profile, say)
+    _keep_to(settings, named)
+    engine, why = make_engine(settings.engine, network, windows.lanes, named, say)
+    running = Candidate(settings.model, digest, network, engine, why)
+    overflow: Overflow = settings.overflow or ("drop-oldest" if source.live else "wait")
+    outlet = open_outlet(
+        settings.output,
+        settings.append or settings.state is not None or settings.rotate_bytes > 0,
+        settings.rotate_bytes,
+        settings.rotate_keep,
+        settings.queue,
+        overflow,
+    )
+    sink = sinks.make(_sink_format(settings), outlet or sinks.stdout(), network, settings.logits, settings.truth)
+    chunk = _chunk(settings, str(named.profile.runtime.chunk) if named else "1", engine, windows)
+    facts = Facts(settings.model, digest, engine.name, pace, named.name if named else None, source.name)
+    live = Live(sink, facts)
+    stack.callback(live.close)
+    periods = settings.deadline or (named.profile.runtime.deadline_periods if named else 1.0)
+    loop = Loop(
+        engine,
+        windows,
+        live,
+        settings.gap,
+        settings.max_gap,
+        settings.strict,
+        _Reporter(source.name, say),
+        chunk,
+        periods / pace if pace and (source.live or settings.pace) else None,
+        settings.stale_after,
+        pace if settings.time_gaps else None,
+    )
+    keeper = Keeper(_state_folder(settings), settings.snapshot_interval, source.name, outlet, decoder)
+    notifier = Notifier()
+    stop = Stop(hangups=settings.reload)
+    adaptive = _adaptive(settings, running, windows, named, say)
+    attendant = Attendant(
+        loop,
+        live,
+        stop,
+        keeper,
+        notifier,
+        running,
+        make_windows,
+        say,
+        _reloader(settings, loop, make_windows, named, say) if settings.reload else None,
+        adaptive,
+    )
+    _resume(loop, keeper, source, attendant, say)
+    if settings.listen is not None or adaptive is not None:
+        live.power = _power()
+    live.watch(loop.account)
+    if settings.listen is not None:
+        from edge_ssm.service import web
+
+        page = web.serve(live, settings.listen, settings.prometheus)
+        stack.callback(page.close)
+        say(f"status page at http://{page.address}/")
+    with stop:
+        if settings.fifo is not None:
+            _real_time(settings.fifo, say)
+        gc.collect()
+        gc.freeze()  # What is there now stays: no later collection looks through it.
+        facts.ready = True
+        notifier.ready(f"runs {settings.model} on {engine.name}")
+        account = loop.run(source, decoder, stop, pace if settings.pace else None, attendant)
+        notifier.stopping()
+        if problem := keeper.finish(loop, source):
+            say(problem)
+    engine = loop.engine
+    why = attendant.running.why
+    if engine.lost:
+        why += f", lost in mid-stream ({engine.lost}); {engine.name} took over"
+    return Outcome(account, engine.network, why, chunk, source.name, codec)
+
+
+def _sink_format(settings: Settings) -> str:
+    if settings.output_format:
+        return settings.output_format
+    if settings.output == "-":
+        return sinks.stdout_format()
+    return "csv" if settings.output.endswith(".csv") else "ndjson"
+
+
+def _state_folder(settings: Settings) -> Path | None:
+    if settings.state is None:
+        return None
+    folder = Path(settings.state)
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise PermissionError(13, "no permission to write there")
+    except OSError as error:
+        raise UsageError(f"{folder}: snapshots can't be kept there ({error.strerror}); see --state") from None
+    return folder
+
+
+def _resume(loop: Loop, keeper: Keeper, source: Source, attendant: Attendant, say: Say) -> None:
+    """Go on where the last snapshot was taken, and say how many samples were missed since."""
+    try:
+        found = keeper.resume(loop, source, attendant.take)
+    except SnapshotError as error:
+        say(str(error))
+        loop.note("snapshot_refused", reason=str(error))
+        return
+    if found is None:
+        return
+    age_s = max(0.0, time.time() - found.saved_at)
+    rate = loop.engine.network.input.sample_rate_hz
+    skipped: int | None = None
+    if source.position():
+        skipped = 0
+    elif not loop.numbered and rate is not None and source.live:
+        # Nobody counted them: by the clock, which may have been set meanwhile.
+        skipped = round(age_s * rate)
+        loop.lost(min(skipped, 1 << 40), "stopped")
+    told = {None: "known with the next sequence number", 0: "0"}.get(skipped, f"about {skipped}")
+    loop.note("resumed", age_s=round(age_s, 3), skipped=skipped)
+    say(f"resumed at sample {loop.windows.sample}, {age_s:.1f} s after the snapshot; samples skipped: {told}")
+
+
+def make_engine(
+    name: str, network: Network, lanes: int, named: profiles.NamedProfile | None, say: Say
+) -> tuple[Engine, str]:
+    """The engine, and its name with the reason where "auto" chose it. Raises EngineUnavailable, UsageError."""
+    from edge_ssm.engines import choice, compiled
+
+    runtime = named.profile.runtime if named else None
+    gpu_waits = runtime.gpu_waits if runtime else "spin"
+    if name in ("auto", "cpu", "cpu-float32"):
+        with suppress(EngineUnavailable):  # said again, or gone around, by what follows
+            compiled.load(lambda: say("compiling for this processor, once; takes some seconds"))
+    if name != "auto":
+        return create(name, network, lanes, gpu_waits), name
+    engine, trial = choice.choose(network, lanes, gpu_waits, runtime.engines if runtime else None)
+    return engine, f"{engine.name} (by trial: {trial.why()})"
+
+
+def firmware_profile(name: str, say: Say) -> profiles.NamedProfile | None:
+    """The one asked for; a mismatch is a warning."""
+    if name == "none":
+        return None
+    named, warning = profiles.chosen(name)
+    if warning:
+        say(f"warning: {warning}")
+    return named
+
+
+def _keep_to(settings: Settings, named: profiles.NamedProfile | None) -> None:
+    cores = settings.affinity if settings.affinity is not None else named.profile.runtime.affinity if named else []
+    there = set(cores) & os.sched_getaffinity(0)
+    if settings.affinity and not there:
+        raise UsageError(f"--affinity {settings.affinity}: no such core, expected of {sorted(os.sched_getaffinity(0))}")
+    if there:
+        os.sched_setaffinity(0, there)
+
+
+def _real_time(priority: int, say: Say) -> None:
+    """The loop's thread comes before all ordinary ones."""
+    try:
+        os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(priority))
+    except OSError as error:
+        say(f"warning: no real-time priority ({error.strerror}); a service needs LimitRTPRIO={priority}")
+
+
+def _adaptive(
+    settings: Settings, running: Candidate, windows: Windows, named: profiles.NamedProfile | None, say: Say
+) -> Adaptive | None:
+    if not settings.member:
+        return None
+    members = [running]
+    for path in settings.member:
+        network, digest = candidates.load(path, settings.sample_rate, settings.require_signature)
+        if not candidates.same_windows(network, running.network):
+            raise UsageError(f"--member {path}: its windows or labels are not those of {running.path}")
+        engine, why = make_engine(settings.engine, network, windows.lanes, named, say)
+        member = Candidate(path, digest, network, engine, why)
+        candidates.check_beside(member, running.network)
+        members.append(member)
+    runtime = named.profile.runtime if named else None
+    limits = Limits(
+        settings.max_misses,
+        settings.max_power or (runtime.max_power_w if runtime else None),
+        settings.max_temperature or (runtime.max_temperature_c if runtime else None),
+        settings.settle,
+    )
+    return Adaptive(Ladder(len(members), limits, time.monotonic()), members)
+
+
+def _reloader(
+    settings: Settings,
+    loop: Loop,
+    make_windows: Callable[[Network], Windows],
+    named: profiles.NamedProfile | None,
+    say: Say,
+) -> candidates.Reloader:
+    def prepare() -> Candidate:
+        network, digest = candidates.load(settings.model, settings.sample_rate, settings.require_signature)
+        engine, why = make_engine(settings.engine, network, make_windows(network).lanes, named, say)
+        made = Candidate(settings.model, digest, network, engine, why)
+        candidates.check_beside(made, loop.engine.network)
+        return made
+
+    return candidates.Reloader(settings.model, prepare)
+
+
+def _power() -> Callable[[], float | None]:
+    """Watts now, by the first meter that is read from files; None where there is none."""
+    from edge_ssm.monitor.meters import MeterLost
+    from edge_ssm.stream.top import file_meter
+
+    meter = file_meter()
+
+    def read() -> float | None:
+        if meter is None:
+            return None
+        try:
+            reading = meter.read()
+        except MeterLost:
+            return None
+        return None if reading is None else meter.total_w(reading)
+
+    return read
+
+
+def _chunk(settings: Settings, default: str, engine: Engine, windows: Windows) -> int:
+    from edge_ssm.stream import chunks
+
+    text, budget_ms = str(settings.chunk or default), settings.latency_budget
+    if text != "auto":
+        if budget_ms is not None:
+            raise UsageError("--latency-budget: only with --chunk auto")
+        size = int(text) if text.isascii() and text.isdigit() and len(text) < 10 else 0
+        if not 1 <= size <= chunks.LARGEST:
+            raise UsageError(f"--chunk {text!r}: expected auto, or 1 to {chunks.LARGEST} samples")
+        return size
+    if budget_ms is None or not math.isfinite(budget_ms):
+        raise UsageError("--chunk auto: needs --latency-budget, in milliseconds")
+    network = engine.network
+    wait = 0.0
+    if network.pooling == "none":
+        if network.input.sample_rate_hz is None:
+            raise UsageError("--chunk auto: the model states no sample rate; give --sample-rate")
+        wait = 1 / network.input.sample_rate_hz
+    return chunks.largest(engine, windows.hop if wait == 0 else chunks.LARGEST, budget_ms / 1e3, wait)
+
+
+def _scale(text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise UsageError(f"--scale {text!r}: expected numbers separated by commas") from None

@@ -1,0 +1,88 @@
+"""How sources and outlets are named on the command line and in configuration files: a path, "-", or an address."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from urllib.parse import parse_qsl, unquote, urlsplit
+
+from edge_ssm.errors import UsageError
+
+LOOPBACK = "127.0.0.1"
+
+
+@dataclass(frozen=True)
+class Place:
+    """``scheme://host:port/path?options``; a plain path has the scheme "file", "-" the scheme "std"."""
+
+    text: str
+    scheme: str
+    host: str
+    port: int | None
+    path: str
+    options: dict[str, str]
+    user: str | None = None
+    password: str | None = None
+
+    @property
+    def shown(self) -> str:
+        """Without a password."""
+        return self.text if self.password is None else self.text.replace(f":{self.password}@", ":...@", 1)
+
+    def address(self, default_host: str = LOOPBACK) -> tuple[str, int]:
+        """Host and port. Raises UsageError where no port is given."""
+        if self.port is None:
+            raise UsageError(f"{self.shown}: expected {self.scheme}://HOST:PORT")
+        return self.host or default_host, self.port
+
+    def socket_path(self) -> str:
+        """Of a Unix socket. Raises UsageError where none is given, or a host."""
+        if self.host or len(self.path) < 2:
+            raise UsageError(f"{self.shown}: expected {self.scheme}:///PATH of a Unix socket")
+        if len(self.path.encode()) > 107:
+            raise UsageError(f"{self.shown}: a Unix socket's path has at most 107 bytes")
+        return self.path
+
+    def known_options(self, *names: str) -> dict[str, str]:
+        """The options. Raises UsageError for one that is not among ``names``."""
+        for name in self.options:
+            if name not in names:
+                expected = f"expected {', '.join(names)}" if names else f"{self.scheme} takes none"
+                raise UsageError(f"{self.shown}: option {name!r} is unknown, {expected}")
+        return self.options
+
+    def whole(self, name: str, default: int) -> int:
+        """An option as a whole number above 0. Raises UsageError."""
+        text = self.options.get(name)
+        if text is None:
+            return default
+        if not text.isascii() or not text.isdigit() or not 0 < int(text) < 1 << 31:
+            raise UsageError(f"{self.shown}: {name} {text!r}, expected a whole number above 0")
+        return int(text)
+
+
+def place(text: str, schemes: tuple[str, ...]) -> Place:
+    """What ``text`` names. Raises UsageError for a scheme that is not among ``schemes``, or a port that is none."""
+    if text == "-":
+        return Place(text, "std", "", None, "", {})
+    scheme, separator, _ = text.partition("://")
+    if not separator:
+        if not text:
+            raise UsageError("an empty path: expected a file, - or an address")
+        return Place(text, "file", "", None, text, {})
+    if scheme not in schemes:
+        raise UsageError(f"{text}: {scheme!r} is unknown, expected a file, -, or {', '.join(schemes)}")
+    try:
+        parts = urlsplit(text)
+        options = dict(parse_qsl(parts.query, keep_blank_values=True, strict_parsing=bool(parts.query)))
+        return Place(
+            text,
+            scheme,
+            parts.hostname or "",
+            parts.port,
+            unquote(parts.path),
+            options,
+            parts.username and unquote(parts.username),
+            parts.password and unquote(parts.password),
+        )
+    except ValueError as error:
+        raise UsageError(f"{text}: not an address ({error})") from None

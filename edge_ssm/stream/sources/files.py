@@ -1,0 +1,98 @@
+"""Standard input, a file, a named pipe or a device node, read as bytes arrive; and a file that grows."""
+
+from __future__ import annotations
+
+import os
+import stat
+
+from edge_ssm.errors import RunFailed, UsageError
+from edge_ssm.stream.sources.base import BLOCK, Data, Seam, Source
+from edge_ssm.stream.stop import Stop
+
+FOLLOW_S = 0.2
+"""How often a followed file is looked at."""
+
+
+class FileSource(Source):
+    """Until its end; ``follow``: past it, as the file grows, is cut short, or is replaced by another of its name (a
+    log that is rotated), and for a named pipe past the end of each writer.
+
+    Raises UsageError if it can't be opened.
+    """
+
+    live = False
+
+    def __init__(self, path: str, follow: bool = False) -> None:
+        self.name = "stdin" if path == "-" else path
+        self._path, self._follow = path, follow
+        self._fd = 0
+        if path != "-":
+            self._fd = self._open()
+        kind = os.fstat(self._fd).st_mode
+        self._regular = stat.S_ISREG(kind)
+        self._offset = 0
+        if follow and path == "-":
+            raise UsageError("--follow: standard input ends where it ends; give --input FILE")
+
+    def _open(self) -> int:
+        try:
+            mode = os.stat(self._path).st_mode
+            if stat.S_ISDIR(mode):
+                raise IsADirectoryError(21, "it is a directory")
+            # A pipe that we could write to ourselves never ends.
+            return os.open(self._path, os.O_RDWR if stat.S_ISFIFO(mode) and self._follow else os.O_RDONLY)
+        except OSError as error:
+            raise UsageError(f"{self._path}: can't be read ({error.strerror})") from None
+
+    def read(self, stop: Stop, seconds: float | None) -> Data | Seam | None:
+        if not stop.wait(self._fd, seconds):
+            return None
+        try:
+            content = os.read(self._fd, BLOCK)
+        except OSError as error:
+            raise RunFailed(f"{self.name}: reading failed ({error.strerror})") from None
+        if content:
+            self._offset += len(content)
+            return Data(content)
+        if not self._follow:
+            self.ended = True
+            return None
+        return self._renewed(stop, seconds)
+
+    def _renewed(self, stop: Stop, seconds: float | None) -> Seam | None:
+        """At the end of a followed file: wait a little, and see whether it is still the one of that name."""
+        stop.wait(seconds=FOLLOW_S if seconds is None else min(seconds, FOLLOW_S))
+        try:
+            named = os.stat(self._path)
+        except OSError:
+            return None  # Between a rename and the next file of that name.
+        here = os.fstat(self._fd)
+        if self._regular and (named.st_ino, named.st_dev) != (here.st_ino, here.st_dev):
+            if here.st_size > self._offset:
+                return None  # What the old one still got comes first.
+            try:
+                replaced = os.open(self._path, os.O_RDONLY)
+            except OSError:
+                return None
+            os.close(self._fd)
+            self._fd, self._offset = replaced, 0
+            return Seam("the file was replaced", True)
+        if self._regular and here.st_size < self._offset:
+            os.lseek(self._fd, 0, os.SEEK_SET)
+            self._offset = 0
+            return Seam("the file was cut short", True)
+        return None
+
+    def position(self) -> dict[str, int]:
+        return {"offset": self._offset, "inode": os.fstat(self._fd).st_ino} if self._regular else {}
+
+    def seek(self, position: dict[str, int]) -> None:
+        here = os.fstat(self._fd)
+        offset = position.get("offset", 0)
+        if self._regular and position.get("inode") == here.st_ino and 0 <= offset <= here.st_size:
+            os.lseek(self._fd, offset, os.SEEK_SET)
+            self._offset = offset
+
+    def close(self) -> None:
+        if self._fd:
+            os.close(self._fd)
