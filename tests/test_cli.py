@@ -218,7 +218,7 @@ def test_wrong_use_is_one_line_and_status_2(folder, tmp_path):
     one_line(stream(folder, "--sample-rate", "-1"), 2, "sample rate: -1 Hz, expected 0.05 to 50000")
     one_line(stream(folder, "--gap", "fill"), 2, "'fill' is not one of 'hold', 'skip', 'reset'")
     one_line(stream(folder, "--format", "xml"), 2, "'xml' is not one of")
-    one_line(run("run"), 2, "Missing argument 'MODEL'")
+    one_line(run("run"), 2, "MODEL: missing; give an artifact, or --config FILE")
     one_line(run("fly"), 2, "No such command 'fly'")
     one_line(stream(folder, "--engine", "reference", stdin=b"a,b\n1,2\n"), 2, "line 1: no column for channel 'c0'")
 
@@ -291,7 +291,7 @@ def test_a_recording_in_chunks_decides_the_same(folder):
         (["--chunk", "0"], "--chunk '0': expected auto, or 1 to 1024 samples"),
         (["--chunk", "many"], "--chunk 'many': expected auto"),
         (["--chunk", "auto"], "--chunk auto: needs --latency-budget"),
-        (["--chunk", "auto", "--latency-budget", "nan"], "--chunk auto: needs --latency-budget"),
+        (["--chunk", "auto", "--latency-budget", "nan"], "--latency-budget: nan; expected a number"),
         (["--latency-budget", "5"], "--latency-budget: only with --chunk auto"),
         (["--chunk", "auto", "--latency-budget", "1e-6"], "but a single step takes"),
     ],
