@@ -89,7 +89,7 @@ def _run(settings: Settings, say: Say, stack: ExitStack) -> Outcome:
         return Windows(of, settings.hop, settings.carry)
 
     windows = make_windows(network)
-    source = open_source(settings.input, settings.follow)
+    source = open_source(settings.input, settings.follow, settings.pace)
     stack.callback(source.close)
     codec = settings.format or frames.guess_format(settings.input)
     decoder = frames.decoder(codec, network.input, _scale(settings.scale))

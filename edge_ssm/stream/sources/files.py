@@ -22,9 +22,9 @@ class FileSource(Source):
 
     live = False
 
-    def __init__(self, path: str, follow: bool = False) -> None:
+    def __init__(self, path: str, follow: bool = False, block: int = BLOCK) -> None:
         self.name = "stdin" if path == "-" else path
-        self._path, self._follow = path, follow
+        self._path, self._follow, self._block = path, follow, block
         self._fd = 0
         if path != "-":
             self._fd = self._open()
@@ -48,7 +48,7 @@ class FileSource(Source):
         if not stop.wait(self._fd, seconds):
             return None
         try:
-            content = os.read(self._fd, BLOCK)
+            content = os.read(self._fd, self._block)
         except OSError as error:
             raise RunFailed(f"{self.name}: reading failed ({error.strerror})") from None
         if content:

@@ -1,0 +1,203 @@
+"""Outlets: whole lines, in order, each once or at least once; a slow reader costs decisions only as stated, counted."""
+
+import os
+import socket
+import threading
+import time
+
+import pytest
+
+from edge_ssm.errors import UsageError
+from edge_ssm.stream.outlets import open_outlet
+from edge_ssm.stream.outlets.base import Wire
+from edge_ssm.stream.outlets.files import FileOutlet
+from edge_ssm.stream.outlets.queued import Queued
+
+
+def until(condition, limit_s=10.0):
+    end = time.monotonic() + limit_s
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.005)
+
+
+class Gate(Wire):
+    """A wire to a list, that can be shut and can fail."""
+
+    name = "gate"
+
+    def __init__(self):
+        self.open = threading.Event()
+        self.got, self.fail, self.connects = [], 0, 0
+
+    def connect(self):
+        self.connects += 1
+
+    def send(self, lines):
+        self.open.wait()
+        if self.fail:
+            self.fail -= 1
+            raise OSError(5, "it fails")
+        self.got += lines
+
+    def close(self):
+        pass
+
+
+@pytest.mark.parametrize("overflow", ["drop-oldest", "drop-newest"])
+def test_a_reader_that_stands_still_costs_only_what_the_policy_says(overflow):
+    gate = Gate()
+    outlet = Queued(gate, 10, overflow)
+    outlet.write("first")
+    until(lambda: not outlet._lines)  # it is being sent, and stays so
+    for i in range(100):
+        outlet.write(str(i))
+    assert outlet.dropped["overflow"] == 90
+    assert outlet.depth == 11
+    assert outlet.settled == 0
+    gate.open.set()
+    until(lambda: outlet.settled == outlet.accepted == 101)
+    kept = range(90, 100) if overflow == "drop-oldest" else range(10)
+    assert gate.got == ["first", *map(str, kept)]
+    outlet.close()
+    assert outlet.dropped == {"overflow": 90}
+
+
+def test_wait_makes_the_writer_wait_and_loses_nothing():
+    gate = Gate()
+    outlet = Queued(gate, 4, "wait")
+    writer = threading.Thread(target=lambda: [outlet.write(str(i)) for i in range(1000)])
+    writer.start()
+    time.sleep(0.05)
+    assert writer.is_alive()
+    gate.open.set()
+    writer.join(10)
+    outlet.close()
+    assert gate.got == [str(i) for i in range(1000)]
+    assert not outlet.dropped
+
+
+def test_what_failed_is_sent_again_in_order_and_the_problem_is_told():
+    gate = Gate()
+    gate.fail = 3
+    gate.open.set()
+    outlet = Queued(gate, 100)
+    for i in range(10):
+        outlet.write(str(i))
+    until(lambda: outlet.problem == "gate: it fails")
+    until(lambda: outlet.settled == 10)
+    assert gate.got == [str(i) for i in range(10)]
+    assert gate.connects == 4
+    assert outlet.problem == ""
+    outlet.close()
+
+
+def test_the_end_waits_for_what_is_queued_and_counts_what_can_not_go(monkeypatch):
+    monkeypatch.setattr("edge_ssm.stream.outlets.queued.CLOSE_S", 0.3)
+    gate = Gate()
+    outlet = Queued(gate, 100)
+    for i in range(5):
+        outlet.write(str(i))
+    outlet.close()
+    assert outlet.dropped == {"unsent": 5}
+    gate.open.set()
+
+
+def test_a_file_rotates_and_keeps_so_many(tmp_path):
+    path = tmp_path / "out"
+    outlet = FileOutlet(str(path), rotate_bytes=20, keep=2)
+    for i in range(20):
+        outlet.write(f"line {i:02}\n")  # 8 bytes: two a file
+    outlet.close()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "out.1", "out.2"]
+    assert path.read_text() == "line 18\nline 19\n"
+    assert (tmp_path / "out.2").read_text() == "line 14\nline 15\n"
+
+
+def test_appending_takes_a_torn_line_back(tmp_path):
+    path = tmp_path / "out"
+    path.write_bytes(b"whole\ntor")
+    outlet = FileOutlet(str(path), append=True)
+    outlet.write("next\n")
+    outlet.close()
+    assert path.read_text() == "whole\nnext\n"
+    FileOutlet(str(path)).close()
+    assert path.read_text() == ""
+
+
+def test_a_full_disk_leaves_whole_lines_and_is_waited_out(tmp_path):
+    if os.geteuid():
+        pytest.skip("needs root, to mount a small file system")
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if os.system(f"mount -t tmpfs -o size=64k none {disk}"):
+        pytest.skip("no file system can be mounted here")
+    try:
+        ballast = disk / "ballast"
+        ballast.write_bytes(b"x" * 40_000)
+        outlet = open_outlet(str(disk / "out"), overflow="drop-oldest")
+        lines = [f"{i:05} {'y' * 90}\n" for i in range(400)]
+        for line in lines:
+            outlet.write(line)
+        until(lambda: "No space left" in outlet.problem)
+        assert (disk / "out").read_text().endswith("\n")
+        ballast.unlink()
+        until(lambda: outlet.settled == 400)
+        outlet.close()
+        assert (disk / "out").read_text() == "".join(lines)
+    finally:
+        os.system(f"umount {disk}")
+
+
+def test_tcp_lines_arrive_and_a_server_that_comes_back_gets_the_next_ones():
+    server = socket.create_server(("127.0.0.1", 0))
+    port = server.getsockname()[1]
+    outlet = open_outlet(f"tcp://127.0.0.1:{port}")
+    outlet.write("one\n")
+    connection, _ = server.accept()
+    assert connection.recv(100) == b"one\n"
+    connection.close()
+    until(lambda: outlet.settled == 1)
+    outlet.write("two\n")
+    connection, _ = server.accept()
+    assert connection.recv(100) == b"two\n"
+    outlet.close()
+    connection.close()
+    server.close()
+
+
+def test_a_server_that_never_reads_never_stops_the_writer():
+    server = socket.create_server(("127.0.0.1", 0))
+    outlet = open_outlet(f"tcp://127.0.0.1:{server.getsockname()[1]}", queue=8, overflow="drop-oldest")
+    longest = 0.0
+    for _ in range(3000):
+        began = time.perf_counter()
+        outlet.write("z" * 10_000 + "\n")
+        longest = max(longest, time.perf_counter() - began)
+    assert outlet.dropped["overflow"] > 0
+    assert outlet.depth <= 8 + 64
+    assert longest < 5  # it would be for ever
+    server.close()
+
+
+def test_udp_and_unix_lines_arrive(tmp_path):
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as reader:
+        reader.bind(("127.0.0.1", 0))
+        outlet = open_outlet(f"udp://127.0.0.1:{reader.getsockname()[1]}")
+        outlet.write("a\n")
+        assert reader.recv(100) == b"a\n"
+        outlet.close()
+    path = str(tmp_path / "s")
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(path)
+        server.listen()
+        outlet = open_outlet(f"unix://{path}")
+        outlet.write("b\n")
+        assert server.accept()[0].recv(100) == b"b\n"
+        outlet.close()
+
+
+@pytest.mark.parametrize("text", ["tcp://host", "serial:///dev/x", "unix://", "/nowhere/at/all"])
+def test_a_place_that_is_none_is_refused(text):
+    with pytest.raises(UsageError):
+        open_outlet(text)

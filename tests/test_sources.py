@@ -1,0 +1,204 @@
+"""Sources: bytes in order, seams where a connection broke, files that grow, sockets of real peers."""
+
+import os
+import socket
+import threading
+import time
+
+import pytest
+
+from edge_ssm.errors import UsageError
+from edge_ssm.stream.places import place
+from edge_ssm.stream.sources import SCHEMES, open_source
+from edge_ssm.stream.sources.base import BackOff, Data, Seam
+from edge_ssm.stream.sources.mailbox import Mailbox
+from edge_ssm.stream.sources.sockets import ConnectSource, ListenSource, UdpSource
+from edge_ssm.stream.stop import Stop
+
+
+@pytest.fixture
+def stop():
+    return Stop()
+
+
+def collect(source, stop, until, limit_s=10.0):
+    """What comes until ``until(items)``."""
+    items, end = [], time.monotonic() + limit_s
+    while not until(items):
+        assert time.monotonic() < end, items
+        item = source.read(stop, 0.1)
+        if item is not None:
+            items.append(item)
+    return items
+
+
+def content(items):
+    return b"".join(item.content for item in items if isinstance(item, Data))
+
+
+def seams(items):
+    return [item.connected for item in items if isinstance(item, Seam)]
+
+
+def test_a_file_is_read_to_its_end_and_ends(tmp_path, stop):
+    (tmp_path / "f").write_bytes(b"x" * 200_000)
+    source = open_source(str(tmp_path / "f"))
+    items = collect(source, stop, lambda items: source.ended)
+    assert content(items) == b"x" * 200_000
+    assert not source.live
+    source.close()
+
+
+def test_a_followed_file_goes_on_as_it_grows_is_cut_short_and_is_replaced(tmp_path, stop):
+    path = tmp_path / "log"
+    path.write_bytes(b"one\n")
+    source = open_source(str(path), follow=True)
+    assert content(collect(source, stop, content)) == b"one\n"
+    with path.open("ab") as file:
+        file.write(b"two\n")
+    assert content(collect(source, stop, content)) == b"two\n"
+    path.write_bytes(b"3\n")
+    items = collect(source, stop, content)
+    assert (seams(items), content(items)) == ([True], b"3\n")
+    # Rotation: what the old file still got comes before the new one's.
+    with path.open("ab") as file:
+        file.write(b"last\n")
+        path.rename(tmp_path / "log.1")
+    path.write_bytes(b"fresh\n")
+    items = collect(source, stop, lambda items: content(items).endswith(b"fresh\n"))
+    assert (seams(items), content(items)) == ([True], b"last\nfresh\n")
+    assert not source.ended
+    source.close()
+
+
+def test_a_file_s_position_is_taken_up_only_by_the_same_file(tmp_path, stop):
+    path = tmp_path / "f"
+    path.write_bytes(b"0123456789")
+    first = open_source(str(path))
+    first.read(stop, 0)
+    position = {**first.position(), "offset": 4}
+    again = open_source(str(path))
+    again.seek(position)
+    assert content([again.read(stop, 0)]) == b"456789"
+    other = open_source(str(path))
+    other.seek({**position, "inode": 1})
+    other.seek({"offset": 1 << 40, "inode": position["inode"]})
+    other.seek({})
+    assert content([other.read(stop, 0)]) == b"0123456789"
+
+
+def test_a_followed_pipe_outlives_its_writers(tmp_path, stop):
+    path = str(tmp_path / "pipe")
+    os.mkfifo(path)
+    source = open_source(path, follow=True)
+    for text in (b"a\n", b"b\n"):
+        with open(path, "wb") as writer:
+            writer.write(text)
+        assert content(collect(source, stop, content)) == text
+    assert not source.ended
+    source.close()
+
+
+def test_a_tcp_server_that_goes_and_comes_back(stop):
+    server = socket.create_server(("127.0.0.1", 0))
+    host, port = server.getsockname()
+    source = ConnectSource("sensor", (host, port))
+
+    def serve(text):
+        connection, _ = server.accept()
+        with connection:
+            connection.sendall(text)
+
+    for text in (b"first\n", b"second\n"):
+        thread = threading.Thread(target=serve, args=(text,))
+        thread.start()
+        items = collect(source, stop, lambda items: seams(items)[-1:] == [False])
+        assert (seams(items), content(items)) == ([True, False], text)
+        thread.join()
+    server.close()
+    refused = collect(source, stop, lambda items: len(items) >= 2)
+    assert all(not item.connected and "no connection" in item.reason for item in refused)
+    source.close()
+
+
+@pytest.mark.parametrize("kind", ["tcp", "unix"])
+def test_listening_takes_one_client_after_the_other(tmp_path, stop, kind):
+    path = str(tmp_path / "s")
+    source = ListenSource("here", path if kind == "unix" else ("127.0.0.1", 0))
+    address = path if kind == "unix" else ("127.0.0.1", source.port)
+    family = socket.AF_UNIX if kind == "unix" else socket.AF_INET
+    for text in (b"1\n", b"2\n"):
+        with socket.socket(family) as client:
+            client.connect(address)
+            client.sendall(text)
+        items = collect(source, stop, lambda items: seams(items)[-1:] == [False])
+        assert (seams(items), content(items)) == ([True, False], text)
+    source.close()
+    assert not os.path.exists(path)
+
+
+def test_a_unix_socket_that_a_killed_process_left_is_taken_over(tmp_path):
+    path = str(tmp_path / "s")
+    with socket.socket(socket.AF_UNIX) as left:
+        left.bind(path)
+    source = ListenSource("here", path)
+    with pytest.raises(UsageError, match="can't be listened on"):
+        ListenSource("here", path)
+    source.close()
+
+
+def test_udp_datagrams_stay_whole(stop):
+    source = UdpSource("here", ("127.0.0.1", 0))
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
+        for i in range(5):
+            sender.sendto(b"%d" % i, ("127.0.0.1", source.port))
+    items = collect(source, stop, lambda items: len(items) == 5)
+    assert [item.content for item in items] == [b"0", b"1", b"2", b"3", b"4"]
+    assert source.datagrams
+    source.close()
+
+
+def test_listening_is_on_loopback_unless_told_otherwise():
+    assert place("tcp-listen://:9000", SCHEMES).address() == ("127.0.0.1", 9000)
+    assert place("udp://0.0.0.0:9000", SCHEMES).address() == ("0.0.0.0", 9000)
+    assert place("udp://[::1]:9000", SCHEMES).address() == ("::1", 9000)
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("tcp://host", "expected tcp://HOST:PORT"),
+        ("tcp://host:99999", "not an address"),
+        ("ftp://host:1", "'ftp' is unknown"),
+        ("unix://host/path", "expected unix:///PATH"),
+        ("unix:///" + "x" * 200, "at most 107 bytes"),
+        ("tcp-listen://203.0.113.1:9", "can't be listened on"),
+        ("udp://:9?x=1", "option 'x' is unknown"),
+        ("tcp://host:1?x", "not an address"),
+        ("", "an empty path"),
+    ],
+)
+def test_an_address_that_is_none_is_refused(text, problem):
+    with pytest.raises(UsageError, match=problem.replace("?", r"\?")):
+        open_source(text)
+
+
+def test_a_mailbox_keeps_order_makes_writers_wait_and_wakes_its_reader(stop):
+    box = Mailbox(3)
+    threading.Thread(target=lambda: [box.put(i) for i in range(1000)], daemon=True).start()
+    assert [box.get(stop, 5) for _ in range(1000)] == list(range(1000))
+    began = time.monotonic()
+    assert box.get(stop, 0.05) is None
+    assert time.monotonic() - began > 0.04
+    box.close()
+    assert box.put(1) is False
+
+
+def test_back_off_doubles_to_its_longest_and_success_starts_anew():
+    back_off = BackOff(longest_s=1.0)
+    waits = [back_off.failed() for _ in range(10)]
+    assert 0.05 <= waits[0] <= 0.1
+    assert 0.5 <= waits[-1] <= 1.0
+    back_off.succeeded()
+    assert back_off.left_s == 0
+    assert back_off.failed() <= 0.1
