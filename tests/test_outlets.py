@@ -146,7 +146,7 @@ def test_a_full_disk_leaves_whole_lines_and_is_waited_out(tmp_path):
         outlet.close()
         assert (disk / "out").read_text() == "".join(lines)
     finally:
-        os.system(f"umount {disk}")
+        os.system(f"umount -l {disk}")
 
 
 def test_tcp_lines_arrive_and_a_server_that_comes_back_gets_the_next_ones():

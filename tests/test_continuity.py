@@ -1,0 +1,186 @@
+"""What the sender's numbers and time stamps say: what is missing is filled and counted, what comes twice is dropped."""
+
+import time
+
+import convolution
+import numpy as np
+import pytest
+from networks import random_network, samples_for
+from test_stream import Stream, logits
+
+from edge_ssm.errors import SnapshotError
+from edge_ssm.stream.frames import Frame, Malformed
+from edge_ssm.stream.sources.base import Data, Seam, Source
+
+
+def numbered(stream, samples, numbers):
+    for number in numbers:
+        stream.loop._item(Frame(samples[number], sequence=number))
+    return stream
+
+
+def test_lost_samples_are_held_numbered_and_counted():
+    network = random_network(window=20)
+    samples = samples_for(network, 0, 40)
+    filled = samples.copy()
+    filled[5:8] = samples[4]
+    stream = numbered(Stream(network), samples, [*range(5), *range(8, 40)])
+    assert stream.account.gaps == {"lost": 3}
+    assert stream.account.samples == 40
+    first, second = stream.decisions
+    assert (first["start"], first["end"], first["gaps"]) == (0, 20, 3)
+    assert np.allclose(logits(first), convolution.pooled(network, filled[:20]), atol=1e-9)
+    assert np.allclose(logits(second), convolution.pooled(network, samples[20:]), atol=1e-9)
+
+
+def test_a_long_loss_resets_and_keeps_the_numbers():
+    network = random_network(window=20)
+    samples = samples_for(network, 0, 200)
+    stream = numbered(Stream(network, max_gap=10), samples, [*range(5), *range(100, 200)])
+    assert stream.account.gaps == {"lost": 95}
+    assert stream.account.samples == 200
+    assert [d["start"] for d in stream.decisions] == [100, 120, 140, 160, 180]
+    assert [e["event"] for e in stream.events] == ["reset"]
+
+
+@pytest.mark.parametrize(("reorder", "reason"), [(1024, "late"), (1 << 20, "repeated")])
+def test_what_comes_again_is_dropped_where_it_can(reorder, reason):
+    network = random_network(window=20)
+    samples = samples_for(network, 0, 40)
+    stream = Stream(network)
+    stream.loop._reorder = reorder
+    numbered(stream, samples, [*range(30), *range(20, 40)])
+    assert stream.account.dropped == {reason: 10}
+    assert stream.account.samples == 40
+    assert np.allclose(logits(stream.decisions[1]), convolution.pooled(network, samples[20:]), atol=1e-9)
+
+
+def test_numbers_that_begin_anew_are_a_restart_of_the_sender():
+    network = random_network(window=20)
+    samples = samples_for(network, 0, 40)
+    stream = numbered(Stream(network), samples, [*range(10), *range(30)])
+    assert [e["event"] for e in stream.events] == ["sender_restarted"]
+    assert stream.account.samples == 40
+    assert not stream.account.gaps
+
+
+def test_time_stamps_that_skip_are_a_gap_only_where_asked():
+    network = random_network(window=20)
+    samples = samples_for(network, 0, 40)
+    for hz, lost in ((None, {}), (50.0, {"lost": 3})):
+        stream = Stream(network, stamps_hz=hz)
+        for i in [*range(5), *range(8, 40)]:
+            stream.loop._item(Frame(samples[i], 1000 + i / 50 + 0.004 * np.sin(i)))
+        assert stream.account.gaps == lost
+
+
+@pytest.mark.parametrize("hop", [None, 3])
+@pytest.mark.parametrize("gap", ["hold", "skip", "reset"])
+@pytest.mark.parametrize("cut", [1, 7, 33, 60])
+def test_a_loop_goes_on_where_its_state_was_taken(gap, hop, cut):
+    network = random_network(window=20)
+    samples = samples_for(network, 0, 100)
+    samples[[6, 30, 31, 32, 59]] = np.nan
+    whole = Stream(network, hop, gap=gap).feed(samples)
+    first = Stream(network, hop, gap=gap).feed(samples[:cut])
+    state, snapshot = first.loop.state()
+    second = Stream(network, hop, gap=gap)
+    second.loop.restore(state, snapshot)
+    for i in range(cut, 100):
+        second.loop._item(Frame(samples[i], float(i)))
+    assert first.lines + second.lines == whole.lines
+    assert second.account.gaps == whole.account.gaps
+    assert second.account.discarded == whole.account.discarded
+
+
+def test_a_state_of_other_windows_is_refused_and_changes_nothing():
+    network = random_network(window=20)
+    samples = samples_for(network, 0, 40)
+    state, snapshot = Stream(network, 10, carry=True).feed(samples[:15]).loop.state()
+    stream = Stream(network, carry=True).feed(samples[:3])
+    before = stream.loop.state()[0]
+    with pytest.raises(SnapshotError, match="its windows are not those of this run"):
+        stream.loop.restore(state, snapshot)
+    assert stream.loop.state()[0] == before
+    stream.feed(samples[3:])
+    plain = Stream(network, carry=True).feed(samples)
+    assert [d["logits"] for d in stream.decisions] == [d["logits"] for d in plain.decisions]
+
+
+class Script(Source):
+    """A source that says what a test has written down; a float is silence for so long."""
+
+    name = "script"
+
+    def __init__(self, *items):
+        self._items = list(items)
+
+    def read(self, stop, seconds):
+        if not self._items:
+            self.ended = True
+            return None
+        item = self._items.pop(0)
+        if isinstance(item, float):
+            time.sleep(item)
+            return None
+        return item
+
+    def close(self):
+        pass
+
+
+def csv(rows):
+    return "".join(",".join(repr(float(v)) for v in row) + "\n" for row in rows).encode()
+
+
+def run(network, source, **options):
+    from edge_ssm.stream.frames import CsvDecoder
+    from edge_ssm.stream.stop import Stop
+
+    stream = Stream(network, **options)
+    stream.loop.run(source, CsvDecoder(network.input), Stop())
+    return stream
+
+
+def test_a_row_that_a_lost_connection_cut_is_no_sample():
+    network = random_network(window=20)
+    rows = csv(samples_for(network, 0, 40))
+    cut = rows[: rows.index(b"\n", 700) - 3]
+    stream = run(
+        network, Script(Seam("connected", True), Data(cut), Seam("gone", False), Seam("again", True), Data(rows))
+    )
+    assert stream.account.malformed == 1
+    assert stream.account.samples == cut.count(b"\n") + 40
+    assert stream.account.reconnects == 2
+    assert [e["event"] for e in stream.events] == ["connected", "disconnected", "connected"]
+
+
+def test_a_header_may_come_again_with_a_new_connection():
+    network = random_network(window=20)
+    rows = b"c1,c0\n" + csv(samples_for(network, 0, 20)[:, ::-1])
+    stream = run(network, Script(Data(rows), Seam("again", True), Data(rows)))
+    assert stream.account.malformed == 0
+    one, two = stream.decisions
+    assert one["logits"] == two["logits"]
+
+
+def test_a_sensor_that_is_silent_is_reported_once_and_its_return_too():
+    network = random_network(window=20)
+    rows = csv(samples_for(network, 0, 20))
+    stream = run(network, Script(Data(rows), 0.06, 0.06, 0.01, Data(rows)), stale_after_s=0.1)
+    assert [e["event"] for e in stream.events] == ["stale", "flowing"]
+    assert stream.events[0]["seconds"] >= 0.1
+
+
+def test_late_decisions_are_counted():
+    network = random_network(window=20)
+    rows = csv(samples_for(network, 0, 40))
+    assert run(network, Script(Data(rows)), deadline_s=1e-9).account.deadline_misses == 2
+    assert run(network, Script(Data(rows)), deadline_s=60).account.deadline_misses == 0
+
+
+def test_what_is_no_frame_gets_no_number():
+    network = random_network(window=20)
+    stream = Stream(network)
+    stream.loop._item(Malformed("byte 7", "checksum"))
+    assert (stream.account.malformed, stream.account.samples) == (1, 0)
