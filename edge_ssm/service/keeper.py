@@ -26,8 +26,6 @@ from edge_ssm.stream.sources.base import Source
 
 FILE = "snapshot"
 REFUSED = "snapshot.refused"
-IN_FLIGHT = 16
-"""Unacknowledged messages after which a snapshot is taken early: mosquitto sends 20 and then waits."""
 RETRY_S = 1.0
 
 
@@ -91,7 +89,7 @@ class Keeper:
         """Between blocks: take, write, acknowledge, each when it is time. Returns what a user must be told, or ""."""
         self._token = token
         now = time.monotonic()
-        waiting = source.in_flight >= IN_FLIGHT
+        waiting = source.in_flight >= source.most_in_flight
         if self._taken is None and (now >= self._due or waiting):
             self._take(loop, source, now)
         if self._taken is not None and self._writing is None and self._settled(self._taken, source):

@@ -71,6 +71,8 @@ def place(text: str, schemes: tuple[str, ...]) -> Place:
         return Place(text, "file", "", None, text, {})
     if scheme not in schemes:
         raise UsageError(f"{text}: {scheme!r} is unknown, expected a file, -, or {', '.join(schemes)}")
+    if scheme in ("mqtt", "mqtts"):
+        return _mqtt(text, scheme)
     try:
         parts = urlsplit(text)
         options = dict(parse_qsl(parts.query, keep_blank_values=True, strict_parsing=bool(parts.query)))
@@ -86,3 +88,13 @@ def place(text: str, schemes: tuple[str, ...]) -> Place:
         )
     except ValueError as error:
         raise UsageError(f"{text}: not an address ({error})") from None
+
+
+def _mqtt(text: str, scheme: str) -> Place:
+    """A topic may hold # and %, which mean something else in other addresses; options stand after a ?."""
+    url, _, query = text.partition("?")
+    try:
+        options = dict(parse_qsl(query, keep_blank_values=True, strict_parsing=bool(query)))
+    except ValueError as error:
+        raise UsageError(f"{url}: not options ({error})") from None
+    return Place(url, scheme, "", None, "", options)

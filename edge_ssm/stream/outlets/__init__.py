@@ -50,4 +50,9 @@ def _wire(text: str) -> Wire:
 
 
 def _device(found: Place) -> Wire:
-    raise UsageError(f"{found.shown}: {found.scheme} is not there yet")
+    if found.scheme in ("http", "https"):
+        raise UsageError(f"{found.shown}: {found.scheme} is not there yet")
+    from edge_ssm.stream.mqtt_broker import access_of
+    from edge_ssm.stream.outlets.mqtt import MqttWire
+
+    return MqttWire(found.text, access_of(found))

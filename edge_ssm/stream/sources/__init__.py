@@ -32,4 +32,45 @@ def open_source(text: str, follow: bool = False, paced: bool = False) -> Source:
 
 
 def _device(found: Place) -> Source:
+    if found.scheme == "serial":
+        return _serial(found)
+    if found.scheme == "iio":
+        return _iio(found)
+    from edge_ssm.stream.mqtt_broker import access_of
+    from edge_ssm.stream.sources.mqtt import MqttSource
+
+    own = ("client_id", "receive_maximum", "in_flight", "session_expiry")
+    access = access_of(found, *own)
+    made = MqttSource(
+        found.text,
+        access,
+        client_id=found.options.get("client_id"),
+        receive_maximum=found.whole("receive_maximum", 1000),
+        session_expiry_s=found.whole("session_expiry", 7 * 24 * 3600),
+    )
+    made.most_in_flight = found.whole("in_flight", made.most_in_flight)
+    return made
+
+
+def _serial(found: Place) -> Source:
+    from edge_ssm.stream.sources.serial_line import SerialSource
+
+    options = found.known_options("baud", "parity", "stop_bits", "data_bits", "flow")
+    if found.host or len(found.path) < 2:
+        raise UsageError(f"{found.shown}: expected serial:///dev/DEVICE?baud=115200")
+    try:
+        stop_bits = float(options.get("stop_bits", "1"))
+    except ValueError:
+        raise UsageError(f"{found.shown}: stop_bits {options['stop_bits']!r}, expected 1, 1.5 or 2") from None
+    return SerialSource(
+        found.path,
+        found.whole("baud", 115200),
+        parity=options.get("parity", "none"),
+        stop_bits=stop_bits,
+        data_bits=found.whole("data_bits", 8),
+        flow=options.get("flow", "none"),
+    )
+
+
+def _iio(found: Place) -> Source:
     raise UsageError(f"{found.shown}: {found.scheme} is not there yet")

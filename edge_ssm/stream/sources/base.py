@@ -45,6 +45,8 @@ class Source(ABC):
     come in order, once; up to 2^20 or more where what was not acknowledged is sent again."""
     in_flight: int = 0
     """Messages that came and were not acknowledged yet."""
+    most_in_flight: int = 16
+    """So many of them call for a snapshot before its time: the sender stops at some number (mosquitto at 20)."""
     ended: bool = False
     """Nothing will come any more."""
 
