@@ -177,6 +177,16 @@ def summary(account: Account, network: Network, engine: str, chunk: int = 1) -> 
         + (f" (gave up {account.discarded} samples)" if account.discarded else "")
         + (f", last window unfinished with {account.unfinished} samples" if account.unfinished else ""),
     ]
+    if account.dropped or account.deadline_misses or account.reconnects or account.engine_losses:
+        dropped = ", ".join(f"{n} {reason}" for reason, n in sorted(account.dropped.items())) or "nothing"
+        lines.append(
+            f"dropped   {dropped}; late decisions {account.deadline_misses}, connections {account.reconnects}"
+            + (f", engines lost {account.engine_losses}" if account.engine_losses else "")
+        )
+    if account.reloads or account.reload_failures or account.moves:
+        lines.append(
+            f"reloads   {account.reloads}, refused {account.reload_failures}; moves within the family {account.moves}"
+        )
     if latency.count:
         speed = account.samples / account.seconds
         real_time = (

@@ -26,7 +26,7 @@ from edge_ssm.stream.sources.base import Source
 
 FILE = "snapshot"
 REFUSED = "snapshot.refused"
-RETRY_S = 1.0
+EARLY = 0.7
 
 
 @dataclass
@@ -54,7 +54,7 @@ class Keeper:
         self._problem = ""
         self._told = ""
         self._token: Any = None
-        self._due = time.monotonic() + interval_s
+        self._due = time.monotonic() + EARLY * interval_s
         self.artifact = ""
         """Digest of the artifact that runs."""
         self.written_at: float | None = None
@@ -100,7 +100,8 @@ class Keeper:
         return problem
 
     def _take(self, loop: Loop, source: Source, now: float) -> None:
-        self._due = now + self._interval_s
+        # Taken early, so that it is written when the interval is over: no more than that is ever done again.
+        self._due = now + EARLY * self._interval_s
         content = None
         if self._path is not None:
             state, snapshot = loop.state()

@@ -43,6 +43,8 @@ class Source(ABC):
     reorder: int = 0
     """How far a sample's sequence number may lie behind the last one's and still be of the same count: 0 where bytes
     come in order, once; up to 2^20 or more where what was not acknowledged is sent again."""
+    reorder_wait_s: float = 0.0
+    """How long a sample that is ahead of its number is held back for those before it."""
     in_flight: int = 0
     """Messages that came and were not acknowledged yet."""
     most_in_flight: int = 16

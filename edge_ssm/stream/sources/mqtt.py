@@ -42,6 +42,7 @@ class MqttSource(Source):
 
     datagrams = True
     reorder = 1 << 20
+    reorder_wait_s = 2.0
 
     def __init__(
         self,
