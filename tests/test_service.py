@@ -357,6 +357,7 @@ def test_a_new_model_is_taken_over_and_a_bad_one_is_not(small, tmp_path):
     feed(100)
     until(lambda: len(events()) == 3)
     feed(100)
+    until(lambda: [d["end"] - d["start"] for d in decisions(out)[0]].count(25) >= 6)
     writer.close()
     run.send_signal(signal.SIGTERM)
     assert run.wait(30) == 0
