@@ -231,6 +231,16 @@ def test_a_retained_message_is_no_new_sample(broker, stop):
     source.close()
 
 
+def test_a_message_that_is_too_long_does_not_stop_the_next(broker, stop):
+    source = listen(broker)
+    ready(source, stop)
+    broker.publish("s/1/x", b"1" * 100_000, b"0" * (1 << 16), 2)
+    assert len(source.read(stop, 5).content) == 1 << 16
+    assert numbers(take(source, stop, 1)) == [2]
+    assert source.in_flight == 2
+    source.close()
+
+
 def test_users_and_passwords(tmp_path, stop):
     maker = shutil.which("mosquitto_passwd")
     if maker is None:
