@@ -82,7 +82,8 @@ class Layout:
         part = np.ascontiguousarray(scans[:, at : at + element.storage // 8])
         raw = part.view(f"{order}{code}{element.storage // 8}")[:, 0]
         if element.kind == "f":
-            return raw.astype(np.float64)
+            with np.errstate(invalid="ignore"):  # a signalling NaN is a missing value like any other
+                return raw.astype(np.float64)
         spare = np.uint64(64 - element.bits)
         # To the left end and back: this masks what lies beside the value, and carries its sign along.
         left = (raw.astype(np.uint64) >> np.uint64(element.shift)) << spare
@@ -201,8 +202,9 @@ class IioDecoder(FrameDecoder):
         values = np.empty((len(scans), len(self._elements)))
         for i, element in enumerate(self._elements):
             values[:, i] = self._layout.values(scans, element)
-        values += self._shift
-        values *= self._scale
+        with np.errstate(invalid="ignore", over="ignore"):
+            values += self._shift
+            values *= self._scale
         if self._stamp is None:
             for row in values:
                 yield Frame(row)
