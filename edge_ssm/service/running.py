@@ -89,10 +89,10 @@ def _run(settings: Settings, say: Say, stack: ExitStack) -> Outcome:
         return Windows(of, settings.hop, settings.carry)
 
     windows = make_windows(network)
-    source = open_source(settings.input, settings.follow, settings.pace)
+    source = open_source(settings.input, network.input, settings.follow, settings.pace)
     stack.callback(source.close)
     codec = settings.format or frames.guess_format(settings.input)
-    decoder = frames.decoder(codec, network.input, _scale(settings.scale))
+    decoder = source.decoder or frames.decoder(codec, network.input, _scale(settings.scale))
     named = firmware_profile(settings.profile, say)
     _keep_to(settings, named)
     engine, why = make_engine(settings.engine, network, windows.lanes, named, say)
