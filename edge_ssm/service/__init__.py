@@ -1,1 +1,1 @@
-"""A run as a service: its configuration, what it keeps across restarts, how it is replaced while it runs, how it is seen."""
+"""A run as a service: its configuration, what it keeps across restarts, its replacement as it runs, how it is seen."""
