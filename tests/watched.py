@@ -10,6 +10,8 @@ import threading
 import time
 from pathlib import Path
 
+from networks import samples_for
+
 from edge_ssm import artifact
 from edge_ssm.engines import create
 from edge_ssm.service.web import serve
@@ -69,10 +71,24 @@ class Watched:
         return self
 
 
-def demo(**options):
-    """The demo's model over its recording."""
+def rows(network, n=400, gap_every=0):
+    """CSV of random samples, every ``gap_every``th missing."""
+    lines = [",".join(network.input.channels) + "\n"]
+    for i, sample in enumerate(samples_for(network, 0, n)):
+        values = ["nan" if gap_every and i % gap_every == 0 else f"{v:.6f}" for v in sample]
+        lines.append(",".join(values) + "\n")
+    return [line.encode() for line in lines]
+
+
+def demo(holes=False, **options):
+    """The demo's model over its recording; with ``holes`` some samples are missing, and a row is no row."""
     found = artifact.load(EXAMPLES / "demo.safetensors")
     lines = (EXAMPLES / "demo.csv").read_bytes().splitlines(keepends=True)
+    if holes:
+        missing = b",".join([b"nan"] * found.network.d_input) + b",\n"
+        for i in [*range(400, 8000, 1000), *range(403, 8000, 2000), *range(3000, 3230)]:
+            lines[i] = missing
+        lines[5000] = b"0.1,0.2,what is th\n"
     return Watched(found.network, lines, **options)
 
 
@@ -81,9 +97,10 @@ def main():
     parser.add_argument("listen")
     parser.add_argument("--hz", type=float, default=50)
     parser.add_argument("--hop", type=int, default=50)
+    parser.add_argument("--holes", action="store_true")
     parser.add_argument("--note", help="ignored: a word for tests/emulated_board.py to find")
     arguments = parser.parse_args()
-    meter, run = file_meter(), demo(hz=arguments.hz, hop=arguments.hop, engine="cpu")
+    meter, run = file_meter(), demo(arguments.holes, hz=arguments.hz, hop=arguments.hop, engine="cpu")
 
     def watts():
         reading = meter.read() if meter else None

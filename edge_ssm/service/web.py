@@ -255,7 +255,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def _head(connection: socket.socket) -> bytes | None:
-    """The request's line and headers; cut off, without a line's end, where they are too long; None: they did not come."""
+    """The request's line and headers; cut off without a line's end if they are too long; None: they did not come."""
     head, until = b"", time.monotonic() + HEAD_S
     while len(head) < HEAD_BYTES:
         # A limit for each read alone would let one byte a second hold on for ever.
