@@ -172,6 +172,9 @@ def test_the_dashboard_asks_only_for_metrics_that_there_are():
     dashboard = json.loads(DASHBOARD.read_text())
     targets = [target["expr"] for panel in dashboard["panels"] for target in panel.get("targets", [])]
     targets += [v["query"]["query"] for v in dashboard["templating"]["list"] if v["type"] == "query"]
+    ids = [panel["id"] for panel in dashboard["panels"]]
+    assert len(set(ids)) == len(ids)
+    assert all(panel["gridPos"]["x"] + panel["gridPos"]["w"] <= 24 for panel in dashboard["panels"])
     asked = {name for query in targets for name in re.findall(r"\b(?:edge_ssm|process)_[a-z0-9_]+", query)}
     assert asked - names == set()
     ours = {name for name in names if name.startswith("edge_ssm_")} - {

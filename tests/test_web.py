@@ -57,7 +57,7 @@ def raw(server, data, timeout=20.0):
     """All that comes back for these bytes."""
     host, _, port = server.address.rpartition(":")
     with socket.create_connection((host, int(port)), timeout=timeout) as connection:
-        with contextlib.suppress(ConnectionError):
+        with contextlib.suppress(OSError):  # It may have been hung up on already.
             connection.sendall(data)
             connection.shutdown(socket.SHUT_WR)
         received = b""
@@ -97,7 +97,7 @@ def test_every_answer_is_guarded_and_kept_by_nobody(server, path):
 def test_the_status_is_what_the_run_knows(run, server):
     run.live.event(Event("reset", 17, {"reason": "gap"}))
     found = json.loads(ask(server, "/status.json")[2])
-    assert found["status"]["model_digest"] == "5eed"
+    assert found["status"]["model_digest"] == run.facts.model_digest
     assert found["unhealthy"] == found["unready"] == ""
     assert 0 < found["status"]["samples"] <= run.account.samples
     assert [d["index"] for d in found["decisions"]] == sorted(d["index"] for d in found["decisions"])
@@ -375,7 +375,9 @@ def test_two_hundred_idle_connections_keep_nobody_out_and_cost_nothing(run):
         process, samples = psutil.Process(), run.account.samples
         before = process.memory_info().rss
         for _ in range(200):
-            stack.enter_context(socket.create_connection((host, int(port)), timeout=20)).sendall(b"GET / HT")
+            idle = stack.enter_context(socket.create_connection((host, int(port)), timeout=20))
+            with contextlib.suppress(OSError):  # It may be the oldest by now.
+                idle.sendall(b"GET / HT")
         began = time.monotonic()
         assert ask(server, "/healthz")[0] == 200
         assert time.monotonic() - began < 8

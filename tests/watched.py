@@ -89,7 +89,7 @@ def demo(holes=False, **options):
         for i in [*range(400, 8000, 1000), *range(403, 8000, 2000), *range(3000, 3230)]:
             lines[i] = missing
         lines[5000] = b"0.1,0.2,what is th\n"
-    return Watched(found.network, lines, **options)
+    return Watched(found.network, lines, digest=found.digest, **options)
 
 
 def main():
