@@ -317,6 +317,7 @@ def test_whatever_comes_is_answered_or_hung_up_on(server, hurried, data):
     received = raw(server, data)
     assert b"Traceback" not in received
     assert b"Internal Server Error" not in received
+    assert server._server._faults == 0
 
 
 @pytest.mark.parametrize("data", STRANGE)

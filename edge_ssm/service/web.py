@@ -12,6 +12,7 @@ import io
 import ipaddress
 import re
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -161,7 +162,10 @@ class _Server(ThreadingHTTPServer):
             _hang_up(connection)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Of a connection: there is nobody to tell."""
+        error = sys.exc_info()[1]
+        # A connection's end is no news.
+        if isinstance(error, Exception) and not isinstance(error, OSError):
+            self.fault(error)
 
     def fault(self, error: Exception) -> None:
         self._faults += 1
