@@ -145,7 +145,7 @@ def cli() -> None:
 @click.pass_context
 def run(context: click.Context, /, config: str | None, stream: bool, **options: Any) -> None:
     """Classify a sensor stream with MODEL, an artifact of edge-ssm-build."""
-    from edge_ssm.service import configuration, running
+    from edge_ssm.service import configuration, journal, running
 
     given = {
         name: list(value) if isinstance(value, tuple) else value
@@ -155,7 +155,7 @@ def run(context: click.Context, /, config: str | None, stream: bool, **options: 
     settings = configuration.settings(config, given)
     if settings.input == "-" and sys.stdin.isatty():
         click.echo("edge-ssm: reading samples from the terminal, Ctrl-D ends", err=True)
-    outcome = running.run(settings, lambda line: click.echo(f"edge-ssm: {line}", err=True))
+    outcome = running.run(settings, lambda line: journal.log("notice", line))
     account, network = outcome.account, outcome.network
     click.echo(summary(account, network, outcome.engine, outcome.chunk), err=True)
     if account.malformed and not account.samples:

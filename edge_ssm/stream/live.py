@@ -211,8 +211,8 @@ class Live:
             if self._path is not None:
                 try:
                     atomic.write(self._path, msgspec.json.encode(status), durable=False)
-                except OSError:
-                    self._path = None  # A full disk or a folder that is gone: the run itself matters more.
+                except (OSError, UnicodeError):  # a full disk, a folder that is gone, a name that is no text
+                    self._path = None  # The run itself matters more.
 
     def status(self) -> Status:
         """As of now. From any thread."""
