@@ -66,7 +66,7 @@ def test_many_durations_are_recorded_as_one_after_the_other(durations):
 
 def test_a_report_has_what_design_promises(reports):
     found = json.loads((reports / "a.json").read_text())
-    assert found["version"] == 1
+    assert found["version"] == 2
     assert found["engine"] == "cpu"
     assert found["meter"] is None
     assert found["energy_per_step_uj"] is None  # what was not measured is not stated
