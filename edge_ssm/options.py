@@ -9,8 +9,10 @@ import click
 
 
 class Finite(click.FloatRange):
-    """A number, within a range if one is given. ``click.FloatRange`` lets "nan" through, which is no less and no more
+    """A number within a range. ``click.FloatRange`` lets "nan" through, which is no less and no more
     than any bound, and "inf" where there is none."""
+
+    name = "number"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         try:

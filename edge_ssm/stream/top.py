@@ -62,7 +62,7 @@ def page(statuses: Sequence[Status], meter: Meter | None, now: Callable[[], floa
         dropped = ", ".join(f"{n} {reason}" for reason, n in sorted(s.dropped.items()))
         lines.append(f"  dropped    {dropped or 'nothing'}; resets {s.resets}, late decisions {s.deadline_misses}")
         lines.append(f"  source     {s.source} ({s.source_state})" + (f", waiting {s.queue}" if s.queue else ""))
-        most = max(1, *s.labels.values())
+        most = max([1, *s.labels.values()])
         for label, count in sorted(s.labels.items(), key=lambda item: -item[1])[:8]:
             lines.append(f"  {printable(label, 20):20} {count:8} {'#' * round(BAR * count / most)}")
         lines += [f"  event      {event}" for event in s.events[-EVENTS:]]
