@@ -15,6 +15,8 @@ from edge_ssm.network import Array
 
 _BITS = 6
 _SUB = 1 << _BITS
+RESOLUTION = 1 / _SUB
+"""Of a percentile, as a part of it: how wide a bucket may be."""
 
 
 class LatencyHistogram:
