@@ -6,6 +6,7 @@ from edge_ssm import interruption
 
 # isort: split
 import json
+import os
 import sys
 import time
 from collections.abc import Sequence
