@@ -121,10 +121,15 @@ def _span(values: list[int]) -> str:
 
 
 def _outline(value: Any, name: str = "") -> list[str]:
-    """A JSON value as indented lines, one scalar a line."""
+    """A JSON value as indented lines, one scalar a line. It is a stranger's: no control characters come through."""
+    name = _printable(name)
     if isinstance(value, dict) or (isinstance(value, list) and any(isinstance(item, dict) for item in value)):
         items = value.items() if isinstance(value, dict) else enumerate(value)
         nested = [line for key, item in items for line in _outline(item, str(key))]
         return [f"{name}:", *(f"  {line}" for line in nested)] if name else nested
     text = ", ".join(str(item) for item in value) if isinstance(value, list) else str(value)
-    return [f"{name}: {text}"]
+    return [f"{name}: {_printable(text)}"]
+
+
+def _printable(text: str) -> str:
+    return "".join(c if c.isprintable() else "?" for c in text)
