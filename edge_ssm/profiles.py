@@ -220,8 +220,10 @@ def describe(named: NamedProfile) -> str:
         lines.append(f"  memory   {p.memory.bandwidth_gb_s:g} GB/s")
     budget = f"{p.power.budget_w:g} W" if p.power.budget_w else "no budget"
     lines.append(f"  power    {budget}; rails {', '.join(p.power.rails) or 'none'}")
-    if p.thermal.passive_c:
-        lines.append(f"  thermal  clocks go back at {p.thermal.passive_c:g} C, off at {p.thermal.critical_c:g} C")
+    temperatures = [f"clocks go back at {p.thermal.passive_c:g} C"] if p.thermal.passive_c else []
+    temperatures += [f"off at {p.thermal.critical_c:g} C"] if p.thermal.critical_c else []
+    if temperatures:
+        lines.append(f"  thermal  {', '.join(temperatures)}")
     if p.jetpack:
         lines.append(f"  jetpack  {p.jetpack.oldest} to {p.jetpack.newest}")
     r = p.runtime

@@ -53,9 +53,61 @@ def test_a_seed_and_its_neighbours(path):
 def test_content_behind_a_digest_or_a_signature_is_reached():
     """An untouched base loads; a signed statement is opened."""
     TARGETS["artifact-content"].build()(b"")
-    TARGETS["signature-content"].build()((CORPUS / "signature-content" / "valid").read_bytes())
+    TARGETS["signature-content"].build()(b"")
     TARGETS["signature"].build()((CORPUS / "signature" / "valid").read_bytes())
     with pytest.raises(EdgeSSMError) as caught:
         # The document's member `window` is 0, behind a digest that is right.
         TARGETS["artifact-content"].build()(bytes([0, 1, 11, 7, 0]))
     assert re.search(r"document: .*window", str(caught.value))
+    with pytest.raises(EdgeSSMError, match=r"statement: .*predicate"):
+        # The statement's last member is an empty string, signed rightly.
+        TARGETS["signature-content"].build()(bytes([1, 3, 0, 6, 19, 0]))
+
+
+BAD_TARGETS = """
+import sys, time, ctypes
+from pathlib import Path
+import fuzz_process, fuzz_targets
+
+def entered(name, act):
+    fuzz_targets.register(name, 1, 8)(lambda: act)
+
+def at_fifty(act):
+    count = 0
+    def fuzz(data):
+        nonlocal count
+        count += 1
+        if count == 50:
+            act()
+    return fuzz
+
+entered("raises", at_fifty(lambda: {}["x"]))
+entered("allocates", at_fifty(lambda: bytearray(1 << 30)))
+entered("crashes", at_fifty(lambda: ctypes.string_at(0)))
+entered("hangs", at_fifty(lambda: time.sleep(60)))
+fuzz_process.main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "crashes", "hangs", "finding"),
+    [
+        ("raises", 1, 0, "exception-"),
+        ("allocates", 1, 0, "exception-"),
+        ("crashes", 1, 0, "crash-"),
+        ("hangs", 0, 1, "timeout-"),
+    ],
+)
+def test_a_target_that_does_harm_is_seen_and_fuzzing_goes_on(tmp_path, monkeypatch, name, crashes, hangs, finding):
+    pytest.importorskip("atheris")
+    import run
+
+    script = tmp_path / "bad.py"
+    script.write_text(BAD_TARGETS)
+    monkeypatch.setenv("PYTHONPATH", str(run.HERE))
+    # One that ends the process is met again fifty inputs after each start: 80 inputs meet it once.
+    row = run.fuzz(name, 80, 1, tmp_path / "work", script)
+    assert (row["inputs"] >= 79, row["crashes"], row["hangs"]) == (True, crashes, hangs), row
+    (found, *_) = sorted(run.findings(tmp_path / "work" / name))
+    assert found.startswith(finding)

@@ -111,3 +111,14 @@ def test_bytes_that_are_no_toml_are_refused_with_the_file_s_name(content):
     """Not UTF-8, too deep, a number of too many digits: the parser has another error for each (found by fuzzing)."""
     with pytest.raises(InputRefused, match=r"^p\.toml: "):
         profiles.decode(Path("p.toml"), content)
+
+
+def test_a_profile_with_one_temperature_is_described():
+    """The other one is optional (found by fuzzing)."""
+    good = (profiles.folder() / "orin-nano-8gb-7w.toml").read_text()
+    for left_out in ("passive_c", "critical_c"):
+        text = "".join(line for line in good.splitlines(keepends=True) if not line.startswith(left_out))
+        assert text != good
+        page = profiles.describe(profiles.decode(Path("p.toml"), text.encode()))
+        assert ("clocks go back" in page) == (left_out != "passive_c")
+        assert ("off at" in page) == (left_out != "critical_c")

@@ -15,6 +15,7 @@ import sys
 import time
 import traceback
 from pathlib import Path
+from typing import Any
 
 import atheris
 
@@ -36,6 +37,11 @@ MAX_FINDINGS = 50
 def address_space() -> int:
     """Bytes of address space in use."""
     return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+
+
+def _escaped(word: str) -> str:
+    """As libFuzzer's dictionaries want it."""
+    return "".join(f"\\x{byte:02x}" for byte in word.encode())
 
 
 def main(name: str, inputs: int, seed: int, folder: Path) -> None:
@@ -71,7 +77,7 @@ def main(name: str, inputs: int, seed: int, folder: Path) -> None:
 
     limit = address_space() + (GROWTH_LIMIT_MB << 20)
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-    options = {
+    options: dict[str, Any] = {
         "runs": inputs,
         "seed": seed,
         "max_len": target.max_len,
@@ -83,6 +89,9 @@ def main(name: str, inputs: int, seed: int, folder: Path) -> None:
         "print_funcs": 0,
         "print_final_stats": 1,
     }
+    if target.words:
+        options["dict"] = folder / "words"
+        options["dict"].write_text("".join(f'"{_escaped(word)}"\n' for word in target.words))
     seeds = [str(target.seeds)] if target.seeds.is_dir() else []
     atheris.Setup([sys.argv[0], *(f"-{k}={v}" for k, v in options.items()), str(corpus), *seeds], one)
     atheris.Fuzz()

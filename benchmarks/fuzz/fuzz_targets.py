@@ -9,6 +9,7 @@ Callables are deterministic and keep nothing between inputs, so that a finding c
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import os
@@ -20,6 +21,11 @@ from typing import Any
 
 import msgspec
 import numpy as np
+
+try:  # here, so that the parser which msgspec takes is instrumented with this import
+    import tomllib  # noqa: F401
+except ImportError:
+    import tomli  # noqa: F401
 
 from edge_ssm import artifact, inspect, profiles, signatures
 from edge_ssm.network import InputSpec
@@ -42,6 +48,8 @@ class Target:
     """In a full run. All targets together: more than ten million."""
     max_len: int
     """Bytes of the longest input."""
+    words: tuple[str, ...] = ()
+    """That the fuzzer may put into an input as a whole: coverage does not lead it through parsers in C."""
 
     @property
     def seeds(self) -> Path:
@@ -51,11 +59,15 @@ class Target:
 TARGETS: dict[str, Target] = {}
 
 
-def register(name: str, inputs: int, max_len: int) -> Callable[[Callable[[], Fuzzed]], Callable[[], Fuzzed]]:
+def register(
+    name: str, inputs: int, max_len: int, words: tuple[str, ...] = ()
+) -> Callable[[Callable[[], Fuzzed]], Callable[[], Fuzzed]]:
+    """Enter what the decorated function builds. Refuses a name that is taken."""
+
     def enter(build: Callable[[], Fuzzed]) -> Callable[[], Fuzzed]:
         if name in TARGETS:
             raise ValueError(f"fuzz target {name!r} is there already")
-        TARGETS[name] = Target(name, build, inputs, max_len)
+        TARGETS[name] = Target(name, build, inputs, max_len, words)
         return build
 
     return enter
@@ -99,8 +111,30 @@ def decoder_target(codec: str) -> Fuzzed:
     return fuzz
 
 
+_NUMBER_WORDS = ("nan", "NaN", "inf", "-Infinity", "1e999", "-0.0", "5e-324", "1_0", "18446744073709551616")
+_WORDS = {
+    "csv": ("ax", "ay", "time", "timestamp", "label", ",", '"', '""', "\r\n", "\ufeff", "n/a", *_NUMBER_WORDS),
+    "ndjson": (
+        '"ax":',
+        '"ay":',
+        '"time":',
+        '"label":',
+        '"values":',
+        "[",
+        "]",
+        "{",
+        "}",
+        "null",
+        "true",
+        '"\\ud83d"',
+        *_NUMBER_WORDS,
+    ),
+}
+_INPUTS = {"csv": 2_000_000, "ndjson": 2_000_000}
 for _codec in frames.FORMATS:
-    register(_codec, 1_700_000, 300)(lambda codec=_codec: decoder_target(codec))
+    register(_codec, _INPUTS.get(_codec, 1_200_000), 300, _WORDS.get(_codec, ()))(
+        lambda codec=_codec: decoder_target(codec)
+    )
 
 
 # --- artifacts -------------------------------------------------------------------------------------------------
@@ -127,7 +161,7 @@ def _load(file: MemoryFile) -> None:
     json.dumps(description)
 
 
-@register("artifact", 500_000, 4096)
+@register("artifact", 1_000_000, 4096)
 def artifact_target() -> Fuzzed:
     """The file's bytes as they are."""
     file = MemoryFile()
@@ -278,7 +312,7 @@ def _parts(content: bytes) -> tuple[str, str, bytes]:
     return header.pop("__metadata__")["edge_ssm"], json.dumps(header), content[8 + length :]
 
 
-@register("artifact-content", 500_000, 256)
+@register("artifact-content", 600_000, 256)
 def artifact_content_target() -> Fuzzed:
     """A valid artifact with changes that the input spells, and a right digest: what is behind the digest is reached."""
     bases = [_parts(path.read_bytes()) for path in sorted((CORPUS / "artifact").glob("*.safetensors"))]
@@ -316,7 +350,7 @@ def _trusted() -> list[signatures.Key]:
     return [signatures.Key(signatures.key_id(public), public)]
 
 
-@register("signature", 1_000_000, 2048)
+@register("signature", 2_000_000, 2048, ('"payload":', '"payloadType":', '"signatures":', '"sig":', '"keyid":'))
 def signature_target() -> Fuzzed:
     """The signature file's bytes as they are."""
     keys = _trusted()
@@ -327,25 +361,40 @@ def signature_target() -> Fuzzed:
     return fuzz
 
 
-@register("signature-content", 300_000, 1024)
+@register("signature-content", 500_000, 256)
 def signature_content_target() -> Fuzzed:
-    """A statement that is signed rightly, whatever it says."""
+    """A statement with changes that the input spells, signed rightly, in an envelope with changes: if it is taken, it
+    says what was signed."""
     from edge_ssm_build import signing
 
     keys, private = _trusted(), fuzzing_key()
+    text = (CORPUS / "signature" / "valid").read_bytes()
+    payload = base64.b64decode(json.loads(text)["payload"])
 
     def fuzz(data: bytes) -> None:
-        statement, _ = signatures.open_envelope(signing.envelope(data, [private]), keys)
-        assert len(statement.subject[0].digest.sha256) == len(statement.predicate.artifact_digest) == 64
+        script = Script(data)
+        statement = json.loads(payload)
+        for _ in range(script.number() % 4):
+            _change_document(script, statement)
+        signed = json.dumps(statement).encode()
+        envelope = json.loads(signing.envelope(signed, [private]))
+        for _ in range(script.number() % 4):
+            _change_document(script, envelope)
+        said, key = signatures.open_envelope(json.dumps(envelope).encode(), keys)
+        assert said == msgspec.json.decode(signed, type=signatures.Statement)
+        assert key == keys[0]
 
     return fuzz
 
 
-@register("signature-key", 1_000_000, 512)
+@register("signature-key", 1_500_000, 512, ("-----BEGIN ", "-----END ", "PUBLIC KEY-----", "MCowBQYDK2VwAyEA"))
 def signature_key_target() -> Fuzzed:
-    """A file that is given as a public key."""
+    """A file that is given as a public key: the input is its bytes, or the DER within its PEM."""
 
     def fuzz(data: bytes) -> None:
+        if not data.startswith(b"--"):
+            text = base64.encodebytes(data)
+            data = b"-----BEGIN PUBLIC KEY-----\n" + text + b"-----END PUBLIC KEY-----\n"
         signatures.parse_key(data)
 
     return fuzz
@@ -354,7 +403,16 @@ def signature_key_target() -> Fuzzed:
 # --- configuration ---------------------------------------------------------------------------------------------
 
 
-@register("profile", 500_000, 2048)
+def _field_names(struct: type[msgspec.Struct]) -> list[str]:
+    found = []
+    for field in msgspec.structs.fields(struct):
+        kinds = [field.type, *getattr(field.type, "__args__", ())]
+        nested = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, msgspec.Struct)]
+        found += [field.name, *(name for kind in nested for name in _field_names(kind))]
+    return found
+
+
+@register("profile", 1_000_000, 2048, ("[", "]", '"""', "true", *_NUMBER_WORDS, *_field_names(profiles.Profile)))
 def profile_target() -> Fuzzed:
     """A firmware profile, TOML."""
 

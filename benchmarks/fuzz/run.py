@@ -26,19 +26,25 @@ from typing import Any
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
+SCRIPT = HERE / "fuzz_process.py"
 HANG_STATUS = 70
 """Of libFuzzer, for an input that took too long. 71: out of memory; 77: a crash."""
 MAX_RESTARTS = 20
 
 
-def fuzz(name: str, inputs: int, seed: int, work: Path) -> dict[str, Any]:
+def findings(folder: Path) -> set[str]:
+    """Names of the files that hold an input which did harm."""
+    return {p.name for p in folder.iterdir() if p.name.startswith(("exception-", "crash-", "timeout-", "oom-"))}
+
+
+def fuzz(name: str, inputs: int, seed: int, work: Path, script: Path = SCRIPT) -> dict[str, Any]:
     """One target until ``inputs`` are done; its row. ``crashes`` counts inputs that raised what they must not, and
     ends of the process."""
     from fuzz_targets import PROGRESS
 
     folder = work / name
     folder.mkdir(parents=True, exist_ok=True)
-    before = {path.name for path in folder.iterdir()}
+    before = findings(folder)
     progress = folder / "progress"
     progress.write_bytes(PROGRESS.pack(0, 0, 0))
     ends = {"crashes": 0, "hangs": 0}
@@ -50,19 +56,18 @@ def fuzz(name: str, inputs: int, seed: int, work: Path) -> dict[str, Any]:
         done, raised, slowest_ns = PROGRESS.unpack(progress.read_bytes())
         if done >= inputs:
             break
-        command = [sys.executable, str(HERE / "fuzz_process.py"), name, str(inputs - done), str(seed + restart)]
+        command = [sys.executable, str(script), name, str(inputs - done), str(seed + restart)]
         with open(folder / "log", "ab") as log:
             process = subprocess.Popen([*command, str(folder)], stdout=log, stderr=log, cwd=ROOT, env=env)
             _, status, used = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
         peak_kb = max(peak_kb, used.ru_maxrss)
+        if process.returncode and PROGRESS.unpack(progress.read_bytes())[0] == done and not findings(folder) - before:
+            raise RuntimeError(f"{name}: the fuzzer does not start; see {folder / 'log'}")
         if process.returncode:
             ends["hangs" if process.returncode == HANG_STATUS else "crashes"] += 1
     done, raised, slowest_ns = PROGRESS.unpack(progress.read_bytes())
     seconds = time.perf_counter() - began
-    found = sorted(
-        path.name for path in folder.iterdir() if path.name.startswith(("exception-", "crash-", "timeout-", "oom-"))
-    )
     row = {
         "target": name,
         "inputs": done,
@@ -72,7 +77,7 @@ def fuzz(name: str, inputs: int, seed: int, work: Path) -> dict[str, Any]:
         "peak_rss_mb": round(peak_kb / 1024, 1),
         "slowest_ms": round(slowest_ns / 1e6, 1),
     }
-    new = [n for n in found if n not in before]
+    new = sorted(findings(folder) - before)
     print(
         f"{name}: {done:,} inputs in {seconds:.0f} s ({done / seconds:,.0f}/s), {row['crashes']} crashes, "
         f"{row['hangs']} hangs, peak {row['peak_rss_mb']} MB, slowest {row['slowest_ms']} ms"
@@ -104,7 +109,6 @@ def main() -> int:
         return 2
     began = time.perf_counter()
     with ThreadPoolExecutor(arguments.jobs) as pool:
-        # The longest first, so that no core waits for the last one.
         counts = {name: arguments.inputs or TARGETS[name].inputs for name in names}
         running = {name: pool.submit(fuzz, name, counts[name], arguments.seed, arguments.work) for name in names}
         rows = [running[name].result() for name in names]

@@ -84,8 +84,10 @@ def signatures_() -> dict[str, bytes]:
     return {
         "signature/valid": envelope,
         "signature/unnamed": json.dumps(unnamed).encode(),
-        "signature-content/valid": payload,
-        "signature-key/ed25519": key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo),
+        "signature-content/statement": bytes([1, 1, 1, 0, 0, 7, 1, 0]),
+        "signature-content/envelope": bytes([0, 2, 2, 1, 0, 1, 1, 5, 2, 3, 0, 6, 17, 9]),
+        "signature-key/pem": key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo),
+        "signature-key/der": key.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo),
     }
 
 
@@ -114,7 +116,12 @@ gpu_waits = "spin"
 [sources]
 all = \"\"\"x\"\"\"
 """
-    return {"profile/whole": text.encode(), "profile/dates": b'a = 1979-05-27T07:32:00Z\n"b".c = [[{}], nan, +inf]\n'}
+    return {
+        "profile/whole": text.encode(),
+        "profile/deep": b"a = " + b"[" * 999,
+        "profile/latin": b'board = "\xe9"\n',
+        "profile/dates": b'a = 1979-05-27T07:32:00Z\n"b".c = [[{}], nan, +inf]\n',
+    }
 
 
 if __name__ == "__main__":
