@@ -498,7 +498,9 @@ def run_command(command: click.Command, prog_name: str) -> int:
     except click.ClickException as error:
         hint = f"; see {prog_name} --help" if isinstance(error, click.UsageError) else ""
         message, status = error.format_message() + hint, 2
-    click.echo(f"{prog_name}: error: {' '.join(message.split())}", err=True)
+    # Words of a stranger's file may stand in it: no control characters for the terminal.
+    line = "".join(c if c.isprintable() else "?" for c in " ".join(message.split()))
+    click.echo(f"{prog_name}: error: {line}", err=True)
     return status
 
 
