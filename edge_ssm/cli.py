@@ -5,6 +5,7 @@ from __future__ import annotations
 from edge_ssm import interruption
 
 # isort: split
+import errno
 import json
 import os
 import sys
@@ -513,7 +514,8 @@ def run_command(command: click.Command, prog_name: str) -> int:
         return 0
     except OSError as error:  # of standard output: whatever opens a file says so itself, and names it
         _give_up_output()
-        named = "output: can't be written" if error.filename is None else error.filename
+        lost = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EPIPE)
+        named = error.filename or ("output: can't be written" if lost else "the system refused a call")
         message, status = f"{named} ({error.strerror})", 1
     except KeyboardInterrupt:
         message, status = "interrupted", interruption.INTERRUPTED
