@@ -375,10 +375,17 @@ def profiles_detect() -> None:
     help="A file; for a GPU a folder.  [default: this machine's folder of compiled kernels]",
 )
 @click.option("--assembly", metavar="FILE", help="Write the assembly there, to be read.")
-def compile_(target: str, output: str | None, assembly: str | None) -> None:
+@click.option("--if-missing", is_flag=True, help="Only if no kernel that is kept runs here.")
+def compile_(target: str, output: str | None, assembly: str | None, if_missing: bool) -> None:
     """Compile an engine's kernels ahead of their first use, here or for a device that shall need no compiler."""
     from edge_ssm.engines import compiled, cuda_store
 
+    if if_missing:
+        if target != "host" or output is not None or assembly is not None:
+            raise UsageError("--if-missing: only for this machine's own kernel, without another option")
+        if (kept := compiled.best()) is not None:
+            click.echo(f"{compiled.folder()}: has a kernel for {kept.header.target}")
+            return
     if target.startswith("sm_"):
         if assembly is not None:
             raise UsageError("--assembly: not for a GPU; its kernels are PTX, which is text")
