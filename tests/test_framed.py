@@ -224,7 +224,7 @@ def test_numbers_go_on_where_the_device_s_wrap():
     items = decode(*(encode([[0, 0]] * 2, start + 2 * k) for k in range(4)))
     assert numbers(items) == list(range(start, start + 8))
     resumed = FramedDecoder(SPEC)
-    resumed.resume(3 * 2**32 - 1)
+    resumed.resume({"newest": str(3 * 2**32 - 1)})
     assert numbers(decode(encode([0, 0], 0), reader=resumed)) == [3 * 2**32]
 
 

@@ -127,8 +127,21 @@ class FramedDecoder(FrameDecoder):
         self._discarding = False
         self._newest: int | None = None
 
-    def resume(self, sequence: int) -> None:
-        self._newest = sequence
+    def restart(self) -> Iterator[Frame | Malformed]:
+        # The checksum says whether what came before the seam is whole.
+        yield from self.finish()
+
+    @property
+    def pending(self) -> int:
+        return len(self._tail)
+
+    def state(self) -> dict[str, Any]:
+        return {} if self._newest is None else {"newest": str(self._newest)}  # JSON readers differ past 64 bits
+
+    def resume(self, state: dict[str, Any]) -> None:
+        newest = state.get("newest")
+        if isinstance(newest, str) and newest.isascii() and newest.isdigit() and len(newest) < 40:
+            self._newest = int(newest)
 
     def feed(self, data: bytes) -> Iterator[Frame | Malformed]:
         packets = (self._tail + data).split(b"\0")

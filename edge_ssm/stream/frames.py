@@ -63,10 +63,7 @@ class FrameDecoder(ABC):
     def finish(self) -> Iterator[Frame | Malformed]:
         """What is left when the source, a datagram or a connection has ended."""
 
-    def resume(self, sequence: int) -> None:  # noqa: B027  only numbers that wrap need to know
-        """Before the first ``feed``: the newest ``Frame.sequence`` of an earlier decoder of the same stream."""
-
-    def restart(self) -> Iterator[Malformed]:
+    def restart(self) -> Iterator[Frame | Malformed]:
         """Begin anew after a seam (a lost connection): what is unfinished may be cut short and is no frame."""
         for item in self.finish():
             yield item if isinstance(item, Malformed) else Malformed("last row", "cut off by a lost connection")
@@ -77,7 +74,7 @@ class FrameDecoder(ABC):
         return 0
 
     def state(self) -> dict[str, Any]:
-        """What was learnt from the stream's beginning (a header), for JSON; ``resume`` takes it after a restart."""
+        """What was learnt so far (a header, wraps of numbers), for JSON; ``resume`` takes it after a restart."""
         return {}
 
     def resume(self, state: dict[str, Any]) -> None:  # noqa: B027
@@ -211,7 +208,7 @@ class CsvDecoder(_LineDecoder):
         digits = number.isascii() and number.isdigit() and len(number) < 20  # int() reads 1_000, and long ones slowly
         return Frame(values, time, label, _sequence(int(number)) if digits else None)
 
-    def restart(self) -> Iterator[Malformed]:
+    def restart(self) -> Iterator[Frame | Malformed]:
         yield from super().restart()
         self._beginning = True  # a new connection may send its header again
 

@@ -76,7 +76,8 @@ class LoopState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     held: list[float | None]
     in_gap: Number
     waiting: bool
-    sequence: Annotated[int, msgspec.Meta(ge=-(1 << 62), lt=1 << 62)] | None
+    sequence: Annotated[str, msgspec.Meta(pattern=r"^-?[0-9]{1,40}\Z")] | None
+    """A whole number, which may pass 64 bits."""
     stamp: float | None
     counts: dict[str, Number]
     """Of ``Account``, the whole numbers; and gap.* and dropped.*."""
@@ -469,7 +470,15 @@ class Loop:
         counts |= {f"gap.{reason}": n for reason, n in self.account.gaps.items()}
         counts |= {f"dropped.{reason}": n for reason, n in self.account.dropped.items()}
         held = [None if np.isnan(value) else float(value) for value in self._held]
-        state = LoopState(self._windows.state(), held, self._in_gap, self._waiting, self._sequence, self._stamp, counts)
+        state = LoopState(
+            self._windows.state(),
+            held,
+            self._in_gap,
+            self._waiting,
+            None if self._sequence is None else str(self._sequence),
+            self._stamp,
+            counts,
+        )
         return state, self._engine.snapshot()
 
     def restore(self, state: LoopState, snapshot: Snapshot) -> None:
@@ -485,7 +494,7 @@ class Loop:
             raise
         self._held = np.array([np.nan if value is None else value for value in state.held])
         self._in_gap, self._waiting = state.in_gap, state.waiting
-        self._sequence, self._stamp = state.sequence, state.stamp
+        self._sequence, self._stamp = None if state.sequence is None else int(state.sequence), state.stamp
         for name in _COUNTS:
             setattr(self.account, name, state.counts.get(name, 0))
         for kind, counter in (("gap.", self.account.gaps), ("dropped.", self.account.dropped)):
