@@ -56,3 +56,11 @@ def _device(found: Place) -> Wire:
     from edge_ssm.stream.outlets.mqtt import MqttWire
 
     return MqttWire(found.text, access_of(found))
+
+
+def look_at(text: str) -> Place:
+    """What ``text`` names, checked as far as it can be without opening anything. Raises UsageError."""
+    found = place(text, SCHEMES)
+    if found.scheme not in ("std", "file"):
+        _wire(text).close()  # It connects when the first line is to be sent.
+    return found

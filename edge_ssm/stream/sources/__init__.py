@@ -12,6 +12,9 @@ PACED_BLOCK = 1 << 10
 SCHEMES = ("serial", "tcp", "tcp-listen", "udp", "unix", "unix-listen", "mqtt", "mqtts", "iio")
 
 
+_MQTT_OPTIONS = ("client_id", "receive_maximum", "in_flight", "session_expiry")
+
+
 def open_source(text: str, follow: bool = False, paced: bool = False) -> Source:
     """The source that ``text`` names: "-", a file, or SCHEME://... (docs/service.md). Raises UsageError."""
     from edge_ssm.stream.sources import files, sockets
@@ -39,8 +42,7 @@ def _device(found: Place) -> Source:
     from edge_ssm.stream.mqtt_broker import access_of
     from edge_ssm.stream.sources.mqtt import MqttSource
 
-    own = ("client_id", "receive_maximum", "in_flight", "session_expiry")
-    access = access_of(found, *own)
+    access = access_of(found, *_MQTT_OPTIONS)
     made = MqttSource(
         found.text,
         access,
@@ -74,3 +76,24 @@ def _serial(found: Place) -> Source:
 
 def _iio(found: Place) -> Source:
     raise UsageError(f"{found.shown}: {found.scheme} is not there yet")
+
+
+def look_at(text: str) -> Place:
+    """What ``text`` names, checked as far as it can be without opening anything. Raises UsageError."""
+    found = place(text, SCHEMES)
+    if found.scheme == "serial":
+        _serial(found).close()  # It opens its device with the first read.
+    elif found.scheme in ("mqtt", "mqtts"):
+        from edge_ssm.stream import mqtt_broker
+
+        access = mqtt_broker.access_of(found, *_MQTT_OPTIONS)
+        mqtt_broker.client(mqtt_broker.parse(found.text, wildcards=True), access, "")
+        for option in ("receive_maximum", "in_flight", "session_expiry"):
+            found.whole(option, 1)
+    elif found.scheme.startswith("unix"):
+        found.known_options()
+        found.socket_path()
+    elif found.scheme in ("tcp", "tcp-listen", "udp"):
+        found.known_options()
+        found.address()
+    return found
