@@ -109,9 +109,10 @@ class Manager:
     def path(self, inside: str | Path) -> Path:
         return Path(f"/proc/{self._pid}/root") / str(inside).lstrip("/")
 
-    def run(self, *command: str | Path, check: bool = True) -> subprocess.CompletedProcess[str]:
+    def run(self, *command: str | Path, check: bool = True, stdin: str = "") -> subprocess.CompletedProcess[str]:
         done = subprocess.run(
             ["nsenter", "--target", str(self._pid), "--all", "--wd=/", *map(str, command)],
+            input=stdin,
             capture_output=True,
             text=True,
             timeout=60,

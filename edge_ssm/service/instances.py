@@ -39,8 +39,9 @@ def describe(name: str | None) -> str:
     parts = []
     for of in names:
         found = _show(of)
-        if name is not None and found.get("LoadState") == "not-found":
-            raise UsageError(f"{of}: not installed; see edge-ssm service install")
+        idle = found.get("ActiveState") == "inactive" and found.get("UnitFileState") != "enabled"
+        if name is not None and (idle or found.get("LoadState") == "not-found"):
+            raise UsageError(f"{of}: neither enabled nor running; see edge-ssm service install")
         parts.append(in_words(found, told.get(int(found.get("MainPID") or 0))))
     return "\n\n".join(parts) or "no instance is installed; see edge-ssm service install"
 
