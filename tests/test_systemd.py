@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -278,9 +279,7 @@ def test_a_socket_of_systemd_reaches_a_closed_service(manager, demo_model, rows,
 
 
 @booted
-def test_loopback_is_loopback_only(manager, demo_model, rows):
-    refused = manager.edge_ssm("service", "check", "/srv/wrist/a.toml", check=False)
-    assert refused.returncode == 0
+def test_loopback_is_reached_through_its_drop_in(manager, demo_model, rows):
     instance = Instance(manager, demo_model, "knee", "tcp-listen://127.0.0.1:9001", "--loopback")
     connect(manager, "tcp", rows[: 1 + WINDOW])
     instance.wait_for(1)
@@ -297,3 +296,30 @@ def test_uninstalled_nothing_is_left(wrist, manager):
     left = [path for folder in ("etc", "var") for path in manager.path(folder).rglob("*wrist*")]
     assert [path for path in left if "journal" not in str(path)] == []
     assert not manager.path("/etc/systemd/system/edge-ssm@.service").exists()
+
+
+def test_a_loop_that_waits_for_its_reader_feeds_the_watchdog_and_ends(demo_model, demo_stream, tmp_path):
+    """Its queue is full and sink.overflow is wait: that is not stuck. SIGTERM ends it all the same."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notified:
+        notified.bind(str(tmp_path / "notify"))
+        notified.settimeout(20)
+        sink = ["--output", f"unix://{tmp_path}/none", "--queue=2", "--overflow=wait"]
+        run = subprocess.Popen(
+            [*COMMAND, "run", demo_model, "--input", demo_stream, *sink],
+            env={**os.environ, "NOTIFY_SOCKET": str(tmp_path / "notify"), "WATCHDOG_USEC": "400000"},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        try:
+            while not notified.recv(4096).startswith(b"READY=1"):
+                pass
+            fed, end = 0, time.monotonic() + 2
+            while time.monotonic() < end:
+                fed += notified.recv(4096) == b"WATCHDOG=1"
+            assert fed >= 5
+            run.send_signal(signal.SIGTERM)
+            _, told = run.communicate(timeout=20)
+        finally:
+            run.kill()
+    assert run.returncode == 0
+    assert "ended by signal" in told

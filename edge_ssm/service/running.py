@@ -125,6 +125,8 @@ def _run(settings: Settings, say: Say, stack: ExitStack) -> Outcome:
     keeper = Keeper(_state_folder(settings), settings.snapshot_interval, source.name, outlet, decoder)
     notifier = Notifier()
     stop = Stop(hangups=settings.reload)
+    if outlet is not None:
+        outlet.while_waiting = lambda: _waits(notifier, stop)
     adaptive = _adaptive(settings, running, windows, named, say)
     attendant = Attendant(
         loop,
@@ -164,6 +166,12 @@ def _run(settings: Settings, say: Say, stack: ExitStack) -> Outcome:
     if engine.lost:
         why += f", lost in mid-stream ({engine.lost}); {engine.name} took over"
     return Outcome(account, engine.network, why, chunk, source.name, codec)
+
+
+def _waits(notifier: Notifier, stop: Stop) -> bool:
+    """A loop that waits for its reader, as it was told to, is not stuck. False: it shall end."""
+    notifier.alive()
+    return not stop.requested
 
 
 def check_rate(settings: Settings, network: Network) -> None:
