@@ -144,8 +144,13 @@ def test_damage_costs_the_frames_it_touches_and_gives_no_wrong_ones(stream, data
         if end <= hit or (at >= hit + length and action != "insert") or (at >= hit and action == "insert"):
             kept += samples
         at = end
-    found = plain(item for item in decode(bytes(content)) if isinstance(item, Frame))
-    everything = [sample for _, samples in stream for sample in samples]
+    # Whether a number has wrapped is not known to one who lost all that came before.
+    found = [
+        (values, time, number % (1 << 32))
+        for values, time, number in plain(item for item in decode(bytes(content)) if isinstance(item, Frame))
+    ]
+    everything = [(values, time, number % (1 << 32)) for _, rows in stream for values, time, number in rows]
+    kept = [(values, time, number % (1 << 32)) for values, time, number in kept]
     assert all(sample in everything for sample in found)
     assert all(sample in found for sample in kept)
 

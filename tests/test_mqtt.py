@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -230,6 +231,16 @@ def test_a_retained_message_is_no_new_sample(broker, stop):
     source.close()
 
 
+def test_a_message_that_is_too_long_does_not_stop_the_next(broker, stop):
+    source = listen(broker)
+    ready(source, stop)
+    broker.publish("s/1/x", b"1" * 100_000, b"0" * (1 << 16), 2)
+    assert len(source.read(stop, 5).content) == 1 << 16
+    assert numbers(take(source, stop, 1)) == [2]
+    assert source.in_flight == 2
+    source.close()
+
+
 def test_users_and_passwords(tmp_path, stop):
     maker = shutil.which("mosquitto_passwd")
     if maker is None:
@@ -314,6 +325,52 @@ def test_two_with_one_name_do_not_hammer_the_broker_and_say_so(broker, tmp_path,
     assert broker_log(tmp_path).count("as same") < 50  # each waits 0.3 s at most in this test
     for source in sources:
         source.close()
+
+
+JUNK = [
+    b"HTTP/1.1 400 Bad Request\r\n\r\n",
+    bytes(range(256)),
+    b"\x20\x03\x00\x00\x00" + b"\x30\xff\xff\xff\xff\xff",  # a CONNACK, then a length that does not end
+    b"\x20\x03\x00\x00\x00" + b"\x32\x02\x00\x50",  # a message that is shorter than its topic
+    b"\x20\x03\x00\x00\x00" + b"\x32\x06\x00\x01a\x00\x01\x7f",  # properties that are not there
+    b"\x20\x00",
+    b"\x90\x03\x00\x01\x00",
+]
+
+
+@pytest.mark.parametrize("junk", JUNK)
+def test_a_broker_that_sends_junk_does_no_harm(junk, stop):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        source = MqttSource(f"mqtt://127.0.0.1:{server.getsockname()[1]}/a", back_off=BackOff(0.1))
+        for _ in range(3):
+            connection, _ = server.accept()
+            connection.recv(4096)
+            connection.sendall(junk)
+            connection.shutdown(socket.SHUT_WR)
+            time.sleep(0.05)
+            connection.close()
+        seams = [seam for _ in range(8) if (seam := source.read(stop, 0.2)) is not None]
+        assert any(isinstance(seam, Seam) and not seam.connected for seam in seams)
+        source.close()
+        assert not source._thread.is_alive()
+
+
+def test_a_broker_that_never_answers_is_given_up(stop):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        source = MqttSource(f"mqtt://127.0.0.1:{server.getsockname()[1]}/a", keepalive_s=1, back_off=BackOff(0.1))
+        seam = source.read(stop, 5)
+        assert isinstance(seam, Seam)
+        assert not seam.connected
+        source.close()
+
+
+def test_messages_without_acknowledgement_come_too(broker, stop):
+    source = listen(broker, receive_maximum=5)
+    ready(source, stop)
+    broker.publish("s/1/x", *range(50), qos=0)
+    assert numbers(take(source, stop, 50)) == list(range(50))
+    assert source.in_flight == 0
+    source.close()
 
 
 # The outlet

@@ -16,7 +16,7 @@ from edge_ssm import profiles
 from edge_ssm.engines import ENGINES
 from edge_ssm.errors import EdgeSSMError, UsageError
 from edge_ssm.network import Network
-from edge_ssm.service import candidates, configuration, running
+from edge_ssm.service import candidates, configuration, metrics, running, web
 from edge_ssm.service.configuration import Settings
 from edge_ssm.stream import frames, outlets, sources
 from edge_ssm.stream.places import Place
@@ -158,7 +158,7 @@ class _Check:
         with self._at("engine"):
             if settings.engine not in ("auto", *ENGINES):
                 raise UsageError(f"{settings.engine!r}: unknown, expected auto, {', '.join(ENGINES)}")
-        if settings.engine.startswith("cuda"):
+        if settings.engine in ENGINES and ENGINES[settings.engine].nodes:
             self.plan.needs["gpu"] = "engine"
         named = None
         with self._at("profile"):
@@ -206,11 +206,12 @@ class _Check:
         if listen is None:
             return
         with self._at("listen"):
-            found = re.fullmatch(r"(?:\[([\w:.%]+)\]|([\w.-]*)):([0-9]{1,5})", listen, re.ASCII)
-            if found is None or int(found[3]) > 65535:
-                raise UsageError(f"{listen[:100]!r}: expected HOST:PORT, :PORT or [IPV6-ADDRESS]:PORT")
-        self._open("listen", found[1] or found[2])
-        self._say("page", f"http://{listen}/{', with metrics' if self._settings.prometheus else ''}")
+            host, port = web.parse_listen(listen)
+        with self._at("prometheus"):
+            if self._settings.prometheus:
+                metrics.require()
+        self._open("listen", host)
+        self._say("page", f"{host} port {port}{', with metrics' if self._settings.prometheus else ''}")
 
     def _needs(self, name: str, found: Place) -> None:
         if found.scheme in ("serial", "iio"):

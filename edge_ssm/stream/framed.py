@@ -186,10 +186,10 @@ class FramedDecoder(FrameDecoder):
             period, time = _TIME.unpack_from(content, at)
             at += _TIME.size
         raw = np.frombuffer(content, "<i2" if flags & INT16 else "<f4", samples * channels, at)
-        with np.errstate(invalid="ignore"):
+        with np.errstate(invalid="ignore", over="ignore"):
             values = raw.reshape(samples, channels).astype(np.float64)
-        if flags & INT16 and not self._plain:
-            values *= self._scale
+            if flags & INT16 and not self._plain:
+                values *= self._scale
         sequence = self._unwrapped(boot, number)
         self._newest = max(sequence + samples - 1, -1 if self._newest is None else self._newest)
         if time is None:

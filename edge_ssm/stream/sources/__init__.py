@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from edge_ssm.errors import UsageError
+from edge_ssm.network import InputSpec
 from edge_ssm.stream.places import Place, place
 from edge_ssm.stream.sources.base import BLOCK, Source
 
@@ -12,10 +13,11 @@ PACED_BLOCK = 1 << 10
 SCHEMES = ("serial", "tcp", "tcp-listen", "udp", "unix", "unix-listen", "mqtt", "mqtts", "iio")
 
 
+_IIO_OPTIONS = ("elements", "length", "watermark", "trigger", "sampling_frequency", "raw")
 _MQTT_OPTIONS = ("client_id", "receive_maximum", "in_flight", "session_expiry")
 
 
-def open_source(text: str, follow: bool = False, paced: bool = False) -> Source:
+def open_source(text: str, spec: InputSpec, follow: bool = False, paced: bool = False) -> Source:
     """The source that ``text`` names: "-", a file, or SCHEME://... (docs/service.md). Raises UsageError."""
     from edge_ssm.stream.sources import files, sockets
 
@@ -25,7 +27,7 @@ def open_source(text: str, follow: bool = False, paced: bool = False) -> Source:
     if follow:
         raise UsageError(f"--follow: only for a file, not {found.shown}")
     if found.scheme in ("serial", "iio", "mqtt", "mqtts"):
-        return _device(found)
+        return _device(found, spec)
     found.known_options()
     if found.scheme == "udp":
         return sockets.UdpSource(found.shown, found.address())
@@ -34,11 +36,11 @@ def open_source(text: str, follow: bool = False, paced: bool = False) -> Source:
     return made(found.shown, address)
 
 
-def _device(found: Place) -> Source:
+def _device(found: Place, spec: InputSpec) -> Source:
     if found.scheme == "serial":
         return _serial(found)
     if found.scheme == "iio":
-        return _iio(found)
+        return _iio(found, spec)
     from edge_ssm.stream.mqtt_broker import access_of
     from edge_ssm.stream.sources.mqtt import MqttSource
 
@@ -74,8 +76,27 @@ def _serial(found: Place) -> Source:
     )
 
 
-def _iio(found: Place) -> Source:
-    raise UsageError(f"{found.shown}: {found.scheme} is not there yet")
+def _iio(found: Place, spec: InputSpec) -> Source:
+    from edge_ssm.stream.sources.iio import IioSource
+
+    options = found.known_options(*_IIO_OPTIONS)
+    if not found.host and len(found.path) < 2:
+        raise UsageError(f"{found.shown}: expected iio://NAME or iio:///dev/iio:device0")
+    frequency = options.get("sampling_frequency")
+    try:
+        hertz = None if frequency is None else float(frequency)
+    except ValueError:
+        raise UsageError(f"{found.shown}: sampling_frequency {frequency!r}, expected a number of hertz") from None
+    return IioSource(
+        found.host or found.path,
+        spec,
+        elements=options["elements"].split(",") if "elements" in options else None,
+        length=found.whole("length", 1024),
+        watermark=found.whole("watermark", 1) if "watermark" in options else None,
+        trigger=options.get("trigger"),
+        sampling_frequency=hertz,
+        raw="raw" in options,
+    )
 
 
 def look_at(text: str) -> Place:
@@ -90,6 +111,8 @@ def look_at(text: str) -> Place:
         mqtt_broker.client(mqtt_broker.parse(found.text, wildcards=True), access, "")
         for option in ("receive_maximum", "in_flight", "session_expiry"):
             found.whole(option, 1)
+    elif found.scheme == "iio":
+        found.known_options(*_IIO_OPTIONS)
     elif found.scheme.startswith("unix"):
         found.known_options()
         found.socket_path()

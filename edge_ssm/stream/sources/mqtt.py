@@ -42,6 +42,7 @@ class MqttSource(Source):
 
     datagrams = True
     reorder = 1 << 20
+    reorder_wait_s = 2.0
 
     def __init__(
         self,
@@ -66,6 +67,7 @@ class MqttSource(Source):
                 raise UsageError(f"{url}: {name} {value}: expected 1 to {most}")
         self.client_id = client_id or device_id(url)
         self.receive_maximum = receive_maximum
+        self.most_in_flight = max(1, receive_maximum // 2)
         self._expiry_s, self._keepalive_s = session_expiry_s, keepalive_s
         self._client = client(self._address, self._access, self.client_id, manual_ack=True)
         self._client.connect_timeout = CONNECT_S

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import os
 import stat
+import termios
 from typing import Any
 
 from edge_ssm.errors import RunFailed, UsageError
@@ -76,8 +77,8 @@ class SerialSource(DeviceSource):
         self._port.port = self.name
         try:
             self._port.open()  # discards what the line had buffered
-        except OSError as error:
-            number = error.errno or 0
+        except (OSError, termios.error) as error:  # the latter where the device vanishes while it is set up
+            number = error.args[0] if error.args and isinstance(error.args[0], int) else 0
             words = _WORDS.get(number) or (os.strerror(number) if number else str(error))
             raise OSError(number, words) from None
         except ValueError as error:

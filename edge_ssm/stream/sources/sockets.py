@@ -205,6 +205,7 @@ class UdpSource(Source):
 
     datagrams = True
     reorder = 1024
+    reorder_wait_s = 0.1
 
     def __init__(self, name: str, address: tuple[str, int]) -> None:
         self.name = name
