@@ -148,6 +148,8 @@ def test_a_check_opens_nothing(models):
     ],
 )
 def test_what_the_sandbox_would_not_let_through_is_not_installed(models, tmp_path, text, flags, problem):
+    if "mqtt" in text:
+        pytest.importorskip("paho")
     path = configured(models, text.format(models=models, folder=models.name))
     with pytest.raises(UsageError, match=re.escape(problem)):
         install.install(install.Request("wrist", path, root=tmp_path, **flags), print)

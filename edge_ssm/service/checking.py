@@ -18,7 +18,7 @@ from edge_ssm.errors import EdgeSSMError, UsageError
 from edge_ssm.network import Network
 from edge_ssm.service import candidates, configuration, metrics, running, web
 from edge_ssm.service.configuration import Settings
-from edge_ssm.stream import frames, outlets, sources
+from edge_ssm.stream import frames, mqtt_broker, outlets, sources
 from edge_ssm.stream.places import Place
 from edge_ssm.stream.windows import Windows
 
@@ -216,6 +216,8 @@ class _Check:
     def _needs(self, name: str, found: Place) -> None:
         if found.scheme in ("serial", "iio"):
             self.plan.needs[found.scheme] = name
+        elif found.scheme in ("mqtt", "mqtts"):
+            self._open(name, mqtt_broker.parse(found.text, wildcards=True).host)
         elif found.scheme not in ("std", "file") and not found.scheme.startswith("unix"):
             self._open(name, found.host)
 
