@@ -6,6 +6,7 @@ import shutil
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from networks import random_network
@@ -36,7 +37,7 @@ def test_the_example_has_every_key_and_every_default(tmp_path):
 
 
 def test_the_documentation_has_every_key():
-    text = (install.folder().parent / "docs" / "service.md").read_text()
+    text = (Path(__file__).parent.parent / "docs" / "service.md").read_text()
     for section, keys in SECTIONS.items():
         for key, field in keys.items():
             assert f"| `{section}.{key}` | `{configuration.flag(field)}` |" in text, f"{section}.{key}"
@@ -134,6 +135,9 @@ def test_a_check_opens_nothing(models):
     [
         ("[source]\ninput = 'tcp://10.0.0.1:9'", {}, "source.input: the service can't reach it; add --network"),
         ("[source]\ninput = 'tcp://[::1]:9'", {}, "source.input: the service can't reach it; add --loopback"),
+        ("[source]\ninput = 'mqtt://broker.lan/a/+'", {}, "source.input: the service can't reach it; add --network"),
+        ("[sink]\noutput = 'mqtt://localhost/a'", {}, "sink.output: the service can't reach it; add --loopback"),
+        ("[sink]\noutput = 'http://10.0.0.1/a'", {}, "sink.output: the service can't reach it; add --network"),
         (
             "[source]\ninput = '/dev/null'",
             {"socket": True},

@@ -298,28 +298,56 @@ def test_uninstalled_nothing_is_left(wrist, manager):
     assert not manager.path("/etc/systemd/system/edge-ssm@.service").exists()
 
 
-def test_a_loop_that_waits_for_its_reader_feeds_the_watchdog_and_ends(demo_model, demo_stream, tmp_path):
-    """Its queue is full and sink.overflow is wait: that is not stuck. SIGTERM ends it all the same."""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notified:
-        notified.bind(str(tmp_path / "notify"))
-        notified.settimeout(20)
-        sink = ["--output", f"unix://{tmp_path}/none", "--queue=2", "--overflow=wait"]
-        run = subprocess.Popen(
-            [*COMMAND, "run", demo_model, "--input", demo_stream, *sink],
-            env={**os.environ, "NOTIFY_SOCKET": str(tmp_path / "notify"), "WATCHDOG_USEC": "400000"},
+class Watched:
+    """A plain run that takes this test for its service manager."""
+
+    def __init__(self, folder, *arguments, stdin=None):
+        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self.socket.bind(str(folder / "notify"))
+        self.socket.settimeout(20)
+        self.run = subprocess.Popen(
+            [*COMMAND, "run", *arguments],
+            env={**os.environ, "NOTIFY_SOCKET": str(folder / "notify"), "WATCHDOG_USEC": "400000"},
+            stdin=stdin,
+            stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
         )
-        try:
-            while not notified.recv(4096).startswith(b"READY=1"):
-                pass
-            fed, end = 0, time.monotonic() + 2
-            while time.monotonic() < end:
-                fed += notified.recv(4096) == b"WATCHDOG=1"
-            assert fed >= 5
-            run.send_signal(signal.SIGTERM)
-            _, told = run.communicate(timeout=20)
-        finally:
-            run.kill()
-    assert run.returncode == 0
-    assert "ended by signal" in told
+
+    def __enter__(self):
+        while not self.socket.recv(4096).startswith(b"READY=1"):
+            pass
+        return self
+
+    def __exit__(self, *_):
+        self.run.kill()
+        self.run.communicate()
+        self.socket.close()
+
+    def longest_silence(self, seconds):
+        """Between two pings within so many seconds, or until the run ends."""
+        longest, last, end = 0.0, time.monotonic(), time.monotonic() + seconds
+        while time.monotonic() < end and (got := self.socket.recv(4096)) != b"STOPPING=1":
+            if got == b"WATCHDOG=1":
+                longest, last = max(longest, time.monotonic() - last), time.monotonic()
+        return max(longest, time.monotonic() - last)
+
+
+def test_a_loop_that_waits_for_its_reader_feeds_the_watchdog_and_ends(demo_model, demo_stream, tmp_path):
+    """Its queue is full and sink.overflow is wait: that is not stuck. SIGTERM ends it all the same."""
+    sink = ["--output", f"unix://{tmp_path}/none", "--queue=2", "--overflow=wait"]
+    with Watched(tmp_path, demo_model, "--input", demo_stream, *sink) as watched:
+        assert watched.longest_silence(2) < 1.5
+        watched.run.send_signal(signal.SIGTERM)
+        _, told = watched.run.communicate(timeout=20)
+        assert watched.run.returncode == 0
+        assert "ended by signal" in told
+
+
+def test_a_loop_that_fills_a_long_gap_feeds_the_watchdog(demo_model, rows, tmp_path):
+    (tmp_path / "jump.csv").write_text("".join([*rows[:300], f"400000,{rows[300].partition(',')[2]}"]))
+    arguments = ["--input", tmp_path / "jump.csv", "--max-gap", "1000000", "--engine", "cpu"]
+    with Watched(tmp_path, demo_model, *arguments) as watched:
+        assert watched.longest_silence(60) < 1.5
+        _, told = watched.run.communicate(timeout=20)
+        assert "399701 lost" in told, told
