@@ -215,10 +215,28 @@ def summary(account: Account, network: Network, engine: str, chunk: int = 1) -> 
 @click.option("--json", "as_json", is_flag=True, help="For programs.")
 def inspect_(model: str, as_json: bool) -> None:
     """Show what MODEL holds: layers, channels, cost of a step, provenance."""
-    from edge_ssm import inspect
+    from edge_ssm import inspect, signatures
 
-    description = inspect.describe(artifact.load(model))
+    description = inspect.describe(artifact.load(model), signatures.beside(model))
     click.echo(json.dumps(description, indent=1) if as_json else inspect.render(description))
+
+
+def _load_signed(model: str, keys: tuple[str, ...]) -> tuple[artifact.Artifact, str]:
+    """The artifact and the id of the key that signed it; only here, since nobody else needs signatures."""
+    from edge_ssm import signatures
+
+    return signatures.load_and_tell(model, [Path(key) for key in keys])
+
+
+@cli.command("verify-signature")
+@click.argument("model")
+@click.option(
+    "--key", "keys", multiple=True, required=True, metavar="PUBLIC.pem", help="One that is trusted; any number."
+)
+def verify_signature(model: str, keys: tuple[str, ...]) -> None:
+    """Check that MODEL.sig is the signature of MODEL by one of the keys. Exit status 2 if it is not."""
+    loaded, key = _load_signed(model, keys)
+    click.echo(f"{model}: signed by key {key}, artifact digest {loaded.digest}")
 
 
 @cli.command()

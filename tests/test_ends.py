@@ -141,7 +141,7 @@ def test_a_signal_while_a_kernel_is_compiled_leaves_no_folder_behind(tmp_path):
         ([*COMMAND, "profile", DEMO, "--block-seconds", "nan"], "--block-seconds"),
         ([*COMMAND, "profile", DEMO, "--block-seconds", "inf"], "--block-seconds"),
         ([*COMMAND, "top", "--interval", "nan"], "--interval"),
-        ([*COMMAND, "run", DEMO, "--sample-rate", "nan"], "sample rate: nan Hz"),
+        ([*COMMAND, "run", DEMO, "--sample-rate", "nan"], "--sample-rate: nan; expected a number"),
         ([*COMMAND, "run", DEMO, "--chunk", "auto", "--latency-budget", "nan"], "--latency-budget"),
         *(
             ([*BUILD, "train", "--data", "x", "--output", "x", "--window", "9", option, "nan"], option)

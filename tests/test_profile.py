@@ -404,7 +404,7 @@ def test_top_shows_a_run_and_forgets_it_when_it_ends(running):
             break
     (status,) = found
     assert status["pid"] == process.pid
-    assert (status["decisions"], status["malformed"]) == (2, 1)
+    assert (status["decisions"], status["dropped"]["malformed"]) == (2, 1)
     text = top("--once")
     assert f"pid {process.pid}, engine reference" in text
     assert "decisions  2 (" in text

@@ -12,6 +12,7 @@ from networks import random_network
 
 from edge_ssm.stream import live, sinks, top
 from edge_ssm.stream.loop import Account
+from edge_ssm.stream.outlets.files import FileOutlet
 
 COMMAND = [sys.executable, "-c", "from edge_ssm.cli import main; main()", "top"]
 
@@ -26,7 +27,7 @@ def shown(*arguments):
 def teller(tmp_path, monkeypatch):
     """A real one of this process; it writes under ``tmp_path / "status"``."""
     monkeypatch.setenv("EDGE_SSM_RUN", str(tmp_path / "status"))
-    sink = sinks.open_sink(str(tmp_path / "out"), None, random_network(), False, False)
+    sink = sinks.make("ndjson", FileOutlet(str(tmp_path / "out")), random_network(), False, False)
     teller = live.Live(sink, live.Facts("m.safetensors", "d", "cpu", 50.0))
     yield teller
     teller.close()

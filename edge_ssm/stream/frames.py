@@ -282,17 +282,10 @@ class NdjsonDecoder(_LineDecoder):
                     values[i] = math.inf
             else:
                 return self._malformed(f"channel {self.channels[i]!r}: {str(item)[:40]!r} is not a number")
-        if (
-            isinstance(time, bool)
-            or not isinstance(time, (int, float, str))
-            or time in (math.inf, -math.inf)
-            or time != time
-        ):
-            time = None  # what JSON can't hold can't be passed on
         return Frame(
             values,
-            time,
-            str(label) if isinstance(label, (str, int, float)) else None,
+            _writable_time(time),
+            _writable(str(label)) if isinstance(label, (str, int, float)) else None,
             _sequence(sequence),
         )
 
@@ -302,6 +295,26 @@ def channel_scale(spec: InputSpec, scale: Sequence[float]) -> Array:
     if len(scale) not in (1, len(spec.channels)) or not all(math.isfinite(s) and s for s in scale):
         raise UsageError(f"scale: expected 1 or {len(spec.channels)} finite numbers other than 0, got {list(scale)}")
     return np.broadcast_to(np.array(scale, dtype=np.float64), len(spec.channels))
+
+
+def _writable(text: str) -> str:
+    """JSON can spell half of a surrogate pair, which is no character and can't be written out again."""
+    return text.encode(errors="replace").decode()
+
+
+def _writable_time(value: object) -> float | str | None:
+    """A time stamp of JSON, None where it is none or could not be passed on: not finite, or beyond any number."""
+    if isinstance(value, str):
+        return _writable(value)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    if isinstance(value, int) and -(1 << 63) <= value < 1 << 63:
+        return value
+    try:
+        number = float(value)
+    except OverflowError:
+        return None
+    return number if math.isfinite(number) else None
 
 
 class BinaryDecoder(FrameDecoder):

@@ -16,8 +16,8 @@ from typing import Any
 import click
 
 import edge_ssm
-from edge_ssm import atomic
-from edge_ssm.cli import run_command
+from edge_ssm import atomic, signatures
+from edge_ssm.cli import run_command, verify_signature
 from edge_ssm.errors import RunFailed, UsageError
 from edge_ssm.options import Finite
 
@@ -460,6 +460,36 @@ def record(name: str, output: str, split: Any, window: int, windows_each: int | 
 
     samples = recording.record(datasets.load(name), split, Path(output), window, windows_each, decimals)
     click.echo(f"{output}: {samples} samples, {Path(output).stat().st_size:,} bytes")
+
+
+@cli.command()
+@click.option("--output", required=True, metavar="DIR/NAME", help="Gets NAME.pem, private, and NAME.pub.pem, public.")
+def keygen(output: str) -> None:
+    """Make an Ed25519 key pair that signs models. The private key is not encrypted: keep it where nobody reads it."""
+    signatures.need_library()
+    from edge_ssm_build import signing
+
+    _folder(str(Path(output).parent))
+    private, public, key = signing.keygen(Path(output))
+    click.echo(f"{private}: signs models; keep it secret, off the devices")
+    click.echo(f"{public}: goes on the devices; key {key}")
+
+
+@cli.command()
+@click.argument("model")
+@click.option(
+    "--key", "keys", multiple=True, required=True, metavar="PRIVATE.pem", help="Any number, one signature each."
+)
+def sign(model: str, keys: tuple[str, ...]) -> None:
+    """Sign MODEL, an artifact: writes MODEL.sig beside it. docs/signing.md says what is in it."""
+    signatures.need_library()
+    from edge_ssm_build import signing
+
+    path, ids = signing.sign(Path(model), [Path(key) for key in keys])
+    click.echo(f"{path}: signed by key {', '.join(ids)}")
+
+
+cli.add_command(verify_signature)
 
 
 def main() -> None:
