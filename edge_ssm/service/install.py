@@ -120,6 +120,7 @@ def uninstall(name: str, purge: bool, root: Path, say: Say) -> None:
     enabled = _enabled(root)
     if name not in enabled and not configured.exists() and not any(map(Path.exists, drop_ins)):
         raise UsageError(f"{service}: not installed; edge-ssm service status shows what is")
+    others = (enabled | {path.stem for path in (root / CONFIGURATION).glob("*.toml")}) - {name}
     _need_root("uninstall")
     on_root = [] if root == Path("/") else [f"--root={root}"]
     if (root / UNITS / "edge-ssm@.service").exists():
@@ -133,7 +134,7 @@ def uninstall(name: str, purge: bool, root: Path, say: Say) -> None:
             for kind in ("lib", "cache"):
                 (root / f"var/{kind}/edge-ssm/{name}").unlink(missing_ok=True)
                 shutil.rmtree(root / f"var/{kind}/private/edge-ssm/{name}", ignore_errors=True)
-        if enabled <= {name}:  # The last one.
+        if not others:
             for place in _GENERAL.values():
                 (root / place).unlink(missing_ok=True)
     except OSError as error:
