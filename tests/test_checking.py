@@ -160,6 +160,23 @@ def test_what_the_sandbox_would_not_let_through_is_not_installed(models, tmp_pat
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_model_that_stays_where_it_is_must_be_readable_by_all(models, tmp_path):
+    root = tmp_path / "root"
+    (root / "opt/models").mkdir(parents=True)
+    real = shutil.copy(models / "m.safetensors", root / "opt/models")
+    path = tmp_path / "a.toml"
+    path.write_text(f'[model]\npath = "{real}"\n')
+    with pytest.raises(UsageError, match="hidden from the service, put it beside the configuration"):
+        install.install(install.Request("wrist", str(path), root=root), print)
+    for closed in (real, root / "opt/models"):
+        mode = os.stat(closed).st_mode
+        os.chmod(closed, 0o700)
+        with pytest.raises(UsageError, match="the service's user can't read it"):
+            install._check_public(root, "/opt/models/m.safetensors", "model.path")
+        os.chmod(closed, mode | 0o005)
+    install._check_public(root, "/opt/models/m.safetensors", "model.path")
+
+
 @pytest.mark.parametrize("name", ["", "Wrist", "9", "a b", "../x", "a" * 23, "wrist.left"])
 def test_a_name_that_can_be_no_user(models, tmp_path, name):
     with pytest.raises(UsageError, match="expected a name of at most 22"):

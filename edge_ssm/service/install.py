@@ -277,10 +277,10 @@ def _check_public(root: Path, path: str, key: str) -> None:
     if _below(os.path.normpath(path), HIDDEN):
         raise UsageError(f"{key}: {path!r}; hidden from the service, put it beside the configuration, or below /opt")
     there = root / path.lstrip("/")
-    if not there.exists():
-        return  # On the machine whose root this will be, maybe.
-    closed = [place for place in there.parents if not place.stat().st_mode & 0o001 and place != root]
-    if not there.stat().st_mode & 0o004 or (closed and CONFIGURATION.name != closed[0].name):
+    if not there.exists() or there.is_relative_to(root / CONFIGURATION):
+        return  # It comes later, or lies where the service's group may read.
+    folders = [place for place in there.parents if place != root and place.is_relative_to(root)]
+    if not there.stat().st_mode & 0o004 or not all(place.stat().st_mode & 0o001 for place in folders):
         raise UsageError(f"{key}: {path!r}; the service's user can't read it, see chmod o+r (and o+x of its folders)")
 
 
