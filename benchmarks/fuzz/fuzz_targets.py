@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import struct
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,8 +29,13 @@ except ImportError:
     import tomli  # noqa: F401
 
 from edge_ssm import artifact, inspect, profiles, signatures
+from edge_ssm.engines import create
+from edge_ssm.errors import UsageError
 from edge_ssm.network import InputSpec
-from edge_ssm.stream import frames
+from edge_ssm.service import configuration, snapshots
+from edge_ssm.stream import framed, frames, places, sources
+from edge_ssm.stream.loop import Loop
+from edge_ssm.stream.windows import Windows
 
 ROOT = Path(__file__).parent.parent.parent
 CORPUS = ROOT / "tests" / "corpus"
@@ -418,5 +424,105 @@ def profile_target() -> Fuzzed:
 
     def fuzz(data: bytes) -> None:
         profiles.describe(profiles.decode(Path("profile.toml"), data))
+
+    return fuzz
+
+
+@register(
+    "configuration",
+    600_000,
+    1024,
+    ("[", "]", "=", "true", *_NUMBER_WORDS, *configuration.SECTIONS, *configuration.Settings.__struct_fields__),
+)
+def configuration_target() -> Fuzzed:
+    """A service's configuration, TOML: what is taken passes the checks that a run begins with."""
+
+    def fuzz(data: bytes) -> None:
+        try:
+            made = configuration.Settings(**configuration.parse(data, "service.toml"))
+            configuration.check(made)
+        except UsageError as error:
+            said = str(error)
+        else:
+            said = ""
+        assert "\n" not in said, said
+
+    return fuzz
+
+
+@register("address", 600_000, 200, ("://", "mqtt", "tcp-listen", "unix", "serial", "?", "baud=", "[::1]", ":65536"))
+def address_target() -> Fuzzed:
+    """Where samples come from, as text: what is taken has a host and port, or a path, that may be opened."""
+
+    def fuzz(data: bytes) -> None:
+        found = places.place(data.decode("utf-8", "surrogateescape"), sources.SCHEMES)
+        found.known_options("baud")
+        found.whole("baud", 1)
+        (found.socket_path if found.scheme.startswith("unix") else found.address)()
+
+    return fuzz
+
+
+# --- what a service keeps --------------------------------------------------------------------------------------
+
+
+@register("snapshot", 600_000, 4096)
+def snapshot_target() -> Fuzzed:
+    """The file's bytes as they are."""
+
+    def fuzz(data: bytes) -> None:
+        snapshots.from_bytes(data)
+
+    return fuzz
+
+
+@register("snapshot-content", 300_000, 256)
+def snapshot_content_target() -> Fuzzed:
+    """A valid snapshot with changes that the input spells, and a right checksum: what is taken can be gone on with."""
+    content = (CORPUS / "snapshot" / "valid").read_bytes()[40:]
+    (length,) = struct.unpack_from("<Q", content)
+    text, states = content[8 : 8 + length], content[8 + length :]
+    network = artifact.load(CORPUS / "artifact" / "linear.safetensors").network
+    engine = create("reference", network)
+    sample = np.zeros(network.d_input)
+
+    def fuzz(data: bytes) -> None:
+        script = Script(data)
+        document = json.loads(text)
+        for _ in range(script.number() % 4):
+            _change_document(script, document)
+        head = json.dumps(document).encode()
+        body = struct.pack("<Q", len(head)) + head + states
+        found, state = snapshots.from_bytes(snapshots.MAGIC + hashlib.sha256(body).digest() + body)
+        engine.reset()
+        loop = Loop(engine, Windows(network), Nowhere())
+        loop.restore(found.loop, state)
+        loop._item(frames.Frame(sample, sequence=1))
+        loop.state()
+
+    return fuzz
+
+
+class Nowhere:
+    def decision(self, decision: Any) -> None:
+        pass
+
+    def event(self, event: Any) -> None:
+        pass
+
+
+@register("framed-content", 600_000, 400)
+def framed_content_target() -> Fuzzed:
+    """Frames with a right checksum, whatever they hold, between bytes that are none."""
+
+    def fuzz(data: bytes) -> None:
+        script = Script(data)
+        decoder = frames.decoder("framed", SPEC)
+        while script.left:
+            content = script.take(script.number() % 64)
+            packet = framed.stuff(content + struct.pack("<I", zlib.crc32(content)))
+            for item in decoder.feed(script.take(script.number() % 4) + b"\0" + packet + b"\0"):
+                check_item(item)
+        decoder.resume(decoder.state())
 
     return fuzz

@@ -10,9 +10,16 @@ from __future__ import annotations
 import json
 import sys
 
-from fuzz_targets import CORPUS, ROOT, fuzzing_key
+import numpy as np
+from fuzz_targets import CORPUS, ROOT, Nowhere, fuzzing_key
 
 from edge_ssm import artifact, signatures
+from edge_ssm.engines import create
+from edge_ssm.service import snapshots
+from edge_ssm.stream.framed import encode
+from edge_ssm.stream.frames import Frame
+from edge_ssm.stream.loop import Loop
+from edge_ssm.stream.windows import Windows
 from edge_ssm_build import signing
 
 sys.path.insert(0, str(ROOT / "tests"))
@@ -124,8 +131,54 @@ all = \"\"\"x\"\"\"
     }
 
 
+def service() -> dict[str, bytes]:
+    text = """[model]
+path = "m.safetensors"
+reload = true
+[source]
+input = 'serial:///dev/ttyUSB0?baud=115200'
+format = "framed"
+stale_after = 2.5
+[window]
+hop = 5
+[gap]
+policy = "skip"
+max = 0x10
+[engine]
+affinity = [1, 2]
+[sink]
+overflow = "drop-newest"
+[state]
+folder = "s"
+[metrics]
+listen = ":9464"
+"""
+    network = random_network(**SMALL)
+    engine = create("reference", network)
+    windows = Windows(network)
+    loop = Loop(engine, windows, Nowhere())
+    for i in range(6):
+        loop._item(Frame(np.array([0.1 * i]), 0.5, "a", 7 + i))
+    state, snapshot = loop.state()
+    shapes = [(len(x), x.shape[1]) for x in snapshot.state]
+    document = snapshots.Document("d", snapshot.fingerprint, shapes, state, "s", {"offset": 9}, {"width": 2}, 1.5e9)
+    frame = encode([[1, 2], [3, 4]], 7, boot=3, time_us=5)
+    return {
+        "configuration/whole": text.encode(),
+        "configuration/inline": b"model = {path = 'm'}\nsource.input = '-'\n",
+        "configuration/wrong": b"[model]\npath = 3\n[sink]\nqueue = 0\n",
+        "address/mqtt": b"mqtt://host:1883/a/+/#?client_id=x&in_flight=8",
+        "address/listen": b"tcp-listen://[::1]:9000",
+        "address/unix": b"unix:///run/%2Fs",
+        "snapshot/valid": snapshots.to_bytes(document, snapshot),
+        "snapshot-content/changed": bytes([3, 3, 0, 1, 2, 1, 4, 9, 1, 1, 7, 5, 2, 0, 3]),
+        "framed/frame": b"\x04" + frame,
+        "framed-content/header": bytes([24, 1, 0, 2, 0, 1, 0, 3, 0, 7, 0, 0, 0, *range(11), 2, 5, 5]),
+    }
+
+
 if __name__ == "__main__":
-    for made in (decoders(), artifacts(), signatures_(), profiles_()):
+    for made in (decoders(), artifacts(), signatures_(), profiles_(), service()):
         for name, content in made.items():
             path = CORPUS / name
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from urllib.parse import parse_qsl, unquote, urlsplit
 
@@ -38,8 +39,8 @@ class Place:
         """Of a Unix socket. Raises UsageError where none is given, or a host."""
         if self.host or len(self.path) < 2:
             raise UsageError(f"{self.shown}: expected {self.scheme}:///PATH of a Unix socket")
-        if len(self.path.encode()) > 107:
-            raise UsageError(f"{self.shown}: a Unix socket's path has at most 107 bytes")
+        if len(os.fsencode(self.path)) > 107 or "\0" in self.path:
+            raise UsageError(f"{self.shown}: a Unix socket's path has at most 107 bytes, and no zero byte")
         return self.path
 
     def known_options(self, *names: str) -> dict[str, str]:
