@@ -467,11 +467,18 @@ def profiles_detect() -> None:
     help="A file; for a GPU a folder.  [default: this machine's folder of compiled kernels]",
 )
 @click.option("--assembly", type=NotEmpty(), metavar="FILE", help="Write the assembly there, to be read.")
-def compile_(target: str, output: str | None, assembly: str | None) -> None:
+@click.option("--if-missing", is_flag=True, help="Only if no kernel that is kept runs here.")
+def compile_(target: str, output: str | None, assembly: str | None, if_missing: bool) -> None:
     """Compile an engine's kernels ahead of their first use, here or for a device that shall need no compiler."""
     from edge_ssm.engines import compiled, cuda_store
     from edge_ssm.monitor import report
 
+    if if_missing:
+        if target != "host" or output is not None or assembly is not None:
+            raise UsageError("--if-missing: only for this machine's own kernel, without another option")
+        if (there := compiled.best()) is not None:
+            click.echo(f"{compiled.folder()}: has a kernel for {there.header.target}")
+            return
     if target.startswith("sm_"):
         if assembly is not None:
             raise UsageError("--assembly: not for a GPU; its kernels are PTX, which is text")
@@ -498,6 +505,79 @@ def doctor_(as_json: bool) -> None:
 
     findings = doctor.examine()
     click.echo(json.dumps(doctor.as_json(findings), indent=1) if as_json else doctor.render(findings))
+
+
+@cli.group("service")
+def service_() -> None:
+    """Streams as services of systemd: check a configuration, install it, see how it does."""
+
+
+@service_.command("check")
+@click.argument("file", type=NotEmpty())
+def service_check(file: str) -> None:
+    """Read the configuration FILE and everything it names, and print what will run. Opens no device, no port."""
+    from edge_ssm.service import checking
+
+    plan = checking.check(file)
+    for warning in plan.warnings:
+        click.echo(f"edge-ssm: warning: {warning}", err=True)
+    click.echo(plan.render())
+
+
+@service_.command("install")
+@click.argument("name")
+@click.option(
+    "--config",
+    required=True,
+    type=NotEmpty(),
+    metavar="FILE",
+    help="Its configuration; copied, with what lies beside it.",
+)
+@click.option("--loopback", is_flag=True, help="Let it use addresses of this machine.")
+@click.option("--network", is_flag=True, help="Let it use any address.")
+@click.option("--serial", is_flag=True, help="Let it use serial lines.")
+@click.option("--iio", is_flag=True, help="Let it use IIO buffers.")
+@click.option("--gpu", is_flag=True, help="Let it use a Jetson's GPU.")
+@click.option("--socket", is_flag=True, help="systemd opens the socket that the source listens on.")
+@click.option(
+    "--root",
+    type=NotEmpty(),
+    default="/",
+    show_default=True,
+    metavar="DIR",
+    help="Of the system that it is installed in.",
+)
+@click.option("--no-start", is_flag=True, help="Only with the next boot.")
+@click.option("--force", is_flag=True, help="Replace a configuration, model or key that is there and differs.")
+def service_install(
+    name: str, config: str, socket: bool, root: str, no_start: bool, force: bool, **flags: bool
+) -> None:
+    """Install and start edge-ssm@NAME.service, started at every boot from now on."""
+    from edge_ssm.service import install
+
+    openings = tuple(opening for opening in install.OPENINGS if flags[opening])
+    request = install.Request(name, config, openings, socket, Path(root).absolute(), not no_start, force)
+    install.install(request, click.echo)
+
+
+@service_.command("uninstall")
+@click.argument("name")
+@click.option("--purge", is_flag=True, help="Its configuration, snapshots and cache too.")
+@click.option("--root", type=NotEmpty(), default="/", show_default=True, metavar="DIR")
+def service_uninstall(name: str, purge: bool, root: str) -> None:
+    """Stop edge-ssm@NAME.service and take it away."""
+    from edge_ssm.service import install
+
+    install.uninstall(name, purge, Path(root).absolute(), click.echo)
+
+
+@service_.command("status")
+@click.argument("name", required=False)
+def service_status(name: str | None) -> None:
+    """What systemd and the run itself say of NAME, or of all."""
+    from edge_ssm.service import instances
+
+    click.echo(instances.describe(name))
 
 
 def run_command(command: click.Command, prog_name: str) -> int:

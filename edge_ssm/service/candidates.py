@@ -48,13 +48,16 @@ def same_windows(a: Network, b: Network) -> bool:
     return (a.window, a.pooling, a.task, a.labels, a.d_output) == (b.window, b.pooling, b.task, b.labels, b.d_output)
 
 
+def check_channels(path: str, network: Network, running: Network) -> None:
+    """Raises InputRefused unless both read the same channels."""
+    channels = network.input.channels
+    if channels != running.input.channels:
+        raise InputRefused(f"{path}: reads {', '.join(channels)}; the stream has {', '.join(running.input.channels)}")
+
+
 def check_beside(candidate: Candidate, running: Network) -> None:
     """Raises EdgeSSMError unless the candidate can take the running stream over and computes what it should."""
-    channels = candidate.network.input.channels
-    if channels != running.input.channels:
-        raise InputRefused(
-            f"{candidate.path}: reads {', '.join(channels)}; the stream has {', '.join(running.input.channels)}"
-        )
+    check_channels(candidate.path, candidate.network, running)
     if problem := choice.self_test(candidate.engine):
         raise InputRefused(f"{candidate.path}: self-test failed, {problem}")
 

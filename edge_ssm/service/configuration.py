@@ -154,6 +154,17 @@ class _File:
         return self.path
 
 
+def where(path: str, field: str) -> str:
+    """``path, line n: section.key`` of a field, for messages; the section's line where the key is not given."""
+    section, key = next((s, k) for s, keys in SECTIONS.items() for k, name in keys.items() if name == field)
+    try:
+        file = _File(path, Path(path).read_text(errors="replace")[:LARGEST])
+    except OSError:
+        return f"{path}: {section}.{key}"
+    place = file.line(section, key)
+    return f"{place if place != path else file.line(section)}: {section}.{key}"
+
+
 def read(path: str) -> dict[str, Any]:
     """A configuration file's values by field. Raises UsageError, naming file, line and key."""
     try:

@@ -80,10 +80,7 @@ def run(settings: Settings, say: Say) -> Outcome:
 def _run(settings: Settings, say: Say, stack: ExitStack) -> Outcome:
     network, digest = candidates.load(settings.model, settings.sample_rate, settings.require_signature)
     pace = network.input.sample_rate_hz
-    if settings.pace and pace is None:
-        raise UsageError("--pace: the model states no sample rate; give --sample-rate")
-    if settings.time_gaps and pace is None:
-        raise UsageError("--time-gaps: the model states no sample rate; give --sample-rate")
+    check_rate(settings, network)
 
     def make_windows(of: Network) -> Windows:
         return Windows(of, settings.hop, settings.carry)
@@ -92,7 +89,7 @@ def _run(settings: Settings, say: Say, stack: ExitStack) -> Outcome:
     source = open_source(settings.input, network.input, settings.follow, settings.pace)
     stack.callback(source.close)
     codec = settings.format or frames.guess_format(settings.input)
-    decoder = source.decoder or frames.decoder(codec, network.input, _scale(settings.scale))
+    decoder = source.decoder or frames.decoder(codec, network.input, scale_factors(settings.scale))
     named = firmware_profile(settings.profile, say)
     keep_to(settings.affinity, named)
     engine, why = make_engine(settings.engine, network, windows.lanes, named, say)
@@ -128,6 +125,8 @@ def _run(settings: Settings, say: Say, stack: ExitStack) -> Outcome:
     keeper = Keeper(_state_folder(settings), settings.snapshot_interval, source.name, outlet, decoder)
     notifier = Notifier()
     stop = Stop(hangups=settings.reload)
+    if outlet is not None:
+        outlet.while_waiting = lambda: _waits(notifier, stop)
     adaptive = _adaptive(settings, running, windows, named, say)
     attendant = Attendant(
         loop,
@@ -167,6 +166,19 @@ def _run(settings: Settings, say: Say, stack: ExitStack) -> Outcome:
     if engine.lost:
         why += f", lost in mid-stream ({engine.lost}); {engine.name} took over"
     return Outcome(account, engine.network, why, chunk, source.name, codec)
+
+
+def _waits(notifier: Notifier, stop: Stop) -> bool:
+    """A loop that waits for its reader, as it was told to, is not stuck. False: it shall end."""
+    notifier.alive()
+    return not stop.requested
+
+
+def check_rate(settings: Settings, network: Network) -> None:
+    """Raises UsageError where a setting needs the sample rate and nobody states it."""
+    for name, wanted in (("--pace", settings.pace), ("--time-gaps", settings.time_gaps)):
+        if wanted and network.input.sample_rate_hz is None:
+            raise UsageError(f"{name}: the model states no sample rate; give --sample-rate")
 
 
 def _sink_format(settings: Settings) -> str:
@@ -319,7 +331,8 @@ def _power() -> Callable[[], float | None]:
     return read
 
 
-def _chunk(settings: Settings, default: str, engine: Engine, windows: Windows) -> int:
+def chunk_asked(settings: Settings, default: str) -> int | None:
+    """Samples a call; None: as many as the budget allows, by a trial. Raises UsageError."""
     from edge_ssm.stream import chunks
 
     text, budget_ms = str(settings.chunk or default), settings.latency_budget
@@ -332,6 +345,15 @@ def _chunk(settings: Settings, default: str, engine: Engine, windows: Windows) -
         return size
     if budget_ms is None or not math.isfinite(budget_ms):
         raise UsageError("--chunk auto: needs --latency-budget, in milliseconds")
+    return None
+
+
+def _chunk(settings: Settings, default: str, engine: Engine, windows: Windows) -> int:
+    from edge_ssm.stream import chunks
+
+    asked, budget_ms = chunk_asked(settings, default), settings.latency_budget
+    if asked is not None or budget_ms is None:
+        return asked or 1
     network = engine.network
     wait = 0.0
     if network.pooling == "none":
@@ -341,7 +363,8 @@ def _chunk(settings: Settings, default: str, engine: Engine, windows: Windows) -
     return chunks.largest(engine, windows.hop if wait == 0 else chunks.LARGEST, budget_ms / 1e3, wait)
 
 
-def _scale(text: str) -> list[float]:
+def scale_factors(text: str) -> list[float]:
+    """Raises UsageError."""
     try:
         return [float(part) for part in text.split(",")]
     except ValueError:
