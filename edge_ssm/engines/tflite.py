@@ -40,6 +40,8 @@ class TfliteEngine(ExportedEngine):
                 # Another interpreter: one that has lent itself to a runner refuses to be invoked.
                 lent = Interpreter(model_content=self.graph.content, num_threads=threads)
                 self._chunk_runner = lent.get_signature_runner("chunk")
+            for detail in inputs.values():
+                self._interpreter.tensor(detail["index"])()[...] = 0
             self._interpreter.invoke()  # what it allocates, it has allocated then
         except (ValueError, RuntimeError, SystemError) as error:
             raise ArtifactError(f"tflite graph: the runtime refuses it ({_line(error)}); export it again") from None
