@@ -15,7 +15,7 @@ import click
 import msgspec
 
 import edge_ssm
-from edge_ssm import artifact, profiles
+from edge_ssm import models, profiles
 from edge_ssm.engines import ENGINES, Engine, create
 from edge_ssm.errors import EdgeSSMError, EngineUnavailable, RunFailed, UsageError
 from edge_ssm.network import Network, at_sample_rate
@@ -63,7 +63,15 @@ def cli() -> None:
     is_flag=True,
     help="Add the recording's own label (column `label`) to every decision; text shows it anyway.",
 )
-@click.option("--engine", default="auto", metavar="NAME", help=f"auto, {', '.join(ENGINES)}.  [default: auto]")
+@click.option(
+    "--engine",
+    default="auto",
+    metavar="NAME",
+    help=f"auto, {', '.join(ENGINES)}.  [default: auto; for .onnx and .tflite their own]",
+)
+@click.option(
+    "--threads", type=click.IntRange(1, 256), metavar="N", help="Of the engines onnx and tflite.  [default: 1]"
+)
 @click.option(
     "--hop",
     type=int,
@@ -112,8 +120,9 @@ def cli() -> None:
 )
 @click.option("--strict", is_flag=True, help="Stop at the first malformed row.")
 def run(model: str, stream: bool, **options: Any) -> None:
-    """Classify a sensor stream with MODEL, an artifact of edge-ssm-build."""
-    network = artifact.load(model).network
+    """Classify a sensor stream with MODEL: an artifact of edge-ssm-build, or a .onnx or .tflite file of its export."""
+    loaded = models.load(model)
+    network = loaded.network
     if (rate := options["sample_rate"]) is not None:
         network = at_sample_rate(network, rate)
     pace = network.input.sample_rate_hz
@@ -126,7 +135,7 @@ def run(model: str, stream: bool, **options: Any) -> None:
     codec = options["format_"] or frames.guess_format(options["input_"])
     decoder = frames.decoder(codec, network.input, _scale(options["scale"]))
     named = _firmware_profile(options["profile"])
-    engine, why = _engine(options["engine"], network, windows.lanes, named)
+    engine, why = _engine(loaded, options["engine"], network, windows.lanes, named, options["threads"])
     sink = sinks.open_sink(options["output"], options["output_format"], network, options["logits"], options["truth"])
     gap: GapPolicy = options["gap"]
     default = str(named.profile.runtime.chunk) if named else "1"
@@ -152,8 +161,17 @@ def run(model: str, stream: bool, **options: Any) -> None:
         )
 
 
-def _engine(name: str, network: Network, lanes: int, named: profiles.NamedProfile | None) -> tuple[Engine, str]:
-    """The engine, and its name with the reason where "auto" chose it."""
+def _engine(
+    model: models.Model,
+    asked: str,
+    network: Network,
+    lanes: int,
+    named: profiles.NamedProfile | None,
+    threads: int | None,
+) -> tuple[Engine, str]:
+    """The engine, and its name with the reason where "auto" chose it, or with where its runtime put it.
+
+    ``network`` is the model's, or that at another sample rate."""
     from edge_ssm.engines import choice, compiled
 
     def say() -> None:
@@ -161,11 +179,15 @@ def _engine(name: str, network: Network, lanes: int, named: profiles.NamedProfil
 
     runtime = named.profile.runtime if named else None
     gpu_waits = runtime.gpu_waits if runtime else "spin"
+    name = model.engine(asked)
     if name in ("auto", "cpu", "cpu-float32"):
         with suppress(EngineUnavailable):  # said again, or gone around, by what follows
             compiled.load(say)
-    if name != "auto":
-        return create(name, network, lanes, gpu_waits), name
+    if name != "auto" or threads is not None:
+        engine = create(name, network, lanes, gpu_waits, model.graph, threads)
+        if engine.warning:
+            click.echo(f"edge-ssm: warning: {engine.warning}", err=True)
+        return engine, f"{name} ({engine.where})" if engine.where else name
     engine, trial = choice.choose(network, lanes, gpu_waits, runtime.engines if runtime else None)
     return engine, f"{engine.name} (by trial: {trial.why()})"
 
@@ -251,13 +273,16 @@ def inspect_(model: str, as_json: bool) -> None:
     """Show what MODEL holds: layers, channels, cost of a step, provenance."""
     from edge_ssm import inspect
 
-    description = inspect.describe(artifact.load(model))
+    description = inspect.describe_model(models.load(model))
     click.echo(json.dumps(description, indent=1) if as_json else inspect.render(description))
 
 
 @cli.command()
 @click.argument("models", metavar="[MODEL]...", nargs=-1)
 @click.option("--engine", "--engines", "engines", default="auto", show_default=True, metavar="NAME[,NAME...]|all")
+@click.option(
+    "--threads", type=click.IntRange(1, 256), metavar="N", help="Of the engines onnx and tflite.  [default: 1]"
+)
 @click.option("--chunk", "chunks", default="1", show_default=True, metavar="N[,N...]", help="Samples a call.")
 @click.option("--lanes", default="1", show_default=True, metavar="N[,N...]", help="Streams at once.")
 @click.option(
@@ -329,6 +354,7 @@ def _profile(models: tuple[str, ...], engines: list[str], options: dict[str, Any
         quick=quick,
         seed=options["seed"],
         profile=_firmware_profile(options["profile_"]),
+        threads=options["threads"],
     )
     measured = profiling.measure(request)
     click.echo(report.render(measured))

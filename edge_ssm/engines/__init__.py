@@ -81,12 +81,12 @@ def candidates(network: Network, allowed: Sequence[str] | None = None) -> list[s
     return [name for name in names if small or name != "cpu-float32"]
 
 
-def available(network: Network, every: bool = False) -> list[str]:
+def available(network: Network, every: bool = False, graph: Graph | None = None) -> list[str]:
     """Of the candidates, or of ``every`` engine that can run this network, those that load here."""
 
     def loads(name: str) -> bool:
         try:
-            create(name, network)
+            create(name, network, graph=graph)
         except EngineUnavailable:
             return False
         return True

@@ -119,8 +119,8 @@ class ExportedEngine(Engine):
             for slot in self._slots:
                 both = np.zeros(slot.shape[0] * slot.shape[1], dtype=np.complex64)
                 both[slot.cells] = state[slot.block][lane, slot.states]
-                both = both.reshape(slot.shape)
-                parts.append((np.ascontiguousarray(both.real), np.ascontiguousarray(both.imag)))
+                re, im = (np.ascontiguousarray(part).reshape(slot.shape) for part in (both.real, both.imag))
+                parts.append((re, im))
             self._write(lane, parts)
 
     def _expected(self) -> dict[str, tuple[int, ...]]:
@@ -148,5 +148,3 @@ def _slots(network: Network, graph: Graph) -> list[Slot]:
             at, cells = cells_of(block.ssm.pairs, np.array(state.channels, dtype=np.int64), state.pairs)
             slots.append(Slot((state.re, state.im), (len(state.channels), state.pairs), i, at, cells))
     return slots
-
-

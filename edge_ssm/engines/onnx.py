@@ -1,4 +1,4 @@
-"""ONNX Runtime as an engine: the whole step as one graph, on TensorRT, CUDA or the CPU, whichever is the first to start.
+"""ONNX Runtime as an engine: the whole step as one graph, on TensorRT, CUDA or the CPU, whichever starts first.
 
 States stay where the graph runs. Each lane has two sets of them that take turns: a step reads one and writes the other,
 so that none is copied.

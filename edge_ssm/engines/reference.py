@@ -75,7 +75,7 @@ class ReferenceEngine(Engine):
 
     def _mix(self, i: int, mixing: Mixing, g: Array) -> Array:
         """(lanes, G) -> (lanes, R)."""
-        z = g @ self._weights[i].T + mixing.bias[mixing.stacked_rows()].astype(np.float64)
+        z: Array = g @ self._weights[i].T + mixing.bias[mixing.stacked_rows()].astype(np.float64)
         if mixing.kind == "plain":
             return z
         value, gate = np.split(z, 2, axis=-1)

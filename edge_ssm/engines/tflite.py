@@ -6,7 +6,11 @@ is mostly such calls. The state of one lane lies in the inputs; after a step the
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import os
+import sys
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import numpy as np
@@ -21,6 +25,8 @@ try:
 except ModuleNotFoundError:
     from tflite_runtime.interpreter import Interpreter
 
+STDERR = 2
+
 
 class TfliteEngine(ExportedEngine):
     name: ClassVar[str] = "tflite"
@@ -28,18 +34,17 @@ class TfliteEngine(ExportedEngine):
 
     def _open(self, threads: int) -> None:
         try:
-            self._interpreter = Interpreter(model_content=self.graph.content, num_threads=threads)
+            self._interpreter = self._loaded(threads)
             self._interpreter.allocate_tensors()
             inputs, outputs = (
                 {detail["name"]: detail for detail in details}
                 for details in (self._interpreter.get_input_details(), self._interpreter.get_output_details())
             )
             self._check(_shapes(inputs), _shapes(outputs))
-            self._chunk_runner = None
+            self._chunk_runner: Any = None
             if self.graph.form.chunk > 1:
                 # Another interpreter: one that has lent itself to a runner refuses to be invoked.
-                lent = Interpreter(model_content=self.graph.content, num_threads=threads)
-                self._chunk_runner = lent.get_signature_runner("chunk")
+                self._chunk_runner = self._loaded(threads).get_signature_runner("chunk")
             for detail in inputs.values():
                 self._interpreter.tensor(detail["index"])()[...] = 0
             self._interpreter.invoke()  # what it allocates, it has allocated then
@@ -56,8 +61,12 @@ class TfliteEngine(ExportedEngine):
         self._others = [[np.zeros_like(array) for array in self._old] for _ in range(self.lanes)]
         self.reset()
 
+    def _loaded(self, threads: int) -> Any:
+        with _silent():
+            return Interpreter(model_content=self.graph.content, num_threads=threads)
+
     def _view(self, detail: dict[str, Any]) -> Array:
-        """A tensor's memory as an array that the interpreter does not count: one that it counts it would not run beside."""
+        """A tensor's memory as an array that the interpreter does not know of: beside known ones it won't run."""
         counted = self._interpreter.tensor(detail["index"])()
         memory = (ctypes.c_float * counted.size).from_address(counted.ctypes.data)
         view: Array = np.frombuffer(memory, dtype=np.float32).reshape(counted.shape)
@@ -108,6 +117,20 @@ class TfliteEngine(ExportedEngine):
         self._hold(lane)
         for old, new in zip(self._old, (part for parts in states for part in parts), strict=True):
             np.copyto(old, new)
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """The runtime greets on stderr, past Python, and nothing turns that off; what fails it raises as well."""
+    sys.stderr.flush()
+    kept, nowhere = os.dup(STDERR), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, STDERR)
+    try:
+        yield
+    finally:
+        os.dup2(kept, STDERR)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def _shapes(details: dict[str, Any]) -> dict[str, tuple[int, ...]]:

@@ -1,4 +1,4 @@
-"""Which wheels of other projects' runtimes exist for a Python and a machine: what a message can say when one is missing.
+"""Which wheels of other projects' runtimes exist for a Python and a machine, for the message when one is missing.
 
 Looked up on the package index in November 2026.
 """
@@ -34,5 +34,7 @@ def _onnx(python: tuple[int, int], machine: str) -> str:
 
 
 def _tflite(python: tuple[int, int]) -> str:
-    older = "or tflite-runtime 2.14, with numpy below 2" if python < (3, 12) else "no tflite-runtime, which ends at 3.11"
+    older = (
+        "or tflite-runtime 2.14, with numpy below 2" if python < (3, 12) else "no tflite-runtime, which ends at 3.11"
+    )
     return f"ai-edge-litert, {older}"

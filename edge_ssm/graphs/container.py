@@ -1,7 +1,7 @@
 """Where the metadata lies in an ONNX or TFLite file, found without either runtime. Every length is checked before use.
 
-ONNX: https://github.com/onnx/onnx/blob/main/onnx/onnx.proto (ModelProto.metadata_props, field 14; protobuf's wire format).
-TFLite: tensorflow/compiler/mlir/lite/schema/schema.fbs (Model.metadata and Model.buffers; flatbuffers' binary format).
+ONNX: https://github.com/onnx/onnx/blob/main/onnx/onnx.proto (ModelProto.metadata_props is field 14), protobuf's format.
+TFLite: tensorflow/compiler/mlir/lite/schema/schema.fbs (Model.metadata and buffers), flatbuffers' format.
 """
 
 from __future__ import annotations

@@ -217,7 +217,9 @@ def read(content: bytes, kind: Kind) -> Exported:
         raise ArtifactError(f"{SOURCE}: {error}") from None
     network = source.network
     _expect(document.source_digest == source.digest, "source_digest: is not the digest of the artifact in the file")
-    _expect(document.form.fingerprint == fingerprint(network), "form.fingerprint: is not that of the artifact's network")
+    _expect(
+        document.form.fingerprint == fingerprint(network), "form.fingerprint: is not that of the artifact's network"
+    )
     _expect(document.stream == stream_of(network), "stream: says something else than the artifact in the file")
     _check_form(document.form, network)
     return Exported(Graph(kind, content, document.form), document, source)
@@ -266,5 +268,3 @@ def _check_form(form: Form, network: Network) -> None:
             _expect(bool(state.channels), f"{where}: a state without channels")
             most = int(pairs[np.array(state.channels)].max())
             _expect(most <= state.pairs <= artifact.MAX_SIZE, f"{where}: {state.pairs} pairs, expected {most} or more")
-
-

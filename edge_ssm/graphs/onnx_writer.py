@@ -142,7 +142,7 @@ def write(parts: Parts, reach: Sequence[float], chunk: bool, metadata: dict[str,
         _named(w, value, f"{at}new.{name}")
     given = [_info(at + name, *shape) for name, shape in flat]
     made = [_info(f"{at}new.{name}", *shape) for name, shape in flat]
-    nodes, length = w.nodes, 1
+    nodes, length = w.nodes, "samples" if chunk else 1
     if chunk:
         body = helper.make_graph(
             nodes, "step", [*given, _info(sample.ref, *sample.shape)], [*made, _info(f"{at}output", d_output)]
@@ -150,7 +150,6 @@ def write(parts: Parts, reach: Sequence[float], chunk: bool, metadata: dict[str,
         ins, outs = [name for name, _ in flat], [f"new.{name}" for name, _ in flat]
         nodes = [helper.make_node("Scan", [*ins, "input"], [*outs, "output"], "scan", body=body, num_scan_inputs=1)]
         given, made = ([_info(n, *shape) for n, (_, shape) in zip(names_, flat, strict=True)] for names_ in (ins, outs))
-        length = "samples"
     graph = helper.make_graph(
         nodes,
         "chunk" if chunk else "step",

@@ -13,12 +13,12 @@ from edge_ssm.discretize import ComplexArray, StepParameters, step_parameters
 from edge_ssm.network import Array, Block, LinearEncoder, MixingDtype, Network, Norm, TokenEncoder, quantised
 
 GROUP_COST = 1024
-"""What the operators of one more rectangle cost, in padded pairs: some ten calls against elements at a few a nanosecond."""
+"""What the operators of one more rectangle cost, in padded pairs: some ten calls against elements."""
 
 
 @dataclass(frozen=True)
 class Group:
-    """k channels of a layer in a rectangle of n pairs each, padded where one has fewer. Complex parts come first: (2, k, n)."""
+    """k channels of a layer in a rectangle of n pairs each, padded where one has fewer. Real parts first: (2, k, n)."""
 
     channels: Array
     """(k,) int64: places among the layer's K active channels."""
@@ -108,9 +108,7 @@ def _rectangles(channels: Array, pairs: Array) -> list[Array]:
     # best[i]: the cost of the first i runs of equal height, and where the last rectangle begins.
     best: list[tuple[float, int]] = [(0.0, 0)]
     for last, end in enumerate(ends):
-        costs = [
-            (best[i][0] + GROUP_COST + int(heights[starts[i]]) * (end - starts[i]), i) for i in range(last + 1)
-        ]
+        costs = [(best[i][0] + GROUP_COST + int(heights[starts[i]]) * (end - starts[i]), i) for i in range(last + 1)]
         best.append(min(costs))
     found = []
     run = len(ends)
@@ -122,7 +120,7 @@ def _rectangles(channels: Array, pairs: Array) -> list[Array]:
 
 
 def cells_of(pairs: Array, channels: Array, n: int) -> tuple[Array, Array]:
-    """Where the states of ``channels`` lie: in the layer's axis of sum(pairs), and in a rectangle of n a channel, flat."""
+    """Where the states of ``channels`` lie: in the layer's axis of states, and in a rectangle of n a channel, flat."""
     first = np.cumsum(pairs) - pairs
     states = np.concatenate([np.arange(first[c], first[c] + pairs[c]) for c in channels])
     cells = np.concatenate([i * n + np.arange(pairs[c]) for i, c in enumerate(channels)])

@@ -1,4 +1,4 @@
-"""The step as a TFLite model, written by the flatbuffer schema alone. Needs ``ai_edge_litert`` (its schema) and ``flatbuffers``.
+"""The step as a TFLite model, written by the schema that ``ai_edge_litert`` ships; needs that and ``flatbuffers``.
 
 Inputs ``input`` (1, d_input), normalised, or a token, and a state's parts; outputs ``output`` (1, d_output) and the new
 parts, of the signature ``step``. With a chunk of T samples there is a second signature, ``chunk``, with the step
@@ -47,7 +47,7 @@ TYPES = {
 }
 
 
-class _Buffer(schema.BufferT):  # type: ignore[misc, no-any-unimported]
+class _Buffer(schema.BufferT):  # type: ignore[misc]
     def __init__(self, content: bytes) -> None:
         super().__init__()
         self.content = content
@@ -107,7 +107,13 @@ class TfliteWriter:
         return self.constants[name]
 
     def node(
-        self, kind: str, inputs: Sequence[Value], shape: Shape, version: int = 1, dtype: Any = np.float32, **options: Any
+        self,
+        kind: str,
+        inputs: Sequence[Value],
+        shape: Shape,
+        version: int = 1,
+        dtype: Any = np.float32,
+        **options: Any,
     ) -> Value:
         output = self.tensor(f"{kind.lower()}.{len(self.operators)}", shape, dtype)
         made = schema.OperatorT()
@@ -204,7 +210,9 @@ class TfliteWriter:
         return self.node("GATHER", [self.constant(name, rows), number], (1, rows.shape[1]), axis=0)
 
 
-def _graph(model: TfliteModel, parts: Parts, reach: Sequence[float], samples: int, key: str, index: int) -> tuple[Any, Any]:
+def _graph(
+    model: TfliteModel, parts: Parts, reach: Sequence[float], samples: int, key: str, index: int
+) -> tuple[Any, Any]:
     """The subgraph that takes so many samples, and its signature."""
     w = TfliteWriter(model)
     names = state_names(parts)

@@ -15,13 +15,13 @@ from pathlib import Path
 import numpy as np
 
 import edge_ssm
-from edge_ssm import artifact
-from edge_ssm.engines import Engine, available, choice, create
+from edge_ssm import models
+from edge_ssm.engines import ENGINES, Engine, available, choice, create
 from edge_ssm.errors import EngineUnavailable, UsageError
 from edge_ssm.monitor import machine, protocol, report
 from edge_ssm.monitor.energy import mean_power
 from edge_ssm.monitor.protocol import Activity, open_meter
-from edge_ssm.monitor.report import MeterInfo, Model, Report
+from edge_ssm.monitor.report import MeterInfo, Report
 from edge_ssm.monitor.sampler import Sampler
 from edge_ssm.network import Array, Network, input_range
 from edge_ssm.profiles import NamedProfile
@@ -50,32 +50,38 @@ class Request:
     quick: bool = False
     seed: int = 0
     profile: NamedProfile | None = None
+    threads: int | None = None
+    """Of the engines that run exported graphs."""
 
 
 def measure(request: Request) -> Report:
     """Raises what loading a model, making an engine and opening a named meter raise, and UsageError."""
     runtime = None if request.profile is None else request.profile.profile.runtime
-    loaded = [(path, artifact.load(path)) for path in request.models]
+    loaded = [(path, models.load(path)) for path in request.models]
     activities: list[Activity] = []
     model_of: dict[str, str] = {}
     notes: list[str] = []
     for path, found in loaded:
-        names = _engines(request, found.network)
+        names = _engines(request, found)
         samples, samples_from = _samples(found.network, request.recording, request.read)
         if len(samples) < max(request.chunks):
             samples = np.resize(samples, (max(request.chunks), found.network.d_input))
         for name, chunk, lanes in product(names, request.chunks, request.lanes):
             try:
                 waits, allowed = (runtime.gpu_waits, runtime.engines) if runtime else ("spin", None)
-                if name == "auto":
+                if name == "auto" and request.threads is None:
                     engine = choice.choose(found.network, lanes, waits, allowed)[0]
                 else:
-                    engine = create(name, found.network, lanes, waits)
+                    engine = create(name, found.network, lanes, waits, found.graph, _threads(request, name, names))
             except EngineUnavailable as error:
                 if len(names) == 1:
                     raise
                 notes.append(f"left out: {error}")
                 continue
+            if engine.where and (note := f"engine {name}: {engine.where}") not in notes:
+                notes.append(note)
+            if engine.warning and engine.warning not in notes:
+                notes.append(engine.warning)
             for activity in _activities(engine, samples, chunk, found.network, request, runtime):
                 stem = f"{Path(path).stem} " if len(loaded) > 1 else ""
                 activity.name = f"{stem}{activity.name}"
@@ -117,7 +123,7 @@ def measure(request: Request) -> Report:
         notes=notes + run.notes,
         machine=machine.describe(),
         profile=None if request.profile is None else request.profile.name,
-        models=[Model(path, found.digest) for path, found in loaded],
+        models=[report.Model(path, found.digest) for path, found in loaded],
         samples_from=samples_from,
         rounds=request.rounds,
         block_s=request.block_s,
@@ -139,10 +145,15 @@ def measure(request: Request) -> Report:
     )
 
 
-def _engines(request: Request, network: Network) -> list[str]:
+def _engines(request: Request, model: models.Model) -> list[str]:
     if list(request.engines) == ["all"]:
-        return available(network)
-    return list(request.engines)
+        return available(model.network, every=True, graph=model.graph)
+    return list(dict.fromkeys(model.engine(name) for name in request.engines))
+
+
+def _threads(request: Request, name: str, names: Sequence[str]) -> int | None:
+    """Among several engines the number is for those that take one."""
+    return request.threads if len(names) == 1 or (name in ENGINES and ENGINES[name].graphs) else None
 
 
 def _activities(

@@ -361,7 +361,10 @@ def _rounded(checkpoint: Any, data: Any, weights: Any, bound: float | None) -> A
     help="The graph takes chunks too: of T samples (tflite), or of any number (onnx).  [default: single samples]",
 )
 @click.option(
-    "--input", "recording", metavar="FILE", help="A recording that the graph of an ARTIFACT is tried on.  [default: noise]"
+    "--input",
+    "recording",
+    metavar="FILE",
+    help="A recording that the graph of an ARTIFACT is tried on.  [default: noise]",
 )
 def export(model: str, output: str, to: Any, weights: Any, error_bound: float | None, **options: Any) -> None:
     """Write CHECKPOINT as an artifact, after its stream was compared with torch on the whole test split.

@@ -37,7 +37,9 @@ class Made:
     def line(self) -> str:
         m = self.measured
         labels = f", {self.labels_differing} of {self.windows} labels differ" if self.windows else ""
-        return f"{self.weights} weights, {m.samples} samples ({m.samples_from}): largest error {m.max_error:.1e}{labels}"
+        return (
+            f"{self.weights} weights, {m.samples} samples ({m.samples_from}): largest error {m.max_error:.1e}{labels}"
+        )
 
 
 class _Watcher(ReferenceEngine):
@@ -79,9 +81,9 @@ def make(
 ) -> Made:
     """The exported file of the artifact ``source``.
 
-    ``weights``: of the mixing in the graph, None for the artifact's own. ``chunk``: samples of a call, ``files.ANY`` for
-    any number (ONNX). ``heard``: samples (n, d_input) and what they are; the error is measured on them, and an int8 ONNX
-    graph quantises the mixing's inputs by the largest of theirs.
+    ``weights``: of the mixing in the graph, None for the artifact's own. ``chunk``: samples of a call, ``files.ANY``
+    for any number (ONNX). ``heard``: samples (n, d_input) and what they are; the error is measured on them, and an int8
+    ONNX graph quantises the mixing's inputs by the largest of theirs.
 
     Raises RunFailed if the outputs are off by more than the network's tolerance in the artifact's own weights or in
     float32, or by more than ``error_bound``; EngineUnavailable if a package is missing.
@@ -99,16 +101,16 @@ def make(
     reach = [max(x, 1e-6) for x in reference.reach] if chosen == "int8" else []
     graph = files.build(kind, network, chosen, reach, chunk)
     found = _streamed(create(kind, network, graph=graph), samples)
-    error = float(np.abs(found - exact).max())
+    off = float(np.abs(found - exact).max())
     bound = error_bound
     if bound is None and chosen == "float32":
         bound = network.tolerance * max(1.0, float(np.abs(exact).max()) / ORDINARY)
-    if not (np.isfinite(error) and (bound is None or error <= bound)):
+    if not (np.isfinite(off) and (bound is None or off <= bound)):
         raise RunFailed(
-            f"export: the {kind} graph with {chosen} weights is off by up to {error:.1e} from the reference, more than "
+            f"export: the {kind} graph with {chosen} weights is off by up to {off:.1e} from the reference, more than "
             f"{bound or np.inf:g}; nothing was written: take larger weights, or allow more by --error-bound"
         )
-    measured = Measured(error, len(samples), samples_from)
+    measured = Measured(off, len(samples), samples_from)
     made = files.seal(graph, network, content, loaded.digest, measured)
     again = files.read(made, kind)
     if not np.array_equal(_streamed(create(kind, again.source.network, graph=again.graph), samples), found):
@@ -153,6 +155,7 @@ def _labels(network: Network, exact: Array, found: Array) -> tuple[int, int]:
     def pooled(outputs: Array) -> Array:
         shaped = outputs[: whole * network.window].reshape(whole, network.window, -1)
         last: Array = shaped.mean(axis=1) if network.pooling == "mean" else shaped[:, -1]
-        return last.argmax(axis=1)
+        labels: Array = last.argmax(axis=1)
+        return labels
 
     return whole, int((pooled(exact) != pooled(found)).sum())
