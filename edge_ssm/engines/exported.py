@@ -57,9 +57,10 @@ class ExportedEngine(Engine):
         if graph is not None and graph.kind == self.kind:
             if graph.form.fingerprint == self.fingerprint:
                 return graph
-            form = graph.form
-            return files.build(self.kind, self.network, form.weights, form.reach, form.chunk)
-        return files.build(self.kind, self.network)
+            form, instead = graph.form, ", or stream at the file's own sample rate, or take --engine cpu"
+            return files.build(self.kind, self.network, form.weights, form.reach, form.chunk, instead=instead)
+        command = f"edge-ssm-build export MODEL --to {self.kind} --output MODEL.{self.kind}"
+        return files.build(self.kind, self.network, instead=f", or on the workstation: {command}")
 
     def step(self, sample: npt.ArrayLike, out: Array | None = None) -> Array:
         x = np.asarray(sample, dtype=np.float64)

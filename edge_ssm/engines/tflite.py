@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
-import sys
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
@@ -23,6 +22,8 @@ from edge_ssm.network import Array
 try:
     from ai_edge_litert.interpreter import Interpreter
 except ModuleNotFoundError:
+    if int(np.__version__.partition(".")[0]) >= 2:
+        raise ImportError(f"tflite-runtime can't use numpy {np.__version__}: pip install 'numpy<2'") from None
     from tflite_runtime.interpreter import Interpreter
 
 STDERR = 2
@@ -35,7 +36,6 @@ class TfliteEngine(ExportedEngine):
     def _open(self, threads: int) -> None:
         try:
             self._interpreter = self._loaded(threads)
-            self._interpreter.allocate_tensors()
             inputs, outputs = (
                 {detail["name"]: detail for detail in details}
                 for details in (self._interpreter.get_input_details(), self._interpreter.get_output_details())
@@ -63,7 +63,9 @@ class TfliteEngine(ExportedEngine):
 
     def _loaded(self, threads: int) -> Any:
         with _silent():
-            return Interpreter(model_content=self.graph.content, num_threads=threads)
+            interpreter = Interpreter(model_content=self.graph.content, num_threads=threads)
+            interpreter.allocate_tensors()
+        return interpreter
 
     def _view(self, detail: dict[str, Any]) -> Array:
         """A tensor's memory as an array that the interpreter does not know of: beside known ones it won't run."""
@@ -122,8 +124,12 @@ class TfliteEngine(ExportedEngine):
 @contextlib.contextmanager
 def _silent() -> Iterator[None]:
     """The runtime greets on stderr, past Python, and nothing turns that off; what fails it raises as well."""
-    sys.stderr.flush()
-    kept, nowhere = os.dup(STDERR), os.open(os.devnull, os.O_WRONLY)
+    try:
+        kept = os.dup(STDERR)
+    except OSError:  # there is none
+        yield
+        return
+    nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, STDERR)
     try:
         yield

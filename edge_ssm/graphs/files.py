@@ -149,8 +149,12 @@ def build(
     reach: Sequence[float] = (),
     chunk: int = 1,
     metadata: dict[str, bytes] | None = None,
+    instead: str = "",
 ) -> Graph:
-    """Write the graph of ``network``'s step. Raises EngineUnavailable if the package for it is missing."""
+    """Write the graph of ``network``'s step.
+
+    Raises EngineUnavailable if the package for it is missing; ``instead`` is what could be done without.
+    """
     parts = parts_of(network, weights)
     found = metadata or {}
     try:
@@ -164,9 +168,8 @@ def build(
             content = tflite_writer.write(parts, reach, chunk, found)
     except ImportError as error:
         raise EngineUnavailable(
-            f"engine {kind!r}: to make a graph here needs the package {error.name or error}; pip install "
-            f"{'onnx' if kind == 'onnx' else 'ai-edge-litert flatbuffers'}, or on the workstation: "
-            f"edge-ssm-build export MODEL --to {kind} --output MODEL.{kind}"
+            f"engine {kind!r}: a graph must be made here, which needs the package {error.name or error}; pip install "
+            f"{'onnx' if kind == 'onnx' else 'ai-edge-litert flatbuffers'}{instead}"
         ) from None
     return Graph(kind, content, Form(fingerprint(network), weights, list(reach), chunk, _states(parts)))
 
