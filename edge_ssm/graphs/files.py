@@ -155,6 +155,9 @@ def build(
 
     Raises EngineUnavailable if the package for it is missing; ``instead`` is what could be done without.
     """
+    if kind == "onnx" and weights == "int8":
+        fits = len(reach) == len(network.blocks) and all(0 < size < float("inf") for size in reach)
+        _expect(fits, "form.reach: an int8 onnx graph needs a positive number a layer")
     parts = parts_of(network, weights)
     found = metadata or {}
     try:

@@ -90,15 +90,18 @@ class OnnxWriter:
         scale = self.constant(f"{name}.scale", linear.scale)
         if linear.weight.dtype == np.float16:
             wide = self.node("Cast", [weight], (columns, rows), to=TensorProto.FLOAT)
-            return self.add(self.mul(self.node("MatMul", [x, wide], shape), scale), bias)
-        # QDQ, symmetric as TensorRT wants it: the runtime makes one integer product of the three operators.
-        step = self.constant(f"{name}.step", np.float32(max(reach, 1e-6) / 127))
-        zero = self.constant("zero", np.int8(0))
-        x = self.node("QuantizeLinear", [x, step, zero], x.shape)
-        x = self.node("DequantizeLinear", [x, step, zero], x.shape)
-        zeros = self.constant(f"{name}.zeros", np.zeros(rows, dtype=np.int8))
-        wide = self.node("DequantizeLinear", [weight, scale, zeros], (columns, rows), axis=1)
-        return self.add(self.node("MatMul", [x, wide], shape), bias)
+        else:
+            # QDQ, symmetric as TensorRT wants it; the runtime makes one integer product of it and the MatMul.
+            # Each has constants of its own: where it changes the type of shared ones it fails, by a name given twice.
+            step = self.constant(f"{name}.x_step", np.array(reach / 127, dtype=np.float32))
+            zero = self.constant(f"{name}.x_zero", np.array(0, dtype=np.int8))
+            one = self.constant(f"{name}.weight_step", np.array(1, dtype=np.float32))
+            none = self.constant(f"{name}.weight_zero", np.array(0, dtype=np.int8))
+            x = self.node("QuantizeLinear", [x, step, zero], x.shape)
+            x = self.node("DequantizeLinear", [x, step, zero], x.shape)
+            wide = self.node("DequantizeLinear", [weight, one, none], (columns, rows))
+        # The rows' scales stand between MatMul and Add, which ONNX Runtime would join to a Gemm without that product.
+        return self.add(self.mul(self.node("MatMul", [x, wide], shape), scale), bias)
 
     def layer_norm(self, x: Value, name: str, norm: Norm) -> Value:
         weights = self.constant(f"{name}.weight", norm.weight), self.constant(f"{name}.bias", norm.bias)

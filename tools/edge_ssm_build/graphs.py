@@ -49,9 +49,20 @@ class _Watcher(ReferenceEngine):
         super().__init__(network)
         self.reach = [0.0] * len(network.blocks)
 
+    def range(self) -> list[float]:
+        """By which they are quantised: of a layer that heard nothing a little, not 0."""
+        return [max(size, 1e-6) for size in self.reach]
+
     def _mix(self, i: int, mixing: Mixing, g: Array) -> Array:
         self.reach[i] = max(self.reach[i], float(np.abs(g).max(initial=0.0)))
         return super()._mix(i, mixing, g)
+
+
+def reach_of(network: Network, samples: Array) -> list[float]:
+    """Of each layer the largest size of its mixing's inputs, over one stream of ``samples`` (n, d_input)."""
+    watcher = _Watcher(network)
+    watcher.chunk(samples)
+    return watcher.range()
 
 
 def samples_of(network: Network, path: str | None) -> tuple[Array, str]:
@@ -98,7 +109,7 @@ def make(
     samples, samples_from = heard or samples_of(network, None)
     reference = _Watcher(network)
     exact = _streamed(reference, samples)
-    reach = [max(x, 1e-6) for x in reference.reach] if chosen == "int8" else []
+    reach = reference.range() if chosen == "int8" else []
     graph = files.build(kind, network, chosen, reach, chunk)
     found = _streamed(create(kind, network, graph=graph), samples)
     off = float(np.abs(found - exact).max())
