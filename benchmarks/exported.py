@@ -1,14 +1,15 @@
 """The engines onnx and tflite beside the CPU engine: microseconds a step, and how far from the float64 reference.
 
-    OMP_NUM_THREADS=1 python benchmarks/exported.py [--rounds 31] [--core N] [--output benchmarks/exported.json]
+    OMP_NUM_THREADS=1 python benchmarks/exported.py [--rounds 101] [--core N] [--output benchmarks/exported.json]
 
 Needs the `host` and `export` extras. All on one pinned core, one thread each. `steps`: random S4D networks of the sizes
 small (H = 64, N = 64, 2 layers), ecg (128, 64, 4) and large (256, 64, 6), whole, and with 50 and 90 % of the operators
-and their mixing columns removed. All entries of a network take turns; a figure is the median over rounds, `ratio` the
-median of the rounds' own ratios to the CPU engine. `chunks`: the same a sample for 64 samples in one call. `errors`:
-20,000 steps of S4D and S4 networks as training begins with them (H = 32, N = 64, 2 layers; S4 is HiPPO-LegS), with
-operators bypassed; int8 ONNX graphs are calibrated on other samples of the same kind. `demo`: the demo on its
-recording, in windows, as `edge-ssm-build export --input` tries it.
+and their mixing columns removed. All entries of a network take turns, ten steps each after three that
+warm the caches; a figure is the median over rounds, `ratio` the median of the rounds' own ratios to the CPU engine.
+`chunks`: the same a sample for 16 samples in one call. `errors`: 20,000 steps of S4D and S4 networks as training begins
+with them (H = 32, N = 64, 2 layers; S4 is HiPPO-LegS), with operators bypassed; int8 ONNX graphs are calibrated on
+other samples of the same kind. `demo`: the demo on its recording, in windows, as `edge-ssm-build export --input` tries
+it.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ from edge_ssm_build import graphs  # noqa: E402
 SHAPES = {"small": (64, 2), "ecg": (128, 4), "large": (256, 6)}
 PRUNED = (0, 50, 90)
 KINDS: tuple[files.Kind, ...] = ("onnx", "tflite")
-STEPS, CHUNK, LONG = 60, 64, 20_000
+WARM, STEPS, CHUNK, LONG = 3, 10, 16, 20_000
 
 
 def graph_engine(network: Any, kind: files.Kind, weights: Any, calibration: Any, chunk: int = 1) -> tuple[Any, int]:
@@ -49,11 +50,12 @@ def graph_engine(network: Any, kind: files.Kind, weights: Any, calibration: Any,
     return create(kind, network, graph=graph), len(graph.content)
 
 
-def turns(calls: dict[str, Any], per_call: int, rounds: int) -> dict[str, dict[str, float]]:
-    """Name -> median microseconds a sample, and its ratio to the first."""
+def turns(calls: dict[str, Any], warms: dict[str, Any], per_call: int, rounds: int) -> dict[str, dict[str, float]]:
+    """Name -> median microseconds a sample, and its ratio to the first; before a turn it warms the caches."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds + 1):
         for name, call in calls.items():
+            warms[name]()
             begin = time.perf_counter_ns()
             call()
             times[name].append((time.perf_counter_ns() - begin) / 1000 / per_call)
@@ -85,8 +87,11 @@ def steps(rounds: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
                 for weights in MIXING_DTYPES:
                     made[f"{kind} {weights}"] = graph_engine(network, kind, weights, samples)
 
-            calls = {name: stepper(engine, list(samples[:STEPS])) for name, (engine, _) in made.items()}
-            found = turns(calls, STEPS, rounds)
+            calls, warms = (
+                {name: stepper(engine, list(samples[:count])) for name, (engine, _) in made.items()}
+                for count in (STEPS, WARM)
+            )
+            found = turns(calls, warms, STEPS, rounds)
             for name, row in found.items():
                 singles.append(
                     {"shape": shape, "pruned": percent, "engine": name, **row, "graph_bytes": made[name][1] or None}
@@ -103,10 +108,11 @@ def chunks(network: Any, samples: Any, rounds: int) -> list[dict[str, Any]]:
         made[f"{kind}, steps"] = graph_engine(network, kind, "float32", samples)[0]
         made[f"{kind}, {what}"] = graph_engine(network, kind, "float32", samples, chunk)[0]
 
-    def caller(engine: Any) -> Any:
-        return lambda: engine.chunk(samples)
+    def caller(engine: Any, xs: Any) -> Any:
+        return lambda: engine.chunk(xs)
 
-    found = turns({name: caller(engine) for name, engine in made.items()}, CHUNK, rounds)
+    calls = {name: caller(engine, samples) for name, engine in made.items()}
+    found = turns(calls, calls, CHUNK, rounds)
     for name, row in found.items():
         print(f"chunk of {CHUNK}: {name:20} {row['median_us']:8.2f} us a sample")
     return [{"engine": name, **row} for name, row in found.items()]
@@ -179,7 +185,7 @@ def demo_labels() -> list[dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=31)
+    parser.add_argument("--rounds", type=int, default=101)
     parser.add_argument("--core", type=int, help="that all are pinned to  [default: the last]")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "exported.json")
     arguments = parser.parse_args()
