@@ -177,6 +177,7 @@ def demo_labels() -> list[dict[str, Any]]:
             made = graphs.make(source, kind, weights, heard=heard)
             row = {"engine": kind, "weights": weights, "windows": made.windows}
             row |= {"samples": made.measured.samples, "max_error": float(f"{made.measured.max_error:.2g}")}
+            row |= {"window_error": float(f"{made.window_error:.2g}")}
             row |= {"labels_differing": made.labels_differing, "file_bytes": len(made.content)}
             rows.append(row)
             print(f"demo, {kind} {made.line()}, {len(made.content):,} bytes")

@@ -44,7 +44,11 @@ def errors(rows: list[dict[str, Any]], demo: list[dict[str, Any]]) -> str:
     for engine, weights in dict.fromkeys((row["engine"], row["weights"]) for row in rows):
         cells = [f"{found[engine, weights, network]:.0e}" for network in networks]
         row = of_demo.get((engine, weights))
-        cells += [f"{row['max_error']:.0e}", f"{row['labels_differing']} of {row['windows']}"] if row else ["", ""]
+        cells += (
+            [f"{row['max_error']:.0e} ({row['window_error']:.0e})", f"{row['labels_differing']} of {row['windows']}"]
+            if row
+            else ["", ""]
+        )
         lines.append([f"{engine} {weights}", *cells])
     return table(["", *networks, "demo", "its labels that differ"], lines)
 

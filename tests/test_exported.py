@@ -347,6 +347,14 @@ def test_a_gpu_build_without_a_gpu_is_one_warning_and_the_cpu(tmp_path):
     assert providers([CUDA, CPU], nodes=(str(tmp_path),)) == ([CUDA, CPU], "")
 
 
+def test_doctor_says_what_the_runtimes_can_do():
+    findings = {f["name"]: f for f in json.loads(call("doctor", "--json").stdout)["findings"]}
+    assert findings["onnx runtime"]["ok"]
+    assert "artifacts run too (onnx " in findings["onnx runtime"]["found"]
+    assert findings["litert"]["ok"]
+    assert "artifacts run too (flatbuffers " in findings["litert"]["found"]
+
+
 def test_the_runtimes_are_imported_only_when_they_are_used(demo_model):
     code = (
         "import sys; from edge_ssm import models; models.load(sys.argv[1]); "

@@ -32,11 +32,14 @@ class Made:
     weights: MixingDtype
     measured: Measured
     windows: int
+    window_error: float
+    """Largest error of a pooled output, which is what a decision is made of; 0 without whole windows."""
     labels_differing: int
 
     def line(self) -> str:
-        m = self.measured
-        labels = f", {self.labels_differing} of {self.windows} labels differ" if self.windows else ""
+        m, labels = self.measured, ""
+        if self.windows:
+            labels = f", of a window {self.window_error:.1e}, {self.labels_differing} of {self.windows} labels differ"
         return (
             f"{self.weights} weights, {m.samples} samples ({m.samples_from}): largest error {m.max_error:.1e}{labels}"
         )
@@ -126,8 +129,7 @@ def make(
     again = files.read(made, kind)
     if not np.array_equal(_streamed(create(kind, again.source.network, graph=again.graph), samples), found):
         raise RunFailed(f"export: the {kind} file steps otherwise than the graph in it; nothing was written")
-    windows, differing = _labels(network, exact, found)
-    return Made(made, chosen, measured, windows, differing)
+    return Made(made, chosen, measured, *_decisions(network, exact, found))
 
 
 def write(path: Path, made: Made) -> None:
@@ -157,16 +159,17 @@ def _streamed(engine: Engine, samples: Array) -> Array:
     return np.concatenate(parts).astype(np.float64)
 
 
-def _labels(network: Network, exact: Array, found: Array) -> tuple[int, int]:
-    """Whole windows, and those whose label differs; none without windows or labels."""
+def _decisions(network: Network, exact: Array, found: Array) -> tuple[int, float, int]:
+    """Whole windows, the largest error of their pooled outputs, and labels that differ (0 in a regression)."""
     whole = len(exact) // network.window
-    if network.task != "classification" or network.pooling == "none" or not whole:
-        return 0, 0
+    if network.pooling == "none" or not whole:
+        return 0, 0.0, 0
 
     def pooled(outputs: Array) -> Array:
         shaped = outputs[: whole * network.window].reshape(whole, network.window, -1)
         last: Array = shaped.mean(axis=1) if network.pooling == "mean" else shaped[:, -1]
-        labels: Array = last.argmax(axis=1)
-        return labels
+        return last
 
-    return whole, int((pooled(exact) != pooled(found)).sum())
+    a, b = pooled(exact), pooled(found)
+    differing = int((a.argmax(axis=1) != b.argmax(axis=1)).sum()) if network.task == "classification" else 0
+    return whole, float(np.abs(a - b).max()), differing
