@@ -205,6 +205,8 @@ def test_silence_leaves_no_subnormal_state(kind):
     values = np.concatenate([s.view(np.float32).ravel() for s in engine.snapshot().state])
     assert not ((values != 0) & (np.abs(values) < np.finfo(np.float32).tiny)).any()
     assert np.abs(values).max() < 1e-30
+    engine.step(network.input.mean)
+    assert np.float32(1e-40) * np.float32(1.0) != 0  # the caller's own arithmetic keeps its subnormals
 
 
 # --- refusals --------------------------------------------------------------------------------------------------

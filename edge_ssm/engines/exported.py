@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edge_ssm.engines.base import Engine, refusal
+from edge_ssm.engines.environment import Flushing
 from edge_ssm.errors import ArtifactError, UsageError
 from edge_ssm.graphs import files
 from edge_ssm.graphs.container import Kind
@@ -50,7 +51,9 @@ class ExportedEngine(Engine):
         self._token = isinstance(network.encoder, TokenEncoder)
         self._mean, self._std = network.input.mean, network.input.std
         self._step_shape = (network.d_input,) if lanes == 1 else (lanes, network.d_input)
-        self._open(threads)
+        self._flushing = Flushing()
+        with self._flushing.kept():
+            self._open(threads)
 
     def _fitting(self, graph: Graph | None) -> Graph:
         """The file's own graph, or one made here: of an artifact, or for another sample rate than the file's."""
@@ -68,7 +71,12 @@ class ExportedEngine(Engine):
             return super().step(x, out)
         # A small network's step is mostly calls: as few as can be for one sample of one lane.
         result = np.empty((1, self.network.d_output), dtype=np.float32)
-        self._advance(0, self._normalised(x[None, None])[:, 0], result)
+        z = self._normalised(x[None, None])[:, 0]
+        self._flushing.enter()
+        try:
+            self._advance(0, z, result)
+        finally:
+            self._flushing.leave()
         outputs: Array = result[0]
         return outputs
 
@@ -76,8 +84,12 @@ class ExportedEngine(Engine):
         if not len(samples):
             return
         z = self._normalised(samples)
-        for lane in range(self.lanes):
-            self._advance(lane, z[:, lane], outputs[:, lane])
+        self._flushing.enter()
+        try:
+            for lane in range(self.lanes):
+                self._advance(lane, z[:, lane], outputs[:, lane])
+        finally:
+            self._flushing.leave()
 
     def _normalised(self, samples: Array) -> Array:
         """(T, lanes, d_input) -> the graph's input of the same shape, float64. Raises SampleError."""

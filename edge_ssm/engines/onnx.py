@@ -62,6 +62,7 @@ class OnnxEngine(ExportedEngine):
         options = ort.SessionOptions()
         options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
         options.log_severity_level = FATAL
+        # For its own threads. The calling one is left so for good by it, but for what ``exported`` does around it.
         options.add_session_config_entry("session.set_denormal_as_zero", "1")
         # Integer products of full range: without it, some x86 processors saturate between two of them.
         options.add_session_config_entry("session.x64quantprecision", "1")
