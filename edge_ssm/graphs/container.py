@@ -27,7 +27,7 @@ def metadata(content: bytes, kind: Kind) -> dict[str, Span]:
     try:
         return dict(_onnx(content) if kind == "onnx" else _tflite(content))
     except (struct.error, IndexError, UnicodeDecodeError) as error:
-        raise ArtifactError(f"not a {kind} model, or a damaged one ({error}); copy it again") from None
+        raise ArtifactError(f"no {kind} model, or a damaged one ({error}); copy it again") from None
 
 
 def _varint(content: bytes, at: int, end: int) -> tuple[int, int]:
