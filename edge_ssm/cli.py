@@ -20,7 +20,8 @@ import msgspec
 from click.core import ParameterSource
 
 import edge_ssm
-from edge_ssm import artifact, profiles
+from edge_ssm import models as model_files
+from edge_ssm import profiles
 from edge_ssm.engines import ENGINES
 from edge_ssm.errors import EdgeSSMError, RunFailed, UsageError
 from edge_ssm.network import Network
@@ -84,7 +85,12 @@ def cli() -> None:
     type=click.Choice(OVERFLOWS),
     help="What a full queue does.  [default: drop-oldest; wait where the input is a file or stdin]",
 )
-@click.option("--engine", metavar="NAME", help=f"auto, {', '.join(ENGINES)}.  [default: auto]")
+@click.option(
+    "--engine",
+    metavar="NAME",
+    help=f"auto, {', '.join(ENGINES)}.  [default: auto; for .onnx and .tflite their own]",
+)
+@click.option("--threads", type=int, metavar="N", help="Of the engines onnx and tflite.  [default: 1]")
 @click.option(
     "--hop",
     type=int,
@@ -152,7 +158,7 @@ def cli() -> None:
 @click.option("--strict", is_flag=True, help="Stop at the first malformed row.")
 @click.pass_context
 def run(context: click.Context, /, config: str | None, stream: bool, **options: Any) -> None:
-    """Classify a sensor stream with MODEL, an artifact of edge-ssm-build."""
+    """Classify a sensor stream with MODEL: an artifact of edge-ssm-build, or a .onnx or .tflite file of its export."""
     from edge_ssm.service import configuration, journal, running
 
     given = {
@@ -218,15 +224,9 @@ def inspect_(model: str, as_json: bool) -> None:
     """Show what MODEL holds: layers, channels, cost of a step, provenance."""
     from edge_ssm import inspect, signatures
 
-    description = inspect.describe(artifact.load(model), signatures.beside(model))
+    found = model_files.load(model)
+    description = inspect.describe_model(found, signatures.beside(model))
     click.echo(json.dumps(description, indent=1) if as_json else inspect.render(description))
-
-
-def _load_signed(model: str, keys: tuple[str, ...]) -> tuple[artifact.Artifact, str]:
-    """The artifact and the id of the key that signed it; only here, since nobody else needs signatures."""
-    from edge_ssm import signatures
-
-    return signatures.load_and_tell(model, [Path(key) for key in keys])
 
 
 @cli.command("verify-signature")
@@ -236,13 +236,18 @@ def _load_signed(model: str, keys: tuple[str, ...]) -> tuple[artifact.Artifact, 
 )
 def verify_signature(model: str, keys: tuple[str, ...]) -> None:
     """Check that MODEL.sig is the signature of MODEL by one of the keys. Exit status 2 if it is not."""
-    loaded, key = _load_signed(model, keys)
+    from edge_ssm import signatures
+
+    loaded, key = signatures.load_and_tell(model, [Path(key) for key in keys])
     click.echo(f"{model}: signed by key {key}, artifact digest {loaded.digest}")
 
 
 @cli.command()
 @click.argument("models", metavar="[MODEL]...", nargs=-1)
 @click.option("--engine", "--engines", "engines", default="auto", show_default=True, metavar="NAME[,NAME...]|all")
+@click.option(
+    "--threads", type=click.IntRange(1, 256), metavar="N", help="Of the engines onnx and tflite.  [default: 1]"
+)
 @click.option("--chunk", "chunks", default="1", show_default=True, metavar="N[,N...]", help="Samples a call.")
 @click.option("--lanes", default="1", show_default=True, metavar="N[,N...]", help="Streams at once.")
 @click.option(
@@ -334,6 +339,7 @@ def _profile(models: tuple[str, ...], engines: str, options: dict[str, Any], nam
         quick=quick,
         seed=options["seed"],
         profile=_firmware_profile(options["profile_"]),
+        threads=options["threads"],
     )
     measured = profiling.measure(request)
     failures = []

@@ -95,10 +95,10 @@ class _Check:
                 _readable(key)
         with self._at("model"):
             _readable(settings.model)
-            network, digest = candidates.load(settings.model, settings.sample_rate, settings.require_signature)
+            model, network = candidates.load(settings.model, settings.sample_rate, settings.require_signature)
         signed = ", signed" if settings.require_signature else ""
         kept = ", reloaded when it changes" if settings.reload else ""
-        self._say("model", f"{settings.model}, digest {digest[:12]}{signed}{kept}")
+        self._say("model", f"{settings.model}, digest {model.digest[:12]}{signed}{kept}")
         self._say("reads", f"{len(network.input.channels)} channels: {', '.join(network.input.channels)}")
         with self._at("pace" if settings.pace else "time_gaps"):
             running.check_rate(settings, network)
@@ -113,11 +113,11 @@ class _Check:
         for path in settings.member:
             with self._at("member"):
                 _readable(path)
-                member, digest = candidates.load(path, settings.sample_rate, settings.require_signature)
+                model, member = candidates.load(path, settings.sample_rate, settings.require_signature)
                 candidates.check_channels(path, member, network)
                 if not candidates.same_windows(member, network):
                     raise UsageError(f"{path}: its windows or labels are not those of {settings.model}")
-            self._say("member", f"{path}, digest {digest[:12]}")
+            self._say("member", f"{path}, digest {model.digest[:12]}")
 
     def _source(self, network: Network) -> None:
         settings, found = self._settings, self.plan.source

@@ -50,6 +50,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     gap: GapPolicy = "hold"
     max_gap: CountOrNone | None = None
     engine: Text = "auto"
+    threads: Annotated[int, msgspec.Meta(ge=1, le=256)] | None = None
     profile: Text = "auto"
     chunk: Text | Count | None = None
     latency_budget: Positive | None = None
@@ -95,6 +96,7 @@ SECTIONS: dict[str, dict[str, str]] = {
     "gap": {"policy": "gap", "max": "max_gap"},
     "engine": {
         "name": "engine",
+        "threads": "threads",
         "profile": "profile",
         "chunk": "chunk",
         "latency_budget": "latency_budget",

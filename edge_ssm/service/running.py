@@ -11,7 +11,7 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from edge_ssm import profiles
+from edge_ssm import models, profiles
 from edge_ssm.engines import Engine, create
 from edge_ssm.errors import EngineUnavailable, SnapshotError, UsageError
 from edge_ssm.network import Network
@@ -78,7 +78,7 @@ def run(settings: Settings, say: Say) -> Outcome:
 
 
 def _run(settings: Settings, say: Say, stack: ExitStack) -> Outcome:
-    network, digest = candidates.load(settings.model, settings.sample_rate, settings.require_signature)
+    model, network = candidates.load(settings.model, settings.sample_rate, settings.require_signature)
     pace = network.input.sample_rate_hz
     check_rate(settings, network)
 
@@ -92,8 +92,8 @@ def _run(settings: Settings, say: Say, stack: ExitStack) -> Outcome:
     decoder = source.decoder or frames.decoder(codec, network.input, scale_factors(settings.scale))
     named = firmware_profile(settings.profile, say)
     keep_to(settings.affinity, named)
-    engine, why = make_engine(settings.engine, network, windows.lanes, named, say)
-    running = Candidate(settings.model, digest, network, engine, why)
+    running = candidate(settings, settings.model, model, network, windows.lanes, named, say)
+    engine = running.engine
     overflow: Overflow = settings.overflow or ("drop-oldest" if source.live else "wait")
     outlet = open_outlet(
         settings.output,
@@ -105,7 +105,7 @@ def _run(settings: Settings, say: Say, stack: ExitStack) -> Outcome:
     )
     sink = sinks.make(_sink_format(settings), outlet or sinks.stdout(), network, settings.logits, settings.truth)
     chunk = _chunk(settings, str(named.profile.runtime.chunk) if named else "1", engine, windows)
-    facts = Facts(settings.model, digest, engine.name, pace, named.name if named else None, source.name)
+    facts = Facts(settings.model, model.digest, engine.name, pace, named.name if named else None, source.name)
     live = Live(sink, facts)
     stack.callback(live.close)
     periods = settings.deadline or (named.profile.runtime.deadline_periods if named else 1.0)
@@ -226,21 +226,36 @@ def _resume(loop: Loop, keeper: Keeper, source: Source, attendant: Attendant, sa
     say(f"resumed at sample {loop.windows.sample}, {age_s:.1f} s after the snapshot; samples skipped: {told}")
 
 
-def make_engine(
-    name: str, network: Network, lanes: int, named: profiles.NamedProfile | None, say: Say
-) -> tuple[Engine, str]:
-    """The engine, and its name with the reason where "auto" chose it. Raises EngineUnavailable, UsageError."""
+def candidate(
+    settings: Settings,
+    path: str,
+    model: models.Model,
+    network: Network,
+    lanes: int,
+    named: profiles.NamedProfile | None,
+    say: Say,
+) -> Candidate:
+    """A model on its engine; ``network`` is the model's, or that at another sample rate.
+
+    Raises EngineUnavailable, UsageError.
+    """
     from edge_ssm.engines import choice, compiled
 
     runtime = named.profile.runtime if named else None
     gpu_waits = runtime.gpu_waits if runtime else "spin"
+    name = model.engine(settings.engine)
+    off_by = model.exported.document.measured.max_error if model.exported else 0.0
     if name in ("auto", "cpu", "cpu-float32"):
         with suppress(EngineUnavailable):  # said again, or gone around, by what follows
             compiled.load(lambda: say("compiling for this processor, once; takes some seconds"))
-    if name != "auto":
-        return create(name, network, lanes, gpu_waits), name
+    if name != "auto" or settings.threads is not None:
+        engine = create(name, network, lanes, gpu_waits, model.graph, settings.threads)
+        if engine.warning:
+            say(f"warning: {engine.warning}")
+        why = f"{name} ({engine.where})" if engine.where else name
+        return Candidate(path, model.digest, network, engine, why, off_by)
     engine, trial = choice.choose(network, lanes, gpu_waits, runtime.engines if runtime else None)
-    return engine, f"{engine.name} (by trial: {trial.why()})"
+    return Candidate(path, model.digest, network, engine, f"{engine.name} (by trial: {trial.why()})")
 
 
 def firmware_profile(name: str, say: Say) -> profiles.NamedProfile | None:
@@ -278,11 +293,10 @@ def _adaptive(
         return None
     members = [running]
     for path in settings.member:
-        network, digest = candidates.load(path, settings.sample_rate, settings.require_signature)
+        model, network = candidates.load(path, settings.sample_rate, settings.require_signature)
         if not candidates.same_windows(network, running.network):
             raise UsageError(f"--member {path}: its windows or labels are not those of {running.path}")
-        engine, why = make_engine(settings.engine, network, windows.lanes, named, say)
-        member = Candidate(path, digest, network, engine, why)
+        member = candidate(settings, path, model, network, windows.lanes, named, say)
         candidates.check_beside(member, running.network)
         members.append(member)
     runtime = named.profile.runtime if named else None
@@ -303,9 +317,8 @@ def _reloader(
     say: Say,
 ) -> candidates.Reloader:
     def prepare() -> Candidate:
-        network, digest = candidates.load(settings.model, settings.sample_rate, settings.require_signature)
-        engine, why = make_engine(settings.engine, network, make_windows(network).lanes, named, say)
-        made = Candidate(settings.model, digest, network, engine, why)
+        model, network = candidates.load(settings.model, settings.sample_rate, settings.require_signature)
+        made = candidate(settings, settings.model, model, network, make_windows(network).lanes, named, say)
         candidates.check_beside(made, loop.engine.network)
         return made
 
