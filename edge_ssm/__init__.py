@@ -1,6 +1,6 @@
 """edge-ssm: pruned S4 and S4D sequence models on small devices, one sensor sample at a time.
 
-Importing this package is cheap: no Numba, no CUDA, no torch.
+Importing this package is cheap: no NumPy, no Numba, no CUDA, no torch; what is asked for is loaded then.
 
     from edge_ssm import load, create_engine
     artifact = load("model.safetensors")
@@ -8,12 +8,37 @@ Importing this package is cheap: no Numba, no CUDA, no torch.
     logits = engine.step(sample)
 """
 
-from edge_ssm.artifact import Artifact, load, save
-from edge_ssm.engines import Engine, Snapshot
-from edge_ssm.engines import create as create_engine
-from edge_ssm.errors import EdgeSSMError
-from edge_ssm.network import Network
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from edge_ssm.artifact import Artifact, load, save
+    from edge_ssm.engines import Engine, Snapshot
+    from edge_ssm.engines import create as create_engine
+    from edge_ssm.errors import EdgeSSMError
+    from edge_ssm.network import Network
 
 __version__ = "0.1.0"
 
 __all__ = ["Artifact", "EdgeSSMError", "Engine", "Network", "Snapshot", "__version__", "create_engine", "load", "save"]
+
+_FROM = {
+    "Artifact": ("edge_ssm.artifact", "Artifact"),
+    "EdgeSSMError": ("edge_ssm.errors", "EdgeSSMError"),
+    "Engine": ("edge_ssm.engines", "Engine"),
+    "Network": ("edge_ssm.network", "Network"),
+    "Snapshot": ("edge_ssm.engines", "Snapshot"),
+    "create_engine": ("edge_ssm.engines", "create"),
+    "load": ("edge_ssm.artifact", "load"),
+    "save": ("edge_ssm.artifact", "save"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Loads late (PEP 562): the command line can take charge of Ctrl-C before a tenth of a second of imports."""
+    try:
+        module, attribute = _FROM[name]
+    except KeyError:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}") from None
+    found = globals()[name] = getattr(import_module(module), attribute)
+    return found

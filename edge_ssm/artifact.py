@@ -46,6 +46,9 @@ MAX_HEADER_BYTES = 4 << 20
 MAX_SIZE = 1 << 20
 """Largest d_input, d_model, N/2, ...: no network of use comes near it, and no product of two of them overflows."""
 
+MAX_PROVENANCE_DEPTH = 64
+"""Levels of objects and arrays. Python's own limit would be met later, at another depth by each that shows them."""
+
 Size = Annotated[int, msgspec.Meta(ge=1, le=MAX_SIZE)]
 Count = Annotated[int, msgspec.Meta(ge=0, le=MAX_SIZE)]
 Name = Annotated[str, msgspec.Meta(min_length=1, max_length=200, pattern=r"^[^\x00-\x1f\x7f-\x9f]*\Z")]
@@ -170,6 +173,21 @@ def _digest(document_text: str, digest_in_text: str, tensors: dict[str, Array]) 
     return digest.hexdigest()
 
 
+def _check_depth(provenance: Any) -> None:
+    """Raise ArtifactError for what is nested too deeply, level by level: a recursion would meet its own limit."""
+    level = [provenance]
+    for _ in range(MAX_PROVENANCE_DEPTH + 1):
+        level = [
+            item
+            for value in level
+            if isinstance(value, (dict, list, tuple))
+            for item in (value.values() if isinstance(value, dict) else value)
+        ]
+        if not level:
+            return
+    raise ArtifactError(f"provenance: more than {MAX_PROVENANCE_DEPTH} levels of objects and arrays; say it flatter")
+
+
 # --- writing ---------------------------------------------------------------------------------------------------
 
 
@@ -263,6 +281,7 @@ def to_bytes(network: Network, provenance: dict[str, Any]) -> tuple[bytes, str]:
     Raises NetworkError if the network does not pass ``network.check`` and ArtifactError if the document can't be JSON.
     """
     check(network)
+    _check_depth(provenance)
     tensors = _tensors_of(network)
     try:
         text = msgspec.json.encode(_document_of(network, provenance)).decode()
@@ -328,7 +347,9 @@ def _parse_document(metadata: dict[str, str] | None) -> tuple[str, Document]:
                 f"format_version {version} is unknown, expected {FORMAT_VERSION}; "
                 f"{'update edge-ssm' if version > FORMAT_VERSION else 'export the model again'}"
             )
-        return text, msgspec.json.decode(text, type=Document)
+        document = msgspec.json.decode(text, type=Document)
+        _check_depth(document.provenance)
+        return text, document
     except (msgspec.MsgspecError, RecursionError, UnicodeError) as error:
         raise ArtifactError(f"document: {error}") from None
 

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from edge_ssm import interruption
+
+# isort: split
 import json
 import os
 import sys
 import time
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +23,8 @@ from edge_ssm import artifact, profiles
 from edge_ssm.engines import ENGINES
 from edge_ssm.errors import EdgeSSMError, RunFailed, UsageError
 from edge_ssm.network import Network
+from edge_ssm.options import Finite, NotEmpty, given
+from edge_ssm.printable import printable
 from edge_ssm.stream import frames, sinks
 from edge_ssm.stream.loop import GAP_POLICIES, Account
 from edge_ssm.stream.outlets.queued import OVERFLOWS
@@ -145,7 +152,7 @@ def cli() -> None:
 @click.pass_context
 def run(context: click.Context, /, config: str | None, stream: bool, **options: Any) -> None:
     """Classify a sensor stream with MODEL, an artifact of edge-ssm-build."""
-    from edge_ssm.service import configuration, running
+    from edge_ssm.service import configuration, journal, running
 
     given = {
         name: list(value) if isinstance(value, tuple) else value
@@ -155,7 +162,7 @@ def run(context: click.Context, /, config: str | None, stream: bool, **options: 
     settings = configuration.settings(config, given)
     if settings.input == "-" and sys.stdin.isatty():
         click.echo("edge-ssm: reading samples from the terminal, Ctrl-D ends", err=True)
-    outcome = running.run(settings, lambda line: click.echo(f"edge-ssm: {line}", err=True))
+    outcome = running.run(settings, lambda line: journal.log("notice", line))
     account, network = outcome.account, outcome.network
     click.echo(summary(account, network, outcome.engine, outcome.chunk), err=True)
     if account.malformed and not account.samples:
@@ -177,6 +184,16 @@ def summary(account: Account, network: Network, engine: str, chunk: int = 1) -> 
         + (f" (gave up {account.discarded} samples)" if account.discarded else "")
         + (f", last window unfinished with {account.unfinished} samples" if account.unfinished else ""),
     ]
+    if account.dropped or account.deadline_misses or account.reconnects or account.engine_losses:
+        dropped = ", ".join(f"{n} {reason}" for reason, n in sorted(account.dropped.items())) or "nothing"
+        lines.append(
+            f"dropped   {dropped}; late decisions {account.deadline_misses}, connections {account.reconnects}"
+            + (f", engines lost {account.engine_losses}" if account.engine_losses else "")
+        )
+    if account.reloads or account.reload_failures or account.moves:
+        lines.append(
+            f"reloads   {account.reloads}, refused {account.reload_failures}; moves within the family {account.moves}"
+        )
     if latency.count:
         speed = account.samples / account.seconds
         real_time = (
@@ -198,10 +215,28 @@ def summary(account: Account, network: Network, engine: str, chunk: int = 1) -> 
 @click.option("--json", "as_json", is_flag=True, help="For programs.")
 def inspect_(model: str, as_json: bool) -> None:
     """Show what MODEL holds: layers, channels, cost of a step, provenance."""
-    from edge_ssm import inspect
+    from edge_ssm import inspect, signatures
 
-    description = inspect.describe(artifact.load(model))
+    description = inspect.describe(artifact.load(model), signatures.beside(model))
     click.echo(json.dumps(description, indent=1) if as_json else inspect.render(description))
+
+
+def _load_signed(model: str, keys: tuple[str, ...]) -> tuple[artifact.Artifact, str]:
+    """The artifact and the id of the key that signed it; only here, since nobody else needs signatures."""
+    from edge_ssm import signatures
+
+    return signatures.load_and_tell(model, [Path(key) for key in keys])
+
+
+@cli.command("verify-signature")
+@click.argument("model")
+@click.option(
+    "--key", "keys", multiple=True, required=True, metavar="PUBLIC.pem", help="One that is trusted; any number."
+)
+def verify_signature(model: str, keys: tuple[str, ...]) -> None:
+    """Check that MODEL.sig is the signature of MODEL by one of the keys. Exit status 2 if it is not."""
+    loaded, key = _load_signed(model, keys)
+    click.echo(f"{model}: signed by key {key}, artifact digest {loaded.digest}")
 
 
 @cli.command()
@@ -211,62 +246,82 @@ def inspect_(model: str, as_json: bool) -> None:
 @click.option("--lanes", default="1", show_default=True, metavar="N[,N...]", help="Streams at once.")
 @click.option(
     "--sweep",
+    type=NotEmpty(),
     metavar="chunk,lanes,family",
     help="Chunks of 1 to 64, lanes of 1 to 16; family: several MODELs, as of one pruning run.",
 )
-@click.option("--input", "recording", metavar="FILE", help="A recording to step over.  [default: noise]")
+@click.option(
+    "--input", "recording", type=NotEmpty(), metavar="FILE", help="A recording to step over.  [default: noise]"
+)
 @click.option("--paced/--no-paced", default=True, help="Also at the model's sample rate.  [default: paced]")
 @click.option("--meter", default="auto", show_default=True, help="auto, hwmon, jtop, rapl, battery or none.")
 @click.option("--quick", is_flag=True, help="Fewer, shorter rounds: to look, not to publish.")
 @click.option("--rounds", type=click.IntRange(2, 1000), metavar="N", help="[default: 5; quick: 3]")
-@click.option(
-    "--block-seconds", type=click.FloatRange(0.2, 3600), metavar="S", help="Of each block.  [default: 10; quick: 1]"
-)
+@click.option("--block-seconds", type=Finite(0.2, 3600), metavar="S", help="Of each block.  [default: 10; quick: 1]")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the order of blocks.")
 @click.option("--profile", "profile_", default="auto", show_default=True, metavar="NAME|auto|none")
-@click.option("--json", "json_", metavar="FILE", help="The report for programs.")
-@click.option("--html", "html_", metavar="FILE", help="The report as a page with plots.")
-@click.option("--compare", nargs=2, metavar="A.json B.json", help="Compare two reports; measures nothing.")
+@click.option("--json", "json_", type=NotEmpty(), metavar="FILE", help="The report for programs.")
+@click.option("--html", "html_", type=NotEmpty(), metavar="FILE", help="The report as a page with plots.")
 @click.option(
-    "--step-table", metavar="FILE", help="Gets the steps of many networks, for edge-ssm-build prune; no MODEL."
+    "--compare", nargs=2, type=NotEmpty(), metavar="A.json B.json", help="Compare two reports; measures nothing."
+)
+@click.option(
+    "--step-table",
+    type=NotEmpty(),
+    metavar="FILE",
+    help="Gets the steps of many networks, for edge-ssm-build prune; no MODEL.",
 )
 def profile(models: tuple[str, ...], engines: str, step_table: str | None, **options: Any) -> None:
     """Measure latency, power and energy of MODEL on this machine."""
+    context = click.get_current_context()
+    named = given(context)
     if compared := options["compare"]:
         from edge_ssm.monitor import compare, report
 
+        _alone(context, "--compare", "takes two reports and nothing else", named - {"compare"})
         click.echo(compare.compare(report.load(Path(compared[0])), report.load(Path(compared[1]))))
         return
-    if step_table is not None:
-        from edge_ssm.monitor import steptime
-
-        if models:
-            raise UsageError("--step-table: measures networks of its own; leave MODEL out")
-        table = steptime.tabulate(engines)
-        steptime.save_table(Path(step_table), table)
-        click.echo(f"{step_table}: {len(table.rows)} networks measured on {table.machine}, engine {table.engine}")
-        return
-    _profile(models, engines.split(","), options)
+    with interruption.termination_raises():
+        if step_table is not None:
+            _step_table(step_table, engines, context, named)
+            return
+        _profile(models, engines, options, named)
 
 
-def _profile(models: tuple[str, ...], engines: list[str], options: dict[str, Any]) -> None:
+def _alone(context: click.Context, option: str, why: str, others: set[str]) -> None:
+    """Raises UsageError where ``others`` were given: what is asked for and not done must not look done."""
+    if others:
+        names = {p.name: p.opts[0] for p in context.command.params if isinstance(p, click.Option)}
+        raise UsageError(f"{option}: {why}; leave out {', '.join(sorted(names.get(o, 'MODEL') for o in others))}")
+
+
+def _step_table(place: str, engines: str, context: click.Context, named: set[str]) -> None:
+    from edge_ssm.monitor import report, steptime
+
+    why = "measures networks of its own, one engine's"
+    _alone(context, "--step-table", why, named - {"step_table", "engines"})
+    if engines == "all" or "," in engines:
+        raise UsageError(f"--step-table: takes one engine, not {engines!r}")
+    report.check_places({"--step-table": Path(place)}, {})
+    table = steptime.tabulate(engines)
+    steptime.save_table(Path(place), table)
+    click.echo(f"{printable(place)}: {len(table.rows)} networks measured on {table.machine}, engine {table.engine}")
+
+
+def _profile(models: tuple[str, ...], engines: str, options: dict[str, Any], named: set[str]) -> None:
     from edge_ssm.monitor import page, profiling, protocol, report
     from edge_ssm.stream import recording
 
     if not models:
         raise UsageError("MODEL: missing; give an artifact, or --compare, or --step-table")
-    quick, sweep = options["quick"], [part for part in (options["sweep"] or "").split(",") if part]
-    if unknown := [part for part in sweep if part not in ("chunk", "lanes", "family")]:
-        raise UsageError(f"--sweep {unknown[0]!r}: expected chunk, lanes, family")
-    if "family" in sweep and len(models) < 2:
-        raise UsageError("--sweep family: give several MODELs")
-    for place in (options["json_"], options["html_"]):
-        if place:
-            report.check_place(Path(place))
-    path = options["recording"]
+    quick, path = options["quick"], options["recording"]
+    sweep = _sweep(options, models, named)
+    places = {option: Path(options[key]) for option, key in (("--json", "json_"), ("--html", "html_")) if options[key]}
+    inputs = {f"MODEL {model}": Path(model) for model in models} | ({} if path is None else {"--input": Path(path)})
+    report.check_places(places, inputs)
     request = profiling.Request(
         models=models,
-        engines=engines,
+        engines=_engines(engines),
         chunks=profiling.CHUNKS if "chunk" in sweep else _counts("--chunk", options["chunks"]),
         lanes=profiling.LANES if "lanes" in sweep else _counts("--lanes", options["lanes"]),
         paced=options["paced"] and not sweep,
@@ -280,13 +335,45 @@ def _profile(models: tuple[str, ...], engines: list[str], options: dict[str, Any
         profile=_firmware_profile(options["profile_"]),
     )
     measured = profiling.measure(request)
+    failures = []
+    for option, place in places.items():  # Before anything is shown: a reader that leaves must not cost the report.
+        try:
+            report.write(place, report.as_json(measured) if option == "--json" else page.render(measured).encode())
+        except RunFailed as error:
+            failures.append(str(error))
     click.echo(report.render(measured))
-    if options["json_"]:
-        report.save(Path(options["json_"]), measured)
-    if options["html_"]:
-        report.write(Path(options["html_"]), page.render(measured).encode())
     if not measured.valid:
-        raise RunFailed("the machine changed while it was measured: " + "; ".join(measured.invalid_because))
+        failures.append("the machine changed while it was measured: " + "; ".join(measured.invalid_because))
+    if failures:
+        raise RunFailed("; ".join(failures))
+
+
+def _sweep(options: dict[str, Any], models: tuple[str, ...], named: set[str]) -> list[str]:
+    """What to go through. Raises UsageError for what is unknown, or is set beside it."""
+    sweep = [] if options["sweep"] is None else options["sweep"].split(",")
+    if unknown := [part for part in sweep if part not in ("chunk", "lanes", "family")]:
+        raise UsageError(f"--sweep {unknown[0]!r}: expected chunk, lanes, family")
+    if "family" in sweep and len(models) < 2:
+        raise UsageError("--sweep family: give several MODELs")
+    for part, name in (("chunk", "chunks"), ("lanes", "lanes")):
+        if part in sweep and name in named:
+            raise UsageError(f"--sweep {part}: goes through several; leave out --{part}")
+    if sweep and "paced" in named and options["paced"]:
+        raise UsageError("--sweep: runs back to back; leave out --paced")
+    return sweep
+
+
+def _engines(text: str) -> list[str]:
+    names = text.split(",")
+    if len(names) > 1 and "all" in names:
+        raise UsageError(f"--engine {text!r}: all stands by itself")
+    _once("--engine", text, names)
+    return names
+
+
+def _once(option: str, text: str, values: Sequence[object]) -> None:
+    if twice := [value for i, value in enumerate(values) if value in values[:i]]:
+        raise UsageError(f"{option} {text!r}: {twice[0]} is there twice")
 
 
 def _counts(option: str, text: str) -> tuple[int, ...]:
@@ -296,25 +383,23 @@ def _counts(option: str, text: str) -> tuple[int, ...]:
         found = ()
     if not found or min(found) < 1 or max(found) > 4096:
         raise UsageError(f"{option} {text!r}: expected numbers from 1 to 4096, separated by commas")
+    _once(option, text, found)
     return found
 
 
 def _firmware_profile(name: str) -> profiles.NamedProfile | None:
     """The one asked for; what it says of the process is done here. A mismatch is a warning."""
-    if name == "none":
-        return None
-    named, warning = profiles.chosen(name)
-    if warning:
-        click.echo(f"edge-ssm: warning: {warning}", err=True)
-    if named is not None and (cores := set(named.profile.runtime.affinity) & os.sched_getaffinity(0)):
-        os.sched_setaffinity(0, cores)
+    from edge_ssm.service import journal, running
+
+    named = running.firmware_profile(name, lambda line: journal.log("warning", line))
+    running.keep_to(None, named)
     return named
 
 
 @cli.command("top")
 @click.option("--once", is_flag=True, help="Print once and end; so too where stdout is no terminal.")
 @click.option("--json", "as_json", is_flag=True, help="For programs; once.")
-@click.option("--interval", type=click.FloatRange(0.2, 60), default=1.0, show_default=True, metavar="S")
+@click.option("--interval", type=Finite(0.2, 60), default=1.0, show_default=True, metavar="S")
 def top_(once: bool, as_json: bool, interval: float) -> None:
     """Watch the runs on this machine: decisions, latency, power, temperature, events. Ctrl-C ends."""
     from edge_ssm.stream import live, top
@@ -323,15 +408,20 @@ def top_(once: bool, as_json: bool, interval: float) -> None:
         click.echo(msgspec.json.encode(live.running()).decode())
         return
     meter = top.file_meter()
-    while True:
-        time.sleep(0 if meter is None else meter.period_s)  # some meters tell what was since they were opened
-        text = top.page(live.running(), meter)
-        if once or not sys.stdout.isatty():
+    watching = not once and sys.stdout is not None and sys.stdout.isatty()
+    try:
+        while True:
+            time.sleep(0 if meter is None else meter.period_s)  # some meters tell what was since they were opened
+            text = top.page(live.running(), meter)
+            if watching:
+                click.clear()
             click.echo(text)
-            return
-        click.clear()
-        click.echo(text)
-        time.sleep(interval)
+            if not watching:
+                return
+            time.sleep(interval)
+    except KeyboardInterrupt:
+        if not watching:  # It was cut short; a watch ends like this.
+            raise
 
 
 @cli.group("profiles")
@@ -371,25 +461,29 @@ def profiles_detect() -> None:
 )
 @click.option(
     "--output",
+    type=NotEmpty(),
     metavar="PATH",
     help="A file; for a GPU a folder.  [default: this machine's folder of compiled kernels]",
 )
-@click.option("--assembly", metavar="FILE", help="Write the assembly there, to be read.")
+@click.option("--assembly", type=NotEmpty(), metavar="FILE", help="Write the assembly there, to be read.")
 def compile_(target: str, output: str | None, assembly: str | None) -> None:
     """Compile an engine's kernels ahead of their first use, here or for a device that shall need no compiler."""
     from edge_ssm.engines import compiled, cuda_store
+    from edge_ssm.monitor import report
 
     if target.startswith("sm_"):
         if assembly is not None:
             raise UsageError("--assembly: not for a GPU; its kernels are PTX, which is text")
-        folder, made = cuda_store.compile_and_keep(target, None if output is None else Path(output))
+        with interruption.termination_raises():
+            folder, made = cuda_store.compile_and_keep(target, None if output is None else Path(output))
         sizes = ", ".join(f"{name} of {len(made[name].ptx)} bytes of PTX" for name in sorted(made))
         click.echo(f"{folder}: CUDA kernels for {target}: {sizes}")
         click.echo(f"copy them to the device, into {compiled.USER_FOLDER} there (or $EDGE_SSM_CACHE)")
         return
-    kept, image = compiled.compile_and_keep(
-        target, None if output is None else Path(output), None if assembly is None else Path(assembly)
-    )
+    places = {name: Path(text) for name, text in (("--output", output), ("--assembly", assembly)) if text is not None}
+    report.check_places(places, {})
+    with interruption.termination_raises():
+        kept, image = compiled.compile_and_keep(target, places.get("--output"), places.get("--assembly"))
     click.echo(f"{kept}: kernel for {image.header.target}, {len(image.code)} bytes of code")
     if image.header.target == target:
         click.echo(f"copy it to the device, into {compiled.USER_FOLDER} there (or $EDGE_SSM_CACHE)")
@@ -408,22 +502,55 @@ def doctor_(as_json: bool) -> None:
 def run_command(command: click.Command, prog_name: str) -> int:
     """Run a click command; errors become one line on stderr. Returns the exit status (edge_ssm.errors)."""
     try:
-        status = command.main(prog_name=prog_name, standalone_mode=False)
+        status = _invoke(command, prog_name)
+        if sys.stdout is not None:
+            sys.stdout.flush()  # Here, where it can be told, and not at the interpreter's end.
         return status if isinstance(status, int) else 0
     except EdgeSSMError as error:
         message, status = str(error), error.exit_status
-    except SystemExit:  # click's way out where the reader of stdout or stderr has gone away, as `| head` does
+    except BrokenPipeError:  # the reader of stdout or stderr has gone away, as `| head` does
+        _give_up_output()
         return 0
+    except OSError as error:  # of standard output: whatever opens a file says so itself, and names it
+        _give_up_output()
+        named = "output: can't be written" if error.filename is None else error.filename
+        message, status = f"{named} ({error.strerror})", 1
+    except KeyboardInterrupt:
+        message, status = "interrupted", interruption.INTERRUPTED
+    except interruption.Terminated:
+        return interruption.TERMINATED
     except click.Abort:
-        message, status = "interrupted", 130
+        message, status = "interrupted", interruption.INTERRUPTED
     except click.exceptions.NoArgsIsHelpError as error:
-        click.echo(error.format_message(), err=True)
+        with suppress(OSError):
+            click.echo(error.format_message(), err=True)
         return 2
     except click.ClickException as error:
         hint = f"; see {prog_name} --help" if isinstance(error, click.UsageError) else ""
         message, status = error.format_message() + hint, 2
-    click.echo(f"{prog_name}: error: {' '.join(message.split())}", err=True)
+    with suppress(OSError):  # a full disk may be stderr's too: the status still tells
+        click.echo(f"{prog_name}: error: {printable(' '.join(message.split()), 4000)}", err=True)
     return status
+
+
+def _invoke(command: click.Command, prog_name: str) -> Any:
+    """What ``command.main`` does, which would print an empty line for a Ctrl-C."""
+    if f"_{prog_name}_COMPLETE".replace("-", "_").upper() in os.environ:  # a shell asks for completions
+        return command.main(prog_name=prog_name, standalone_mode=False)
+    try:
+        with command.make_context(prog_name, sys.argv[1:]) as context:
+            return command.invoke(context)
+    except click.exceptions.Exit as ended:  # of --help and --version
+        return ended.exit_code
+
+
+def _give_up_output() -> None:
+    for file in (sys.stdout, sys.stderr):
+        try:
+            if file is not None:
+                file.flush()
+        except OSError:
+            sinks.discard(file)
 
 
 def main() -> None:

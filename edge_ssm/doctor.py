@@ -121,6 +121,7 @@ _CHECKS: tuple[Callable[[], Finding], ...] = (
     lambda: _first_package("numba-cuda", ("numba-cuda",), "pip install 'edge-ssm[cuda]'"),
     lambda: _first_package("onnx runtime", ("onnxruntime-gpu", "onnxruntime"), "pip install 'edge-ssm[onnx]'"),
     lambda: _first_package("litert", ("ai-edge-litert", "tflite-runtime"), "pip install 'edge-ssm[tflite]'"),
+    lambda: _first_package("cryptography", ("cryptography",), "pip install 'edge-ssm[signing]' (for signed models)"),
     _jtop,
     _power_sensors,
     lambda: _first_package("torch (host tool)", ("torch",), "pip install 'edge-ssm[host]' (on the workstation only)"),

@@ -8,6 +8,7 @@
         FrameError            a stream whose shape is wrong from its start
         SampleError           one sample that an engine must not see (non-finite, out of range)
         SnapshotError         a state that does not belong to this network
+        SignatureRefused      a model without the signature of a trusted key
       RunFailed             the work began and could not be ended
         EngineUnavailable     an engine's package or hardware is missing
 
@@ -48,6 +49,10 @@ class SampleError(InputRefused):
 
 
 class SnapshotError(InputRefused):
+    pass
+
+
+class SignatureRefused(InputRefused):
     pass
 
 

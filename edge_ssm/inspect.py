@@ -8,8 +8,11 @@ from edge_ssm.artifact import Artifact
 from edge_ssm.network import TokenEncoder, cost
 
 
-def describe(artifact: Artifact) -> dict[str, Any]:
-    """The artifact as plain values, ready for JSON. Multiply-adds are real ones."""
+def describe(artifact: Artifact, signature: str | None = None) -> dict[str, Any]:
+    """The artifact as plain values, ready for JSON. Multiply-adds are real ones.
+
+    ``signature`` names the signature file beside the artifact, None where there is none; it is not checked.
+    """
     network = artifact.network
     total = cost(network)
     layers = [
@@ -36,6 +39,7 @@ def describe(artifact: Artifact) -> dict[str, Any]:
         "format_version": artifact.format_version,
         "digest": artifact.digest,
         "file_bytes": artifact.file_bytes,
+        "signature": signature,
         "task": network.task,
         "labels": list(network.labels),
         "input": {
@@ -72,6 +76,7 @@ def render(description: dict[str, Any]) -> str:
     channels = ", ".join(f"{c} [{u}]" if u else c for c, u in zip(d["input"]["channels"], units, strict=True))
     window = f"{d['window']} samples" + (f" ({d['window'] / rate:g} s at {rate:g} Hz)" if rate else "")
     norm = "before" if d["prenorm"] else "after"
+    signed = f"{d['signature']}, not checked (edge-ssm verify-signature does)" if d["signature"] else "none beside it"
     kind = "S4" if any(row["low_rank_channels"] for row in d["layers"]) else "S4D"
     lines = [
         f"{kind} network, {d['task']}: {d['d_input']} in, {len(d['layers'])} layers of {d['d_model']} channels, "
@@ -100,6 +105,7 @@ def render(description: dict[str, Any]) -> str:
         f"  a step reads {d['bytes_per_step']:,} bytes, of which state {d['state_bytes']:,}",
         *([f"  rounding    changed a logit by up to {d['rounding_error']:.1e}"] if d["rounding_error"] else []),
         f"  file        {d['file_bytes']:,} bytes, format {d['format_version']}, digest {d['digest'][:16]}...",
+        f"  signature   {signed}",
         "  provenance",
         *(f"    {line}" for line in _outline(d["provenance"])),
     ]
@@ -115,10 +121,15 @@ def _span(values: list[int]) -> str:
 
 
 def _outline(value: Any, name: str = "") -> list[str]:
-    """A JSON value as indented lines, one scalar a line."""
+    """A JSON value as indented lines, one scalar a line. It is a stranger's: no control characters come through."""
+    name = _printable(name)
     if isinstance(value, dict) or (isinstance(value, list) and any(isinstance(item, dict) for item in value)):
         items = value.items() if isinstance(value, dict) else enumerate(value)
         nested = [line for key, item in items for line in _outline(item, str(key))]
         return [f"{name}:", *(f"  {line}" for line in nested)] if name else nested
     text = ", ".join(str(item) for item in value) if isinstance(value, list) else str(value)
-    return [f"{name}: {text}"]
+    return [f"{name}: {_printable(text)}"]
+
+
+def _printable(text: str) -> str:
+    return "".join(c if c.isprintable() else "?" for c in text)

@@ -108,13 +108,16 @@ def load_all(naming: str = "") -> list[NamedProfile]:
     Raises InputRefused, naming the file and the field, for one that is not valid.
     """
     contents = [(path, path.read_bytes()) for path in sorted(folder().glob("*.toml"))]
-    return [_decoded(path, content) for path, content in contents if naming.encode() in content]
+    return [decode(path, content) for path, content in contents if naming.encode() in content]
 
 
-def _decoded(path: Path, content: bytes) -> NamedProfile:
+def decode(path: Path, content: bytes) -> NamedProfile:
+    """The profile in a file's bytes. Raises InputRefused, naming the file and the field."""
     try:
         return NamedProfile(path.stem, msgspec.toml.decode(content, type=Profile))
-    except msgspec.MsgspecError as error:
+    except RecursionError:
+        raise InputRefused(f"{path}: nested too deeply; expected a firmware profile") from None
+    except (msgspec.MsgspecError, ValueError) as error:  # not UTF-8, or digits without end: a plain ValueError
         raise InputRefused(f"{path}: {error}") from None
 
 
@@ -122,7 +125,7 @@ def load(name: str) -> NamedProfile:
     """By name. Raises UsageError for one that is not there."""
     for path in folder().glob("*.toml"):
         if path.stem == name:
-            return _decoded(path, path.read_bytes())
+            return decode(path, path.read_bytes())
     raise UsageError(f"profile {name!r}: unknown; edge-ssm profiles list shows them")
 
 
@@ -217,8 +220,10 @@ def describe(named: NamedProfile) -> str:
         lines.append(f"  memory   {p.memory.bandwidth_gb_s:g} GB/s")
     budget = f"{p.power.budget_w:g} W" if p.power.budget_w else "no budget"
     lines.append(f"  power    {budget}; rails {', '.join(p.power.rails) or 'none'}")
-    if p.thermal.passive_c:
-        lines.append(f"  thermal  clocks go back at {p.thermal.passive_c:g} C, off at {p.thermal.critical_c:g} C")
+    temperatures = [f"clocks go back at {p.thermal.passive_c:g} C"] if p.thermal.passive_c else []
+    temperatures += [f"off at {p.thermal.critical_c:g} C"] if p.thermal.critical_c else []
+    if temperatures:
+        lines.append(f"  thermal  {', '.join(temperatures)}")
     if p.jetpack:
         lines.append(f"  jetpack  {p.jetpack.oldest} to {p.jetpack.newest}")
     r = p.runtime

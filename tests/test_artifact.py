@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from networks import networks, random_network
 from safetensors import safe_open
 
-from edge_ssm import artifact
+from edge_ssm import artifact, inspect
 from edge_ssm.errors import ArtifactError, EdgeSSMError, NetworkError
 from edge_ssm.network import check, fingerprint
 
@@ -184,6 +184,41 @@ def test_deep_or_foreign_documents(tmp_path, parts):
     assert "no `edge_ssm` document" in refused(tmp_path, struct.pack("<Q", len(raw)) + raw)
 
 
+def nested(levels):
+    value = 1
+    for level in range(levels):
+        value = [value] if level % 2 else {"a": value}
+    return value
+
+
+def test_provenance_has_a_depth(tmp_path, parts):
+    """Deeper, it could be loaded but not be shown (found by fuzzing); a writer refuses it too, and a circle."""
+    document, tensors = parts
+    path = tmp_path / "m.safetensors"
+    path.write_bytes(join(document | {"provenance": {"a": nested(63)}}, tensors))
+    description = inspect.describe(artifact.load(path))
+    assert json.loads(json.dumps(description)) == description
+    assert "provenance" in inspect.render(description)
+    for levels in (64, 300, 900):
+        deep = json.dumps(document | {"provenance": {"a": nested(levels)}})
+        assert "provenance: more than 64 levels" in refused(tmp_path, join(deep, tensors))
+        with pytest.raises(ArtifactError, match="provenance: more than 64 levels"):
+            artifact.to_bytes(random_network(), {"a": nested(levels)})
+    circle = {}
+    circle["a"] = circle
+    with pytest.raises(ArtifactError, match="provenance: more than 64 levels"):
+        artifact.to_bytes(random_network(), circle)
+
+
+def test_provenance_does_nothing_to_a_terminal(tmp_path):
+    path = tmp_path / "m.safetensors"
+    artifact.save(path, random_network(), {"a\x1b[2J": ["\x1b]0;x\x07", {"b": "c\nd\x9bm"}], "ü": "é"})
+    text = inspect.render(inspect.describe(artifact.load(path)))
+    assert all(c.isprintable() or c == "\n" for c in text)
+    assert "b: c?d?m" in text
+    assert "ü: é" in text
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -314,7 +349,7 @@ def test_hostile_files_cost_no_memory(tmp_path, parts):
     hostile = {"claim": struct.pack("<Q", 2**60) + b"{}", "huge": join(document | {"d_model": 1 << 20}, tensors)}
     code = """
 import resource, sys
-from edge_ssm import artifact
+from edge_ssm import artifact, inspect
 from edge_ssm.errors import ArtifactError
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 try:

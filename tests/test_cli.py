@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -199,6 +200,19 @@ def one_line(done, status, text):
     assert line.startswith("edge-ssm: error: ")
     assert text in line
     assert done.stdout == b""
+
+
+def test_an_error_says_nothing_to_the_terminal_itself(folder, tmp_path):
+    """A hostile model's words stand in the message; they must not move the cursor or change a title."""
+    content = (folder / "m.safetensors").read_bytes()
+    (size,) = struct.unpack("<Q", content[:8])
+    # JSON within JSON: the document's member is called `\x1b[2J` once both are read.
+    header = content[8 : 8 + size].replace(b'\\"prenorm\\"', rb"\"\\u001b[2J\"")
+    hostile = tmp_path / "hostile.safetensors"
+    hostile.write_bytes(struct.pack("<Q", len(header)) + header + content[8 + size :])
+    done = run("inspect", hostile)
+    one_line(done, 2, "unknown field `?[2J`")
+    assert b"\x1b" not in done.stderr
 
 
 def test_wrong_use_is_one_line_and_status_2(folder, tmp_path):

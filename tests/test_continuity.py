@@ -5,11 +5,14 @@ import time
 import convolution
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from networks import random_network, samples_for
 from test_stream import Stream, logits
 
 from edge_ssm.errors import SnapshotError
 from edge_ssm.stream.frames import Frame, Malformed
+from edge_ssm.stream.ordering import Ordering
 from edge_ssm.stream.sources.base import Data, Seam, Source
 
 
@@ -184,3 +187,56 @@ def test_what_is_no_frame_gets_no_number():
     stream = Stream(network)
     stream.loop._item(Malformed("byte 7", "checksum"))
     assert (stream.account.malformed, stream.account.samples) == (1, 0)
+
+
+def ordered(reorder, wait_s, numbers):
+    ordering = Ordering(reorder, wait_s)
+    return ordering, [f.sequence for n in numbers for f in ordering.take(Frame(np.zeros(2), sequence=n))]
+
+
+@given(st.permutations(range(1, 40)))
+def test_what_overtook_is_put_back_in_order(numbers):
+    ordering, found = ordered(1 << 20, 60.0, [0, *numbers])
+    assert found == list(range(40))
+    assert ordering.held == []
+
+
+def test_what_is_missing_is_waited_for_and_then_lost():
+    ordering, found = ordered(1024, 0.05, [0, 1, 5, 6, 9])
+    assert found == [0, 1]
+    time.sleep(0.06)
+    assert [f.sequence for f in ordering.overdue()] == [5, 6]
+    assert [f.sequence for f in ordering.overdue()] == []  # each gap has its own time
+    time.sleep(0.06)
+    assert [f.sequence for f in ordering.overdue()] == [9]
+
+
+def test_no_more_than_so_many_are_held_back():
+    ordering, found = ordered(1024, 60.0, [0, *range(2, 10_000)])
+    assert found == [0, *range(2, 10_000)]
+    assert ordering.held == []
+
+
+def test_a_sender_that_counts_anew_closes_what_was_open():
+    _, found = ordered(100, 60.0, [5000, 5002, 3, 4])
+    assert found == [5000, 5002, 3, 4]
+
+
+def test_where_order_is_kept_nothing_waits():
+    _, found = ordered(0, 0.0, [0, 5, 6, 2])
+    assert found == [0, 5, 6, 2]
+
+
+def test_what_was_held_back_is_in_the_state():
+    network = random_network(window=20)
+    samples = samples_for(network, 0, 40)
+    first = Stream(network)
+    first.loop._ordering = Ordering(1 << 20, 60.0)
+    numbered(first, samples, [*range(10), 12, 13])
+    state, snapshot = first.loop.state()
+    second = Stream(network)
+    second.loop.restore(state, snapshot)
+    second.loop._ordering._wait_s = 60.0
+    numbered(second, samples, [10, 11, *range(14, 40)])
+    assert not second.account.gaps
+    assert [d["logits"] for d in second.decisions] == [d["logits"] for d in Stream(network).feed(samples).decisions]

@@ -120,6 +120,24 @@ def test_ndjson_forms():
     ]
 
 
+def test_ndjson_text_and_times_that_no_sink_could_write():
+    """A lone surrogate is no UTF-8, and a number of more than 64 bits fits no field: found by fuzzing."""
+    lines = [
+        r'{"ax": 1, "ay": 2, "time": "\ud83d", "label": "a\ud83d"}',
+        r'{"ax": 1, "ay": 2, "time": "\ud83d\ude00", "label": "\ud83d\ude00"}',
+        '{"ax": 1, "ay": 2, "time": 18446744073709551616, "label": 18446744073709551616}',
+        '{"ax": 1, "ay": 2, "time": -9223372036854775808}',
+        '{"ax": 1, "ay": 2, "time": 1' + "0" * 400 + "}",
+    ]
+    assert plain(decode("ndjson", "\n".join(lines).encode())) == [
+        ([1, 2], "?", "a?"),
+        ([1, 2], "\U0001f600", "\U0001f600"),
+        ([1, 2], 2.0**64, "18446744073709551616"),
+        ([1, 2], -(2**63), None),
+        ([1, 2], None, None),
+    ]
+
+
 @pytest.mark.parametrize(
     "line", ["{}", "[1]", "[1,2,3]", "3", '"x"', "[true, 1]", '["1", 2]', "[[1], 2]", "{", "[" * 30000, '{"values": 3}']
 )

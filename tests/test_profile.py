@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from networks import random_network, samples_for
 
-from edge_ssm.engines import create
+from edge_ssm.engines import ENGINES, create
 from edge_ssm.errors import InputRefused
 from edge_ssm.monitor import compare, machine, page, protocol, report
 from edge_ssm.monitor.energy import Energy
@@ -81,7 +81,7 @@ def test_a_histogram_tells_of_what_came_since():
 
 def test_a_report_has_what_design_promises(reports):
     found = json.loads((reports / "a.json").read_text())
-    assert found["version"] == 1
+    assert found["version"] == 2
     assert found["engine"] == "cpu"
     assert found["meter"] is None
     assert found["energy_per_step_uj"] is None  # what was not measured is not stated
@@ -255,7 +255,13 @@ def test_sweeps_and_all_engines_are_rounds_of_one_run(tmp_path):
     assert {(r["chunk"], r["lanes"]) for r in results} == {(c, n) for c in (1, 4, 16, 64) for n in (1, 4, 16)}
     done = profile(DEMO, *QUICK, "--engines", "all", "--no-paced", "--json", tmp_path / "r.json")
     assert done.returncode == 0, done.stderr
-    assert {"cpu", "reference"} <= {r["engine"] for r in json.loads((tmp_path / "r.json").read_text())["results"]}
+    found = json.loads((tmp_path / "r.json").read_text())
+    engines = {r["engine"] for r in found["results"]}
+    assert {"cpu", "reference"} <= engines
+    for name in set(ENGINES) - engines:  # each that is left out, with its reason
+        assert [note for note in found["notes"] if note.startswith(f"left out: engine {name!r}: ")], name
+        assert f"note: left out: engine {name!r}: " in done.stdout
+    assert len(found["notes"]) == len(set(found["notes"]))
 
 
 def test_a_family_is_several_models(tmp_path):
@@ -290,7 +296,24 @@ def test_a_family_is_several_models(tmp_path):
         ([DEMO, "--step-table", "t.json"], 2, "--step-table: measures networks of its own"),
         ([DEMO, "--json", "/nowhere/r.json"], 2, "/nowhere/r.json: its folder is missing"),
         ([DEMO, "--html", "/tmp"], 2, "/tmp: is a folder"),
+        ([DEMO, "--json", "/proc/x"], 2, "/proc/x: can't be written"),
+        ([DEMO, "--json", ""], 2, "'--json': an empty text"),
+        ([DEMO, "--html", ""], 2, "'--html': an empty text"),
+        ([DEMO, "--sweep", ""], 2, "'--sweep': an empty text"),
+        ([DEMO, "--sweep", "chunk", "--chunk", "2"], 2, "--sweep chunk: goes through several; leave out --chunk"),
+        ([DEMO, "--sweep", "lanes", "--lanes", "2"], 2, "--sweep lanes: goes through several; leave out --lanes"),
+        ([DEMO, "--sweep", "lanes", "--paced"], 2, "--sweep: runs back to back; leave out --paced"),
+        ([DEMO, "--chunk", "1,1"], 2, "--chunk '1,1': 1 is there twice"),
+        ([DEMO, "--lanes", "2,1,2"], 2, "--lanes '2,1,2': 2 is there twice"),
+        ([DEMO, "--engine", "cpu,cpu"], 2, "--engine 'cpu,cpu': cpu is there twice"),
+        ([DEMO, "--engine", "all,cpu"], 2, "--engine 'all,cpu': all stands by itself"),
+        (["--step-table", "t.json", "--json", "j"], 2, "one engine's; leave out --json"),
+        (["--step-table", "/proc/x"], 2, "/proc/x: can't be written"),
+        (["--step-table", "t.json", "--engine", "all"], 2, "--step-table: takes one engine, not 'all'"),
         (["--compare", "a.json", "b.json"], 2, "a.json: can't be read"),
+        (["--compare", "a.json", "b.json", "c.json"], 2, "two reports and nothing else; leave out MODEL"),
+        (["--compare", "a.json", "b.json", "--json", "z.json"], 2, "nothing else; leave out --json"),
+        (["--compare", "a.json", "b.json", "--quick"], 2, "nothing else; leave out --quick"),
     ],
 )
 def test_wrong_use_is_one_line(arguments, status, said):
@@ -299,6 +322,60 @@ def test_wrong_use_is_one_line(arguments, status, said):
     (line,) = done.stderr.splitlines()
     assert line.startswith("edge-ssm: error: ")
     assert said in line
+
+
+SHORT = [*QUICK[1:], "--no-paced", "--engine", "reference"]
+
+
+def test_an_output_that_is_an_input_or_another_output_is_refused_before_minutes_are_spent(tmp_path):
+    model, recording, link, hard = (tmp_path / name for name in ("m.safetensors", "r.csv", "link", "hard"))
+    model.write_bytes(DEMO.read_bytes())
+    recording.write_bytes((EXAMPLES / "demo.csv").read_bytes())
+    link.symlink_to(model)
+    hard.hardlink_to(recording)
+    os.mkfifo(tmp_path / "pipe")
+    for arguments, said in (
+        (["--json", model], f"is MODEL {model} too, which would be lost"),
+        (["--html", link], f"is MODEL {model} too, which would be lost"),
+        (["--json", recording, "--input", recording], "is --input too"),
+        (["--html", hard, "--input", recording], "is --input too"),
+        (["--json", tmp_path / "new", "--html", f"{tmp_path}/../{tmp_path.name}/new"], "is --json too"),
+        (["--json", tmp_path / "pipe", "--html", tmp_path / "pipe"], "is --json too"),
+    ):
+        begin = time.monotonic()
+        done = profile(model, "--rounds", 9, "--meter", "none", *arguments)
+        assert time.monotonic() - begin < 20
+        assert done.returncode == 2
+        (line,) = done.stderr.splitlines()
+        assert said in line
+    assert model.read_bytes() == DEMO.read_bytes()
+    assert recording.read_bytes() == (EXAMPLES / "demo.csv").read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hard", "link", "m.safetensors", "pipe", "r.csv"]
+
+
+def test_outputs_go_through_links_and_to_standard_output(tmp_path):
+    (tmp_path / "link").symlink_to("far.json")
+    with open(tmp_path / "out", "wb") as out:
+        arguments = [DEMO, *SHORT, "--json", tmp_path / "link", "--html", "/dev/stdout"]
+        done = subprocess.run([*CLI, *map(str, arguments)], stdout=out, stderr=subprocess.PIPE, timeout=120)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert (tmp_path / "link").is_symlink()
+    assert json.loads((tmp_path / "far.json").read_text())["valid"] is True
+    text = (tmp_path / "out").read_text()
+    assert text.startswith("<!doctype html>")
+    assert "note: 2 rounds of 0.3 s" in text
+    done = profile(DEMO, *SHORT, "--json", "/dev/null", "--html", "/dev/null")
+    assert done.returncode == 0, done.stderr
+    assert not Path("/dev/null").is_file()
+
+
+def test_a_full_disk_is_a_failed_run_and_costs_no_other_output(tmp_path):
+    (tmp_path / "full").symlink_to("/dev/full")
+    done = profile(DEMO, *SHORT, "--json", tmp_path / "full", "--html", tmp_path / "page.html")
+    assert done.returncode == 1
+    assert done.stderr == f"edge-ssm: error: {tmp_path / 'full'}: can't be written (No space left on device)\n"
+    assert "samples/s" in done.stdout
+    assert "<svg" in (tmp_path / "page.html").read_text()
 
 
 def test_profiles_are_listed_and_shown():
@@ -342,7 +419,7 @@ def test_top_shows_a_run_and_forgets_it_when_it_ends(running):
             break
     (status,) = found
     assert status["pid"] == process.pid
-    assert (status["decisions"], status["malformed"]) == (2, 1)
+    assert (status["decisions"], status["dropped"]["malformed"]) == (2, 1)
     text = top("--once")
     assert f"pid {process.pid}, engine reference" in text
     assert "decisions  2 (" in text

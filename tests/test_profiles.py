@@ -1,5 +1,7 @@
 """The shipped firmware profiles are valid, complete and found by board and by the name of the power mode."""
 
+from pathlib import Path
+
 import pytest
 
 from edge_ssm import profiles
@@ -100,3 +102,23 @@ def test_a_profile_with_a_wrong_field_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(profiles, "_SHIPPED", tmp_path)
     with pytest.raises(InputRefused, match=r"bad\.toml: .*cores"):
         profiles.load_all()
+
+
+@pytest.mark.parametrize(
+    "content", [b'board = "\xe9"', b"a = " + b"[" * 5000, b"a = " + b"9" * 5000, b"\xff\xfe", b"a = "]
+)
+def test_bytes_that_are_no_toml_are_refused_with_the_file_s_name(content):
+    """Not UTF-8, too deep, a number of too many digits: the parser has another error for each (found by fuzzing)."""
+    with pytest.raises(InputRefused, match=r"^p\.toml: "):
+        profiles.decode(Path("p.toml"), content)
+
+
+def test_a_profile_with_one_temperature_is_described():
+    """The other one is optional (found by fuzzing)."""
+    good = (profiles.folder() / "orin-nano-8gb-7w.toml").read_text()
+    for left_out in ("passive_c", "critical_c"):
+        text = "".join(line for line in good.splitlines(keepends=True) if not line.startswith(left_out))
+        assert text != good
+        page = profiles.describe(profiles.decode(Path("p.toml"), text.encode()))
+        assert ("clocks go back" in page) == (left_out != "passive_c")
+        assert ("off at" in page) == (left_out != "critical_c")

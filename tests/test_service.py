@@ -325,7 +325,10 @@ def test_a_new_model_is_taken_over_and_a_bad_one_is_not(small, tmp_path):
     model, fifo, out = tmp_path / "m.safetensors", tmp_path / "fifo", tmp_path / "out"
     model.write_bytes((small / "m.safetensors").read_bytes())
     os.mkfifo(fifo)
-    run = start(model, "--input", fifo, "--follow", "--output", out, "--reload")
+    run = subprocess.Popen(
+        [*EDGE_SSM, "run", model, "--input", fifo, "--follow", "--output", out, "--reload"],
+        stderr=(tmp_path / "log").open("wb"),
+    )
     rows = (small / "s.csv").read_text().splitlines()[1:]
     writer = fifo.open("w")
 
@@ -345,19 +348,19 @@ def test_a_new_model_is_taken_over_and_a_bad_one_is_not(small, tmp_path):
     assert "reads c0, c1, c2, c3; the stream has c0, c1" in events()[0]["reason"]
     model.write_bytes((small / "s.safetensors").read_bytes())
     run.send_signal(signal.SIGHUP)
-    time.sleep(1.0)
+    until(lambda: (tmp_path / "log").read_text().count("ready, digest") == 1)
     feed(100)  # the window that was open is decided by the old model
     until(lambda: len(events()) == 2)
     assert (events()[1]["event"], events()[1]["sample"], events()[1]["changed"]) == ("reloaded", 110, True)
     model.write_bytes((small / "other.safetensors").read_bytes())  # noticed without a signal
-    time.sleep(4)
+    until(lambda: (tmp_path / "log").read_text().count("ready, digest") == 2)
     feed(100)
     until(lambda: len(events()) == 3)
     feed(100)
+    until(lambda: [d["end"] - d["start"] for d in decisions(out)[0]].count(25) >= 6)
     writer.close()
     run.send_signal(signal.SIGTERM)
-    _, said = run.communicate(timeout=30)
-    assert run.returncode == 0, said
+    assert run.wait(30) == 0
     found, _ = decisions(out)
     ends = [(d["start"], d["end"]) for d in found]
     assert ends[:11] == [(10 * i, 10 * i + 10) for i in range(11)]

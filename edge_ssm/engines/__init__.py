@@ -12,7 +12,7 @@ from edge_ssm.engines.base import Engine, Snapshot
 from edge_ssm.errors import EngineUnavailable, UsageError
 from edge_ssm.network import Network
 
-__all__ = ["ENGINES", "Engine", "EngineEntry", "Snapshot", "available", "candidates", "create"]
+__all__ = ["ENGINES", "Engine", "EngineEntry", "Snapshot", "available", "candidates", "create", "left_out"]
 
 
 @dataclass(frozen=True)
@@ -60,15 +60,29 @@ def candidates(network: Network, allowed: Sequence[str] | None = None) -> list[s
 
 def available(network: Network) -> list[str]:
     """Of the candidates, those that load here."""
+    absent = left_out(network)
+    return [name for name in ENGINES if name not in absent]
 
-    def loads(name: str) -> bool:
-        try:
-            create(name, network)
-        except EngineUnavailable:
-            return False
-        return True
 
-    return [name for name in candidates(network) if loads(name)]
+def left_out(network: Network) -> dict[str, str]:
+    """Of all engines those that ``available`` leaves out, each with the reason in one line."""
+    here = candidates(network)
+    found = {}
+    for name, entry in ENGINES.items():
+        if absent := _absent(entry):
+            found[name] = f"engine {name!r}: package {absent[0]} is missing; {entry.hint}"
+        elif not installed(name):
+            found[name] = f"engine {name!r}: none of its hardware is here ({', '.join(entry.nodes)})"
+        elif not entry.chosen:
+            found[name] = f"engine {name!r}: runs only where it is named"
+        elif name not in here:
+            found[name] = f"engine {name!r}: the model has no small weights, so it is the same as cpu"
+        else:
+            try:
+                create(name, network)
+            except EngineUnavailable as error:
+                found[name] = str(error)
+    return found
 
 
 def create(name: str, network: Network, lanes: int = 1, gpu_waits: str = "spin") -> Engine:

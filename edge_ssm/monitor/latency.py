@@ -1,10 +1,13 @@
 """Latency percentiles of a stream that never ends, in constant memory.
 
 A histogram with 64 linear buckets in every power of two: a percentile is off by at most 1/64 = 1.6 % of its value
-(the layout of HdrHistogram, hdrhistogram.org, with six significant bits). Maximum and count are exact.
+(the layout of HdrHistogram, hdrhistogram.org, with six significant bits). Maximum, sum and count are exact.
 """
 
 from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -12,6 +15,8 @@ from edge_ssm.network import Array
 
 _BITS = 6
 _SUB = 1 << _BITS
+RESOLUTION = 1 / _SUB
+"""Of a percentile, as a part of it: how wide a bucket may be."""
 
 
 class LatencyHistogram:
@@ -20,12 +25,14 @@ class LatencyHistogram:
     def __init__(self) -> None:
         self._counts = [0] * (_SUB * (42 - _BITS))
         self.count = 0
+        self.sum_ns = 0
         self.max_ns = 0
 
     def record(self, ns: int) -> None:
         shift = max(ns.bit_length() - _BITS - 1, 0)
         self._counts[min(shift * _SUB + (ns >> shift), len(self._counts) - 1)] += 1
         self.count += 1
+        self.sum_ns += ns
         if ns > self.max_ns:
             self.max_ns = ns
 
@@ -40,16 +47,31 @@ class LatencyHistogram:
         for i in np.flatnonzero(found):
             self._counts[i] += int(found[i])
         self.count += len(ns)
+        self.sum_ns += int(ns.sum())
         self.max_ns = max(self.max_ns, int(ns.max()))
 
     def add(self, other: LatencyHistogram) -> None:
         self._counts = [a + b for a, b in zip(self._counts, other._counts, strict=True)]
         self.count += other.count
+        self.sum_ns += other.sum_ns
         self.max_ns = max(self.max_ns, other.max_ns)
 
     def buckets(self) -> list[tuple[int, int]]:
         """(upper edge in nanoseconds, count) of each that is not empty."""
         return [(self._edge(i), n) for i, n in enumerate(self._counts) if n]
+
+    def cumulative(self, edges_ns: Sequence[int]) -> tuple[list[int], int]:
+        """How many took at most each of ``edges_ns`` (ascending), and how many there are; of one moment, although
+        another thread may record. Exact where an edge is a bucket's (2^k - 1 and 3 * 2^k - 1 are); elsewhere the bucket
+        that it lies in counts as longer."""
+        counts = self._counts.copy()
+        found = [0] * (len(edges_ns) + 1)
+        for i, n in enumerate(counts):
+            if n:
+                found[bisect_left(edges_ns, self._edge(i))] += n
+        for i in range(1, len(found)):
+            found[i] += found[i - 1]
+        return found[:-1], found[-1]
 
     @staticmethod
     def _edge(i: int) -> int:
@@ -76,5 +98,6 @@ class LatencyHistogram:
         made = LatencyHistogram()
         made._counts = [a - b for a, b in zip(self._counts, earlier._counts, strict=True)]
         made.count = sum(made._counts)
+        made.sum_ns = self.sum_ns - earlier.sum_ns
         made.max_ns = max((edge for edge, _ in made.buckets()), default=0)
         return made

@@ -6,7 +6,7 @@ import html
 import math
 from collections.abc import Callable, Mapping, Sequence
 
-from edge_ssm.monitor.report import NOT_MEASURED, Report, Result, energy_text
+from edge_ssm.monitor.report import NOT_MEASURED, Report, Result, energy_text, percentile_texts, short
 
 WIDTH, HEIGHT = 860, 260
 LEFT, RIGHT, TOP, BOTTOM = 72, 16, 18, 34
@@ -36,8 +36,8 @@ def render(report: Report) -> str:
         f"<h1>{e(', '.join(x.path for x in report.models))} on {e(m.board)}</h1>",
     ]
     parts += [f"<p class=bad>Invalid: {e(why)}.</p>" for why in report.invalid_because]
-    if report.quick:
-        parts.append("<p class=note>Quick: few, short rounds; the intervals are wide.</p>")
+    if cut := short(report):
+        parts.append(f"<p class=note>{e(cut[0].upper() + cut[1:])}.</p>")
     parts += ["<h2>Latency</h2>", _latency_table(report.results), _latency_plot(report.results)]
     parts += ["<h2>Power and energy</h2>"]
     if report.meter is None:
@@ -66,11 +66,9 @@ def _latency_table(results: Sequence[Result]) -> str:
     head = ["microseconds a call", "p50", "p90", "p99", "p99.9", "max", "95 % of p50", "samples/s", "misses"]
     rows = []
     for r in results:
-        latency = r.latency_us
-        values = [f"{v:.1f}" for v in (latency.p50, latency.p90, latency.p99, latency.p999, latency.max)]
         misses = "" if r.deadline_us is None else f"{r.deadline_misses} of {r.samples // r.chunk // r.lanes}"
         interval = f"{r.latency_low_us:.2f} to {r.latency_high_us:.2f}"
-        rows.append([r.name, *values, interval, f"{r.samples_per_s:.0f}", misses])
+        rows.append([r.name, *percentile_texts(r.latency_us), interval, f"{r.samples_per_s:.0f}", misses])
     return _table(head, rows)
 
 

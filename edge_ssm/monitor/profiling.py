@@ -16,7 +16,7 @@ import numpy as np
 
 import edge_ssm
 from edge_ssm import artifact
-from edge_ssm.engines import Engine, available, choice, create
+from edge_ssm.engines import ENGINES, Engine, choice, create, left_out
 from edge_ssm.errors import EngineUnavailable, UsageError
 from edge_ssm.monitor import machine, protocol, report
 from edge_ssm.monitor.energy import mean_power
@@ -24,6 +24,7 @@ from edge_ssm.monitor.protocol import Activity, open_meter
 from edge_ssm.monitor.report import MeterInfo, Model, Report
 from edge_ssm.monitor.sampler import Sampler
 from edge_ssm.network import Array, Network, input_range
+from edge_ssm.printable import printable
 from edge_ssm.profiles import NamedProfile
 
 CHUNKS, LANES = (1, 4, 16, 64), (1, 4, 16)
@@ -60,7 +61,11 @@ def measure(request: Request) -> Report:
     model_of: dict[str, str] = {}
     notes: list[str] = []
     for path, found in loaded:
-        names = _engines(request, found.network)
+        names = list(request.engines)
+        if names == ["all"]:
+            absent = left_out(found.network)
+            names = [name for name in ENGINES if name not in absent]
+            notes += [note for why in absent.values() if (note := f"left out: {why}") not in notes]
         samples, samples_from = _samples(found.network, request.recording, request.read)
         if len(samples) < max(request.chunks):
             samples = np.resize(samples, (max(request.chunks), found.network.d_input))
@@ -77,8 +82,10 @@ def measure(request: Request) -> Report:
                 notes.append(f"left out: {error}")
                 continue
             for activity in _activities(engine, samples, chunk, found.network, request, runtime):
-                stem = f"{Path(path).stem} " if len(loaded) > 1 else ""
+                stem = f"{printable(Path(path).stem)} " if len(loaded) > 1 else ""
                 activity.name = f"{stem}{activity.name}"
+                if activity.name in model_of and "auto" in names and len(names) > 1:
+                    raise UsageError(f"--engine {','.join(names)}: auto chose {engine.name}, which is there already")
                 if activity.name in model_of:
                     raise UsageError(f"{path}: a model of that name is there already; give each another file name")
                 model_of[activity.name] = path
@@ -87,6 +94,11 @@ def measure(request: Request) -> Report:
         raise EngineUnavailable("; ".join(notes))
     if request.paced and not any(a.rate_hz for a in activities):
         notes.append(_not_paced(loaded[0][1].network, request))
+    if not request.quick and (request.rounds < protocol.ROUNDS or request.block_s < protocol.BLOCK_S):
+        notes.append(
+            f"{request.rounds} rounds of {request.block_s:g} s, fewer or shorter than the {protocol.ROUNDS} of "
+            f"{protocol.BLOCK_S:g} s of a whole profile: to look, not to publish"
+        )
     load = protocol.load_percent()
     meter, refused = open_meter(request.meter)
     if meter is None and request.meter != "none":
@@ -117,8 +129,8 @@ def measure(request: Request) -> Report:
         notes=notes + run.notes,
         machine=machine.describe(),
         profile=None if request.profile is None else request.profile.name,
-        models=[Model(path, found.digest) for path, found in loaded],
-        samples_from=samples_from,
+        models=[Model(printable(path), found.digest) for path, found in loaded],
+        samples_from=printable(samples_from),
         rounds=request.rounds,
         block_s=request.block_s,
         seed=request.seed,
@@ -137,12 +149,6 @@ def measure(request: Request) -> Report:
         results=results,
         curves=report.curves(run),
     )
-
-
-def _engines(request: Request, network: Network) -> list[str]:
-    if list(request.engines) == ["all"]:
-        return available(network)
-    return list(request.engines)
 
 
 def _activities(

@@ -193,12 +193,12 @@ def run(
     """``open_next`` gives another meter where one fails (it is told why); what that one read is given up, and rounds
     are added so that the new one sees all. ``on_block`` hears of each block: its kind, and "begin" or "end"."""
     order = random.Random(seed)
-    overhead = timer_ns()
     notes: list[str] = []
-    made = {activity.name: activity.calls() for activity in activities}
     trace: Trace | None = None
-    states = [(time.monotonic(), machine.state())]
     try:
+        overhead = timer_ns()
+        made = {activity.name: activity.calls() for activity in activities}
+        states = [(time.monotonic(), machine.state())]
         for _, state in _warm_up(activities, made, block_s):
             states.append((time.monotonic(), state))
         first = machine.state()

@@ -106,6 +106,14 @@ def _lines(path: Path) -> list[_Line]:
 def start(name: str, limit_s: float = START_S) -> Sampler:
     """Raises MeterUnavailable, in one line, if the meter can't be read or is silent for ``limit_s``."""
     folder = tempfile.TemporaryDirectory(prefix="edge-ssm-")
+    try:
+        return _started(name, limit_s, folder)
+    except BaseException:  # a Ctrl-C too
+        folder.cleanup()
+        raise
+
+
+def _started(name: str, limit_s: float, folder: tempfile.TemporaryDirectory[str]) -> Sampler:
     path = Path(folder.name) / "readings"
     command = [sys.executable, "-m", "edge_ssm.monitor.sampler", name, str(path), str(os.getpid())]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(entry or os.getcwd() for entry in sys.path)}
@@ -113,21 +121,23 @@ def start(name: str, limit_s: float = START_S) -> Sampler:
         command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment
     )
     until = time.monotonic() + limit_s
-    while True:
-        ended = process.poll() is not None
-        lines = _lines(path)
-        described = next((line.meter for line in lines if line.meter), None)
-        if described is not None and len(lines) > 1:
-            return Sampler(described, process, path, folder)
-        why = next((line.error for line in lines if line.error), "")
-        if not why and not ended and time.monotonic() > until:
-            why = f"{name}: no reading within {limit_s:g} s"
-        if why or ended:
-            process.kill()
-            process.wait()
-            folder.cleanup()
-            raise MeterUnavailable(why or f"{name}: its reader ended with status {process.returncode}")
-        time.sleep(0.02)
+    try:
+        while True:
+            ended = process.poll() is not None
+            lines = _lines(path)
+            described = next((line.meter for line in lines if line.meter), None)
+            if described is not None and len(lines) > 1:
+                return Sampler(described, process, path, folder)
+            why = next((line.error for line in lines if line.error), "")
+            if not why and not ended and time.monotonic() > until:
+                why = f"{name}: no reading within {limit_s:g} s"
+            if why or ended:
+                raise MeterUnavailable(why or f"{name}: its reader ended with status {process.returncode}")
+            time.sleep(0.02)
+    except BaseException:
+        process.kill()
+        process.wait()
+        raise
 
 
 def _child(name: str, path: str, parent: int) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 
 from edge_ssm import atomic
 from edge_ssm.engines import Engine, choice, create
-from edge_ssm.errors import InputRefused
+from edge_ssm.errors import InputRefused, RunFailed
 from edge_ssm.network import (
     SSM,
     Array,
@@ -34,6 +34,8 @@ from edge_ssm.network import (
 )
 
 VERSION = 1
+LARGEST = 1 << 22
+"""Bytes of a table that is read: a hundred times what one has."""
 ROUNDS = 31
 STEPS = 100
 
@@ -143,17 +145,21 @@ def tabulate(engine: str) -> StepTable:
 
 
 def save_table(path: Path, table: StepTable) -> None:
-    """Raises InputRefused if the place can't be written."""
+    """Raises RunFailed if the place can't be written."""
     try:
         atomic.write(path, msgspec.json.format(msgspec.json.encode(table), indent=1) + b"\n")
     except OSError as error:
-        raise InputRefused(f"{path}: can't be written ({error.strerror})") from None
+        raise RunFailed(f"{path}: can't be written ({error.strerror})") from None
 
 
 def load_table(path: Path) -> StepTable:
     """Raises InputRefused, naming the file, for one that is missing, damaged or of another version."""
     try:
-        table = msgspec.json.decode(path.read_bytes(), type=StepTable)
+        with path.open("rb") as file:
+            content = file.read(LARGEST + 1)
+        if len(content) > LARGEST:
+            raise InputRefused(f"{path}: longer than {LARGEST >> 20} MiB; not a step table of edge-ssm profile")
+        table = msgspec.json.decode(content, type=StepTable)
     except OSError as error:
         raise InputRefused(f"{path}: can't be read ({error.strerror})") from None
     except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:

@@ -151,6 +151,7 @@ class Attendant(stream.Attendant):
         if loop.windows.carry or loop.windows.lanes > 1:
             swap()
         else:
+            self._say(f"{new.path}: ready, digest {new.digest[:12]}; taken over when the open window ends")
             loop.at_rest(swap)
 
     def _hand_over(self, new: Candidate) -> None:

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from edge_ssm import artifact
 from edge_ssm.engines import Engine, choice
@@ -32,7 +33,12 @@ def load(path: str, sample_rate: float | None, keys: list[str]) -> tuple[Network
 
     Raises EdgeSSMError.
     """
-    found = artifact.load(path)
+    if keys:
+        from edge_ssm import signatures
+
+        found = signatures.load(path, [Path(key) for key in keys])
+    else:
+        found = artifact.load(path)
     network = found.network if sample_rate is None else at_sample_rate(found.network, sample_rate)
     return network, found.digest
 

@@ -26,9 +26,10 @@ from edge_ssm.stream.sources.base import Source
 
 FILE = "snapshot"
 REFUSED = "snapshot.refused"
-IN_FLIGHT = 16
-"""Unacknowledged messages after which a snapshot is taken early: mosquitto sends 20 and then waits."""
-RETRY_S = 1.0
+EARLY = 0.7
+FEW_IN_FLIGHT = 8
+STALLED_S = 0.15
+"""With so many messages unacknowledged and none for so long, the sender may be at a limit that it does not tell."""
 
 
 @dataclass
@@ -56,7 +57,8 @@ class Keeper:
         self._problem = ""
         self._told = ""
         self._token: Any = None
-        self._due = time.monotonic() + interval_s
+        self._in_flight, self._same_since = 0, 0.0
+        self._due = time.monotonic() + EARLY * interval_s
         self.artifact = ""
         """Digest of the artifact that runs."""
         self.written_at: float | None = None
@@ -91,8 +93,7 @@ class Keeper:
         """Between blocks: take, write, acknowledge, each when it is time. Returns what a user must be told, or ""."""
         self._token = token
         now = time.monotonic()
-        waiting = source.in_flight >= IN_FLIGHT
-        if self._taken is None and (now >= self._due or waiting):
+        if self._taken is None and (now >= self._due or self._sender_waits(source, now)):
             self._take(loop, source, now)
         if self._taken is not None and self._writing is None and self._settled(self._taken, source):
             self._write()
@@ -101,8 +102,17 @@ class Keeper:
         problem, self._told = ("" if self._problem == self._told else self._problem), self._problem
         return problem
 
+    def _sender_waits(self, source: Source, now: float) -> bool:
+        """Whether it sends no more before something is acknowledged: it said how much it sends, or it fell silent."""
+        if source.in_flight != self._in_flight:
+            self._in_flight, self._same_since = source.in_flight, now
+        return source.in_flight >= source.most_in_flight or (
+            source.in_flight >= FEW_IN_FLIGHT and now - self._same_since > STALLED_S
+        )
+
     def _take(self, loop: Loop, source: Source, now: float) -> None:
-        self._due = now + self._interval_s
+        # Taken early, so that it is written when the interval is over: no more than that is ever done again.
+        self._due = now + EARLY * self._interval_s
         content = None
         if self._path is not None:
             state, snapshot = loop.state()

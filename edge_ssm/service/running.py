@@ -89,12 +89,12 @@ def _run(settings: Settings, say: Say, stack: ExitStack) -> Outcome:
         return Windows(of, settings.hop, settings.carry)
 
     windows = make_windows(network)
-    source = open_source(settings.input, settings.follow, settings.pace)
+    source = open_source(settings.input, network.input, settings.follow, settings.pace)
     stack.callback(source.close)
     codec = settings.format or frames.guess_format(settings.input)
-    decoder = frames.decoder(codec, network.input, _scale(settings.scale))
+    decoder = source.decoder or frames.decoder(codec, network.input, _scale(settings.scale))
     named = firmware_profile(settings.profile, say)
-    _keep_to(settings, named)
+    keep_to(settings.affinity, named)
     engine, why = make_engine(settings.engine, network, windows.lanes, named, say)
     running = Candidate(settings.model, digest, network, engine, why)
     overflow: Overflow = settings.overflow or ("drop-oldest" if source.live else "wait")
@@ -241,11 +241,12 @@ def firmware_profile(name: str, say: Say) -> profiles.NamedProfile | None:
     return named
 
 
-def _keep_to(settings: Settings, named: profiles.NamedProfile | None) -> None:
-    cores = settings.affinity if settings.affinity is not None else named.profile.runtime.affinity if named else []
+def keep_to(affinity: list[int] | None, named: profiles.NamedProfile | None) -> None:
+    """Stay on these cores, or on those of the profile. Raises UsageError where none of those given is there."""
+    cores = affinity if affinity is not None else named.profile.runtime.affinity if named else []
     there = set(cores) & os.sched_getaffinity(0)
-    if settings.affinity and not there:
-        raise UsageError(f"--affinity {settings.affinity}: no such core, expected of {sorted(os.sched_getaffinity(0))}")
+    if affinity and not there:
+        raise UsageError(f"--affinity {affinity}: no such core, expected of {sorted(os.sched_getaffinity(0))}")
     if there:
         os.sched_setaffinity(0, there)
 

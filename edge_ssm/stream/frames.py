@@ -25,6 +25,8 @@ from edge_ssm.network import Array, InputSpec
 MAX_LINE = 1 << 16
 LABEL_COLUMN = "label"
 TIME_COLUMNS = ("time", "timestamp", "t")
+SEQUENCE_COLUMN = "seq"
+_LARGEST_SEQUENCE = 2**63 - 1
 _MISSING = {"", "nan", "na", "n/a", "null", "none"}
 
 
@@ -59,9 +61,9 @@ class FrameDecoder(ABC):
 
     @abstractmethod
     def finish(self) -> Iterator[Frame | Malformed]:
-        """What is left when the source has ended."""
+        """What is left when the source, a datagram or a connection has ended."""
 
-    def restart(self) -> Iterator[Malformed]:
+    def restart(self) -> Iterator[Frame | Malformed]:
         """Begin anew after a seam (a lost connection): what is unfinished may be cut short and is no frame."""
         for item in self.finish():
             yield item if isinstance(item, Malformed) else Malformed("last row", "cut off by a lost connection")
@@ -72,7 +74,7 @@ class FrameDecoder(ABC):
         return 0
 
     def state(self) -> dict[str, Any]:
-        """What was learnt from the stream's beginning (a header), for JSON; ``resume`` takes it after a restart."""
+        """What was learnt so far (a header, wraps of numbers), for JSON; ``resume`` takes it after a restart."""
         return {}
 
     def resume(self, state: dict[str, Any]) -> None:  # noqa: B027
@@ -157,6 +159,13 @@ def _time_stamp(field: str) -> float | str | None:
     return value if math.isfinite(value) else None
 
 
+def _sequence(value: object) -> int | None:
+    """A sender's number of a sample; None for what can't be one (a bool, a float, a number out of range)."""
+    if isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= _LARGEST_SEQUENCE:
+        return value
+    return None
+
+
 class CsvDecoder(_LineDecoder):
     """Comma-separated values, with a header (columns in any order, others ignored) or without (channels in order).
 
@@ -171,6 +180,7 @@ class CsvDecoder(_LineDecoder):
         self._width = len(self.channels)
         self._label: int | None = None
         self._time: int | None = None
+        self._sequence: int | None = None
 
     def _parse(self, text: str) -> Frame | Malformed | None:
         try:
@@ -194,9 +204,11 @@ class CsvDecoder(_LineDecoder):
             values[i] = value
         time = None if self._time is None else _time_stamp(row[self._time])
         label = None if self._label is None else row[self._label].strip() or None
-        return Frame(values, time, label)
+        number = "" if self._sequence is None else row[self._sequence].strip()
+        digits = number.isascii() and number.isdigit() and len(number) < 20  # int() reads 1_000, and long ones slowly
+        return Frame(values, time, label, _sequence(int(number)) if digits else None)
 
-    def restart(self) -> Iterator[Malformed]:
+    def restart(self) -> Iterator[Frame | Malformed]:
         yield from super().restart()
         self._beginning = True  # a new connection may send its header again
 
@@ -230,13 +242,14 @@ class CsvDecoder(_LineDecoder):
         spare = {name: i for i, name in enumerate(header) if name not in self.channels}
         self._label = spare.get(LABEL_COLUMN)
         self._time = next((spare[name] for name in TIME_COLUMNS if name in spare), None)
+        self._sequence = spare.get(SEQUENCE_COLUMN)
         return None
 
 
 class NdjsonDecoder(_LineDecoder):
     """One JSON value a line: an array of the channels in order, or an object with a member a channel (or ``values``).
 
-    ``null`` and an absent channel are missing values; ``time`` and ``label`` are read from an object.
+    ``null`` and an absent channel are missing values; ``time``, ``label`` and ``seq`` are read from an object.
     """
 
     def _parse(self, text: str) -> Frame | Malformed | None:
@@ -244,14 +257,14 @@ class NdjsonDecoder(_LineDecoder):
             document = json.loads(text)
         except (ValueError, RecursionError) as error:
             return self._malformed(f"not JSON ({' '.join(str(error).split())[:80]})")
-        time = label = None
+        time = label = sequence = None
         if isinstance(document, dict):
             if not any(name in document for name in self.channels):
                 document.setdefault("values", None)
                 items = document["values"]
             else:
                 items = [document.get(name) for name in self.channels]
-            time, label = document.get("time"), document.get("label")
+            time, label, sequence = document.get("time"), document.get("label"), document.get(SEQUENCE_COLUMN)
         else:
             items = document
         if not isinstance(items, list) or len(items) != len(self.channels):
@@ -269,18 +282,39 @@ class NdjsonDecoder(_LineDecoder):
                     values[i] = math.inf
             else:
                 return self._malformed(f"channel {self.channels[i]!r}: {str(item)[:40]!r} is not a number")
-        if (
-            isinstance(time, bool)
-            or not isinstance(time, (int, float, str))
-            or time in (math.inf, -math.inf)
-            or time != time
-        ):
-            time = None  # what JSON can't hold can't be passed on
         return Frame(
             values,
-            time,
-            str(label) if isinstance(label, (str, int, float)) else None,
+            _writable_time(time),
+            _writable(str(label)) if isinstance(label, (str, int, float)) else None,
+            _sequence(sequence),
         )
+
+
+def channel_scale(spec: InputSpec, scale: Sequence[float]) -> Array:
+    """One factor a channel, (d_input,) float64. Raises UsageError for another count, 0, or what is not finite."""
+    if len(scale) not in (1, len(spec.channels)) or not all(math.isfinite(s) and s for s in scale):
+        raise UsageError(f"scale: expected 1 or {len(spec.channels)} finite numbers other than 0, got {list(scale)}")
+    return np.broadcast_to(np.array(scale, dtype=np.float64), len(spec.channels))
+
+
+def _writable(text: str) -> str:
+    """JSON can spell half of a surrogate pair, which is no character and can't be written out again."""
+    return text.encode(errors="replace").decode()
+
+
+def _writable_time(value: object) -> float | str | None:
+    """A time stamp of JSON, None where it is none or could not be passed on: not finite, or beyond any number."""
+    if isinstance(value, str):
+        return _writable(value)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    if isinstance(value, int) and -(1 << 63) <= value < 1 << 63:
+        return value
+    try:
+        number = float(value)
+    except OverflowError:
+        return None
+    return number if math.isfinite(number) else None
 
 
 class BinaryDecoder(FrameDecoder):
@@ -290,12 +324,8 @@ class BinaryDecoder(FrameDecoder):
 
     def __init__(self, spec: InputSpec, codec: str, scale: Sequence[float] = (1.0,)) -> None:
         super().__init__(spec)
-        if len(scale) not in (1, len(self.channels)) or not all(math.isfinite(s) and s for s in scale):
-            raise UsageError(
-                f"scale: expected 1 or {len(self.channels)} finite numbers other than 0, got {list(scale)}"
-            )
         self._dtype = np.dtype(self.dtypes[codec])
-        self._scale = np.array(scale, dtype=np.float64)
+        self._scale = channel_scale(spec, scale)
         self._scaled = bool((self._scale != 1).any())
         self._size = self._dtype.itemsize * len(self.channels)
         self._tail = b""
@@ -324,8 +354,15 @@ class BinaryDecoder(FrameDecoder):
             self._tail = b""
 
 
-FORMATS = ("csv", "ndjson", *BinaryDecoder.dtypes)
-_SUFFIXES = {".csv": "csv", ".ndjson": "ndjson", ".jsonl": "ndjson", ".f32": "f32le", ".i16": "i16le"}
+FORMATS = ("csv", "ndjson", *BinaryDecoder.dtypes, "framed")
+_SUFFIXES = {
+    ".csv": "csv",
+    ".ndjson": "ndjson",
+    ".jsonl": "ndjson",
+    ".f32": "f32le",
+    ".i16": "i16le",
+    ".framed": "framed",
+}
 
 
 def guess_format(path: str) -> str:
@@ -342,4 +379,8 @@ def decoder(codec: str, spec: InputSpec, scale: Sequence[float] = (1.0,)) -> Fra
         return NdjsonDecoder(spec)
     if codec in BinaryDecoder.dtypes:
         return BinaryDecoder(spec, codec, scale)
+    if codec == "framed":
+        from edge_ssm.stream.framed import FramedDecoder  # it builds on this module
+
+        return FramedDecoder(spec, scale)
     raise UsageError(f"format {codec!r}: unknown, expected {', '.join(FORMATS)}")

@@ -3,6 +3,7 @@ small file, the metrics and the status page from the process itself."""
 
 from __future__ import annotations
 
+import math
 import os
 import stat
 import threading
@@ -12,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import gettempdir
+from typing import Annotated
 
 import msgspec
 
@@ -34,11 +36,18 @@ FOLDER_VARIABLE = "EDGE_SSM_RUN"
 SYSTEM_FOLDER = Path("/run/edge-ssm")
 SUFFIX = ".status"
 LARGEST = 1 << 16
+RATE_S = 60.0
+"""That the rate of decisions is taken over: one may fall due in many seconds only."""
+
+Count = Annotated[int, msgspec.Meta(ge=0, le=1 << 53)]
+Amount = Annotated[float, msgspec.Meta(ge=0, le=1e15)]
+Measured = Annotated[float, msgspec.Meta(ge=-1e6, le=1e6)]
+"""Celsius, or watts: a rail may feed back."""
 
 
 class Status(msgspec.Struct, frozen=True):
     version: int
-    pid: int
+    pid: Count
     model: str
     model_digest: str
     engine: str
@@ -46,45 +55,46 @@ class Status(msgspec.Struct, frozen=True):
     source: str
     source_state: str
     """waiting (nothing came yet), flowing, stale (nothing for too long), lost (no connection)."""
-    started: float
+    started: Amount
     """Seconds of the epoch, as ``updated``."""
-    updated: float
-    sample_rate_hz: float | None
-    samples: int
-    samples_per_s: float
+    updated: Amount
+    sample_rate_hz: Amount | None
+    samples: Count
+    samples_per_s: Amount
     """Over the last interval."""
-    decisions: int
-    decisions_per_s: float
-    labels: dict[str, int]
+    decisions: Count
+    decisions_per_s: Amount
+    """Over the last minute, or since the start."""
+    labels: dict[str, Count]
     last: str
     """The last decision, in words."""
-    gaps: dict[str, int]
+    gaps: dict[str, Count]
     """Samples that had to be filled, skipped or given up, by reason."""
-    dropped: dict[str, int]
+    dropped: dict[str, Count]
     """What came in, or was decided, and went nowhere, by reason: malformed, repeated, late, discarded, unfinished
     windows; output_* are decisions."""
-    undecided: int
-    resets: int
-    deadline_misses: int
-    reconnects: int
-    reloads: int
-    reload_failures: int
-    moves: int
+    undecided: Count
+    resets: Count
+    deadline_misses: Count
+    reconnects: Count
+    reloads: Count
+    reload_failures: Count
+    moves: Count
     """Between members of a family."""
-    engine_losses: int
-    queue: int
-    queue_size: int
+    engine_losses: Count
+    queue: Count
+    queue_size: Count
     """Lines that wait for a slow reader of decisions, and how many may; 0 where none can wait."""
     output_problem: str
-    snapshot_age_s: float | None
-    power_w: float | None
-    temperature_c: float | None
+    snapshot_age_s: Amount | None
+    power_w: Measured | None
+    temperature_c: Measured | None
     """Of the hottest zone."""
-    resident_mb: float
-    step_p50_us: float
-    step_p99_us: float
-    step_max_us: float
-    loop_age_s: float
+    resident_mb: Amount
+    step_p50_us: Amount
+    step_p99_us: Amount
+    step_max_us: Amount
+    loop_age_s: Amount
     """Since the loop last went round: it is stuck where this grows."""
     ready: bool
     events: list[str]
@@ -199,16 +209,18 @@ class Live:
 
     def _tell(self) -> None:
         account = self._account
-        before, samples, decisions = time.monotonic(), account.samples, account.decisions
-        latency = account.latency.copy()
+        before, samples, latency = time.monotonic(), account.samples, account.latency.copy()
+        decided = deque([(before, account.decisions)], maxlen=math.ceil(RATE_S / INTERVAL_S))
         while not self._ended.wait(INTERVAL_S):
             now = time.monotonic()
+            since, decisions = decided[0]
             self._rates = (
                 (account.samples - samples) / (now - before),
-                (account.decisions - decisions) / (now - before),
+                (account.decisions - decisions) / (now - since),
             )
             self._recent_p99_us = account.latency.since(latency).percentile_ns(99) / 1e3
-            before, samples, decisions, latency = now, account.samples, account.decisions, account.latency.copy()
+            before, samples, latency = now, account.samples, account.latency.copy()
+            decided.append((now, account.decisions))
             self.facts.power_w = self.power()
             status = self.status()
             self._history.append(
@@ -217,8 +229,8 @@ class Live:
             if self._path is not None:
                 try:
                     atomic.write(self._path, msgspec.json.encode(status), durable=False)
-                except OSError:
-                    self._path = None  # A full disk or a folder that is gone: the run itself matters more.
+                except (OSError, UnicodeError):  # a full disk, a folder that is gone, a name that is no text
+                    self._path = None  # The run itself matters more.
 
     def status(self) -> Status:
         """As of now. From any thread."""
@@ -306,16 +318,30 @@ def in_words(decision: Decision | None) -> str:
 
 
 def running() -> list[Status]:
-    """Of all runs that can be seen from here, by process number."""
+    """Of all runs that can be seen from here, by process number. What can be no status of the process that it names is
+    passed over: others may write into some of the folders."""
     found = {}
     for folder in folders():
         # A service's instances have a folder each.
         for path in sorted([*folder.glob(f"*{SUFFIX}"), *folder.glob(f"*/*{SUFFIX}")]):
-            try:
-                with path.open("rb") as file:
-                    status = msgspec.json.decode(file.read(LARGEST), type=Status)
-            except (OSError, msgspec.MsgspecError, UnicodeError, RecursionError):
-                continue
-            if status.version == VERSION and Path(f"/proc/{status.pid}").exists():
+            if (status := _read(path)) is not None:
                 found[status.pid] = status
     return [found[pid] for pid in sorted(found)]
+
+
+def _read(path: Path) -> Status | None:
+    try:
+        # Not blocking: a pipe of that name would keep its reader waiting for ever.
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
+        with open(descriptor, "rb") as file:
+            about = os.fstat(descriptor)
+            if not stat.S_ISREG(about.st_mode):
+                return None
+            status = msgspec.json.decode(file.read(LARGEST), type=Status)
+        if status.version != VERSION or path.name != f"{status.pid}{SUFFIX}":
+            return None
+        if os.stat(f"/proc/{status.pid}").st_uid != about.st_uid:  # Nobody speaks for another's process.
+            return None
+    except (OSError, msgspec.MsgspecError, UnicodeError, RecursionError):
+        return None
+    return status

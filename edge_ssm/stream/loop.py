@@ -17,6 +17,7 @@ from edge_ssm.monitor.latency import LatencyHistogram
 from edge_ssm.network import Array, input_range
 from edge_ssm.stream.decisions import Decision, Event, decide
 from edge_ssm.stream.frames import Frame, FrameDecoder, Malformed
+from edge_ssm.stream.ordering import LONGEST_LOSS, Ordering
 from edge_ssm.stream.sinks import SinkClosed
 from edge_ssm.stream.sources.base import Data, Seam, Source
 from edge_ssm.stream.stop import Stop
@@ -24,10 +25,10 @@ from edge_ssm.stream.windows import Number, Windows, WindowsState
 
 GapPolicy = Literal["hold", "skip", "reset"]
 GAP_POLICIES: tuple[GapPolicy, ...] = ("hold", "skip", "reset")
+Sequence = Annotated[str, msgspec.Meta(pattern=r"^-?[0-9]{1,40}\Z")]
+"""A whole number, which may pass 64 bits."""
 ROUND_S = 0.1
 """At most so long between two rounds of the attendant, data or not."""
-LONGEST_LOSS = 1 << 24
-"""A sequence number further ahead is no gap: the sender counts anew."""
 
 
 @dataclass
@@ -69,6 +70,15 @@ class Account:
     ended_by: str = "end of input"
 
 
+class EarlyFrame(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A frame that was held back for those before it."""
+
+    sequence: Sequence
+    values: list[float | None]
+    time: float | str | None
+    label: str | None
+
+
 class LoopState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What a loop must know to go on after a restart, beside its engine's state."""
 
@@ -76,8 +86,9 @@ class LoopState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     held: list[float | None]
     in_gap: Number
     waiting: bool
-    sequence: Annotated[int, msgspec.Meta(ge=-(1 << 62), lt=1 << 62)] | None
+    sequence: Sequence | None
     stamp: float | None
+    early: list[EarlyFrame]
     counts: dict[str, Number]
     """Of ``Account``, the whole numbers; and gap.* and dropped.*."""
 
@@ -163,6 +174,7 @@ class Loop:
         self._sequence: int | None = None
         self._stamp: float | None = None
         self._reorder = 0
+        self._ordering = Ordering()
         self._came_at = 0.0
         self._next_round = 0.0
         self.stale = False
@@ -196,6 +208,8 @@ class Loop:
         account = self.account
         attendant = attendant or Attendant()
         self._reorder = source.reorder
+        early, self._ordering = self._ordering.held, Ordering(source.reorder, source.reorder_wait_s)
+        self._ordering.go_on(self._sequence, early)
         began, paced = clock.monotonic(), 0
         self._came_at = began
         token: Any = None
@@ -211,6 +225,7 @@ class Loop:
                     items = decoder.restart()
                 else:
                     self._watch_silence()
+                    self._overdue()
                     attendant.between_samples()
                     attendant.between_blocks(source, token)
                     continue
@@ -223,6 +238,7 @@ class Loop:
                     self._item(item)
                     if clock.monotonic() >= self._next_round:
                         self._next_round = clock.monotonic() + ROUND_S
+                        self._overdue()
                         attendant.between_samples()
                 else:
                     if source.datagrams and isinstance(received, Data):
@@ -234,6 +250,8 @@ class Loop:
             else:
                 for item in decoder.finish():
                     self._item(item)
+                for frame in self._ordering.release():
+                    self._frame(frame)
             self._flush()
             if not stop.requested or pace_hz is None:
                 attendant.between_blocks(source, token)
@@ -276,13 +294,22 @@ class Loop:
 
     def _item(self, item: Frame | Malformed) -> None:
         if isinstance(item, Frame):
-            self._frame(item)
+            if item.sequence is None:
+                self._frame(item)
+                return
+            for frame in self._ordering.take(item):
+                self._frame(frame)
             return
         self.account.malformed += 1
         if self._strict:
             self._flush()
             raise RunFailed(f"{item.where}: {item.problem} (--strict)")
         self._report(f"{item.where}: {item.problem}; left out")
+
+    def _overdue(self) -> None:
+        """Frames that waited long enough for those before them."""
+        for frame in self._ordering.overdue():
+            self._frame(frame)
 
     def _frame(self, frame: Frame) -> None:
         if frame.sequence is not None:
@@ -470,13 +497,25 @@ class Loop:
         counts = {name: getattr(self.account, name) for name in _COUNTS}
         counts |= {f"gap.{reason}": n for reason, n in self.account.gaps.items()}
         counts |= {f"dropped.{reason}": n for reason, n in self.account.dropped.items()}
-        held = [None if np.isnan(value) else float(value) for value in self._held]
-        state = LoopState(self._windows.state(), held, self._in_gap, self._waiting, self._sequence, self._stamp, counts)
+        held = _plain(self._held)
+        state = LoopState(
+            self._windows.state(),
+            held,
+            self._in_gap,
+            self._waiting,
+            None if self._sequence is None else str(self._sequence),
+            self._stamp,
+            [
+                EarlyFrame(str(frame.sequence), _plain(frame.values), frame.time, frame.label)
+                for frame in self._ordering.held
+            ],
+            counts,
+        )
         return state, self._engine.snapshot()
 
     def restore(self, state: LoopState, snapshot: Snapshot) -> None:
         """Go on where ``state`` was taken. Raises SnapshotError if it belongs to another network or other windows."""
-        if len(state.held) != len(self._held):
+        if any(len(values) != len(self._held) for values in (state.held, *(early.values for early in state.early))):
             raise SnapshotError(f"snapshot: {len(state.held)} channels, expected {len(self._held)}; start without it")
         before = self._engine.snapshot()
         self._engine.restore(snapshot)
@@ -485,9 +524,11 @@ class Loop:
         except SnapshotError:
             self._engine.restore(before)
             raise
-        self._held = np.array([np.nan if value is None else value for value in state.held])
+        self._held = _values(state.held)
         self._in_gap, self._waiting = state.in_gap, state.waiting
-        self._sequence, self._stamp = state.sequence, state.stamp
+        self._sequence, self._stamp = None if state.sequence is None else int(state.sequence), state.stamp
+        early = [Frame(_values(e.values), e.time, e.label, int(e.sequence)) for e in state.early]
+        self._ordering.go_on(self._sequence, early)
         for name in _COUNTS:
             setattr(self.account, name, state.counts.get(name, 0))
         for kind, counter in (("gap.", self.account.gaps), ("dropped.", self.account.dropped)):
@@ -497,3 +538,12 @@ class Loop:
     def numbered(self) -> bool:
         """Whether the sender numbers its samples, so that what is missing will show."""
         return self._sequence is not None
+
+
+def _plain(values: Array) -> list[float | None]:
+    """(d_input,) for JSON, which knows no NaN and no infinity; both are gaps all the same."""
+    return [float(value) if np.isfinite(value) else None for value in values]
+
+
+def _values(plain: list[float | None]) -> Array:
+    return np.array([np.nan if value is None else value for value in plain])

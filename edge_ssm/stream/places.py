@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from urllib.parse import parse_qsl, unquote, urlsplit
 
@@ -38,8 +39,8 @@ class Place:
         """Of a Unix socket. Raises UsageError where none is given, or a host."""
         if self.host or len(self.path) < 2:
             raise UsageError(f"{self.shown}: expected {self.scheme}:///PATH of a Unix socket")
-        if len(self.path.encode()) > 107:
-            raise UsageError(f"{self.shown}: a Unix socket's path has at most 107 bytes")
+        if len(os.fsencode(self.path)) > 107 or "\0" in self.path:
+            raise UsageError(f"{self.shown}: a Unix socket's path has at most 107 bytes, and no zero byte")
         return self.path
 
     def known_options(self, *names: str) -> dict[str, str]:
@@ -71,6 +72,8 @@ def place(text: str, schemes: tuple[str, ...]) -> Place:
         return Place(text, "file", "", None, text, {})
     if scheme not in schemes:
         raise UsageError(f"{text}: {scheme!r} is unknown, expected a file, -, or {', '.join(schemes)}")
+    if scheme in ("mqtt", "mqtts"):
+        return _mqtt(text, scheme)
     try:
         parts = urlsplit(text)
         options = dict(parse_qsl(parts.query, keep_blank_values=True, strict_parsing=bool(parts.query)))
@@ -86,3 +89,13 @@ def place(text: str, schemes: tuple[str, ...]) -> Place:
         )
     except ValueError as error:
         raise UsageError(f"{text}: not an address ({error})") from None
+
+
+def _mqtt(text: str, scheme: str) -> Place:
+    """A topic may hold # and %, which mean something else in other addresses; options stand after a ?."""
+    url, _, query = text.partition("?")
+    try:
+        options = dict(parse_qsl(query, keep_blank_values=True, strict_parsing=bool(query)))
+    except ValueError as error:
+        raise UsageError(f"{url}: not options ({error})") from None
+    return Place(url, scheme, "", None, "", options)

@@ -7,8 +7,9 @@ from collections.abc import Callable, Sequence
 
 from edge_ssm.monitor import machine
 from edge_ssm.monitor.meters import METERS, Meter, MeterLost, MeterUnavailable
+from edge_ssm.printable import printable
 from edge_ssm.profiles import power_mode
-from edge_ssm.stream.live import Status
+from edge_ssm.stream.live import EVENTS, Status
 
 STALE_S = 5.0
 BAR = 30
@@ -51,21 +52,28 @@ def page(statuses: Sequence[Status], meter: Meter | None, now: Callable[[], floa
     if not statuses:
         lines += ["", "nothing runs here that could be seen; start edge-ssm run MODEL --stream"]
     for s in statuses:
-        age = now() - s.updated
+        age = max(0.0, now() - s.updated)
         stale = f"   NOTHING NEW for {age:.0f} s" if age > STALE_S else ""
-        lines += ["", f"{s.model}   pid {s.pid}, engine {s.engine}, up {_span(now() - s.started)}{stale}"]
+        lines += ["", f"{s.model}   pid {s.pid}, engine {s.engine}, up {_span(max(0.0, now() - s.started))}{stale}"]
         rate = "" if s.sample_rate_hz is None else f" of {s.sample_rate_hz:g}"
         lines.append(f"  samples    {s.samples} ({s.samples_per_s:.0f}{rate} a second), {sum(s.gaps.values())} gaps")
-        lines.append(f"  decisions  {s.decisions} ({s.decisions_per_s:.1f} a second), last {s.last or '-'}")
+        lines.append(f"  decisions  {s.decisions} ({_rate(s)} a second), last {s.last or '-'}")
         lines.append(f"  step       p50 {s.step_p50_us:.1f} us, p99 {s.step_p99_us:.1f} us, max {s.step_max_us:.1f} us")
         dropped = ", ".join(f"{n} {reason}" for reason, n in sorted(s.dropped.items()))
         lines.append(f"  dropped    {dropped or 'nothing'}; resets {s.resets}, late decisions {s.deadline_misses}")
         lines.append(f"  source     {s.source} ({s.source_state})" + (f", waiting {s.queue}" if s.queue else ""))
-        most = max(s.labels.values(), default=1)
+        most = max([1, *s.labels.values()])
         for label, count in sorted(s.labels.items(), key=lambda item: -item[1])[:8]:
-            lines.append(f"  {label[:20]:20} {count:8} {'#' * round(BAR * count / most)}")
-        lines += [f"  event      {event}" for event in s.events]
-    return "\n".join(lines)
+            lines.append(f"  {printable(label, 20):20} {count:8} {'#' * round(BAR * count / most)}")
+        lines += [f"  event      {event}" for event in s.events[-EVENTS:]]
+    # Names and events are other people's text: a newline in one must not make a line of its own.
+    return "\n".join(printable(line) for line in lines)
+
+
+def _rate(s: Status) -> str:
+    """Decisions a second: over the last minute, or of the whole run where none fell into that."""
+    since_start = s.decisions / max(s.updated - s.started, 1.0)
+    return f"{s.decisions_per_s or since_start:.2g}"
 
 
 def _span(seconds: float) -> str:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from edge_ssm import interruption  # noqa: F401  a Ctrl-C while the rest loads gives no traceback
+
+# isort: split
 import json
+import math
 import os
 import sys
 from dataclasses import asdict, fields
@@ -12,9 +16,10 @@ from typing import Any
 import click
 
 import edge_ssm
-from edge_ssm import atomic
-from edge_ssm.cli import run_command
+from edge_ssm import atomic, signatures
+from edge_ssm.cli import run_command, verify_signature
 from edge_ssm.errors import RunFailed, UsageError
+from edge_ssm.options import Finite
 
 OUT_OF_PACKAGE = "watch, digits, forda, ecg5000, or a .npz file of your own (docs/build.md)"
 
@@ -38,9 +43,12 @@ def _need_torch() -> None:
 
 def _numbers(text: str, kind: type[int] | type[float], option: str) -> list[Any]:
     try:
-        return [kind(part) for part in text.split(",")]
+        found = [kind(part) for part in text.split(",")]
     except ValueError:
-        raise UsageError(f"{option} {text!r}: expected numbers separated by commas") from None
+        found = []
+    if not found or any(isinstance(v, float) and not math.isfinite(v) for v in found):
+        raise UsageError(f"{option} {text!r}: expected numbers separated by commas")
+    return found
 
 
 def _folder(path: str) -> Path:
@@ -84,7 +92,7 @@ def data(name: str) -> None:
     "--d-state", type=click.IntRange(min=2), default=32, show_default=True, help="N, states a channel (even)."
 )
 @click.option("--n-layers", type=click.IntRange(min=1), default=2, show_default=True)
-@click.option("--dropout", type=click.FloatRange(0, 0.9), default=0.1, show_default=True)
+@click.option("--dropout", type=Finite(0, 0.9), default=0.1, show_default=True)
 @click.option("--prenorm/--postnorm", default=False, show_default=True)
 @click.option("--norm", type=click.Choice(["layer", "batch"]), default="layer", show_default=True)
 @click.option("--mixing", type=click.Choice(["glu", "plain"]), default="glu", show_default=True)
@@ -99,32 +107,32 @@ def data(name: str) -> None:
     help="Diagonal, or diagonal plus rank one (DPLR).",
 )
 @click.option("--batch", type=click.IntRange(min=2), default=32, show_default=True)
-@click.option("--lr", type=float, default=4e-3, show_default=True)
+@click.option("--lr", type=Finite(min=0, min_open=True), default=4e-3, show_default=True)
 @click.option(
     "--ssm-lr",
-    type=float,
+    type=Finite(min=0),
     default=1e-3,
     show_default=True,
     help="Learning rate of A, C and dt; they have no weight decay.",
 )
-@click.option("--weight-decay", type=float, default=0.01, show_default=True)
+@click.option("--weight-decay", type=Finite(min=0), default=0.01, show_default=True)
 @click.option(
     "--noise",
-    type=click.FloatRange(min=0),
+    type=Finite(min=0),
     default=0.0,
     show_default=True,
     help="Noise on normalised training windows.",
 )
 @click.option(
     "--scaling",
-    type=click.FloatRange(min=0),
+    type=Finite(min=0),
     default=0.0,
     show_default=True,
     help="Spread of a random gain a window and channel.",
 )
 @click.option(
     "--rotation",
-    type=click.FloatRange(0, 180),
+    type=Finite(0, 180),
     default=0.0,
     show_default=True,
     help="Spread in degrees of random rotations of training windows; channels are vectors of three.",
@@ -239,11 +247,9 @@ SHARE = "rate, 0.5*rate, a number, or one a rate"
     help="How mixing weights are stored and run.",
 )
 @click.option("--refit/--no-refit", default=None, help="Refit the mixing before fine-tuning.")
-@click.option("--distill", type=click.FloatRange(0, 1), help="Weight of the unpruned network's logits in the loss.")
-@click.option("--target-latency", type=click.FloatRange(min=0, min_open=True), metavar="US", help="Of a step.")
-@click.option(
-    "--max-accuracy-loss", type=click.FloatRange(min=0), metavar="POINTS", help="Of balanced validation accuracy."
-)
+@click.option("--distill", type=Finite(0, 1), help="Weight of the unpruned network's logits in the loss.")
+@click.option("--target-latency", type=Finite(min=0, min_open=True), metavar="US", help="Of a step.")
+@click.option("--max-accuracy-loss", type=Finite(min=0), metavar="POINTS", help="Of balanced validation accuracy.")
 @click.option("--target-size", type=click.IntRange(min=1), metavar="BYTES", help="Of the artifact file.")
 @click.option("--engine", default="cpu", show_default=True, help="Whose step is measured here.")
 @click.option("--step-table", metavar="FILE", help="The device's step latencies, written there by edge-ssm profile.")
@@ -344,7 +350,7 @@ def _rounded(checkpoint: Any, data: Any, weights: Any, bound: float | None) -> A
 )
 @click.option(
     "--error-bound",
-    type=click.FloatRange(min=0, min_open=True),
+    type=Finite(min=0, min_open=True),
     metavar="E",
     help="Largest change of a logit that smaller weights may bring.  [default: 0.01 for auto, else none]",
 )
@@ -454,6 +460,36 @@ def record(name: str, output: str, split: Any, window: int, windows_each: int | 
 
     samples = recording.record(datasets.load(name), split, Path(output), window, windows_each, decimals)
     click.echo(f"{output}: {samples} samples, {Path(output).stat().st_size:,} bytes")
+
+
+@cli.command()
+@click.option("--output", required=True, metavar="DIR/NAME", help="Gets NAME.pem, private, and NAME.pub.pem, public.")
+def keygen(output: str) -> None:
+    """Make an Ed25519 key pair that signs models. The private key is not encrypted: keep it where nobody reads it."""
+    signatures.need_library()
+    from edge_ssm_build import signing
+
+    _folder(str(Path(output).parent))
+    private, public, key = signing.keygen(Path(output))
+    click.echo(f"{private}: signs models; keep it secret, off the devices")
+    click.echo(f"{public}: goes on the devices; key {key}")
+
+
+@cli.command()
+@click.argument("model")
+@click.option(
+    "--key", "keys", multiple=True, required=True, metavar="PRIVATE.pem", help="Any number, one signature each."
+)
+def sign(model: str, keys: tuple[str, ...]) -> None:
+    """Sign MODEL, an artifact: writes MODEL.sig beside it. docs/signing.md says what is in it."""
+    signatures.need_library()
+    from edge_ssm_build import signing
+
+    path, ids = signing.sign(Path(model), [Path(key) for key in keys])
+    click.echo(f"{path}: signed by key {', '.join(ids)}")
+
+
+cli.add_command(verify_signature)
 
 
 def main() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from urllib.parse import parse_qsl
+
 from edge_ssm.errors import UsageError
 from edge_ssm.stream.outlets.base import Outlet, Wire
 from edge_ssm.stream.outlets.queued import Overflow
@@ -50,4 +52,20 @@ def _wire(text: str) -> Wire:
 
 
 def _device(found: Place) -> Wire:
-    raise UsageError(f"{found.shown}: {found.scheme} is not there yet")
+    if found.scheme in ("http", "https"):
+        return _webhook(found.text)
+    from edge_ssm.stream.mqtt_broker import access_of
+    from edge_ssm.stream.outlets.mqtt import MqttWire
+
+    return MqttWire(found.text, access_of(found))
+
+
+def _webhook(text: str) -> Wire:
+    """What stands after a # is for us and is never sent: ``#token_file=PATH&ca_file=PATH``."""
+    from edge_ssm.stream.outlets.webhook import WebhookWire
+
+    url, _, ours = text.partition("#")
+    options = dict(parse_qsl(ours, keep_blank_values=True))
+    if unknown := set(options) - {"token_file", "ca_file"}:
+        raise UsageError(f"{url}: option {sorted(unknown)[0]!r} is unknown, expected token_file, ca_file after a #")
+    return WebhookWire(url, token_file=options.get("token_file"), ca_file=options.get("ca_file"))

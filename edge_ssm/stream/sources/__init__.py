@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from edge_ssm.errors import UsageError
+from edge_ssm.network import InputSpec
 from edge_ssm.stream.places import Place, place
 from edge_ssm.stream.sources.base import BLOCK, Source
 
@@ -12,7 +13,7 @@ PACED_BLOCK = 1 << 10
 SCHEMES = ("serial", "tcp", "tcp-listen", "udp", "unix", "unix-listen", "mqtt", "mqtts", "iio")
 
 
-def open_source(text: str, follow: bool = False, paced: bool = False) -> Source:
+def open_source(text: str, spec: InputSpec, follow: bool = False, paced: bool = False) -> Source:
     """The source that ``text`` names: "-", a file, or SCHEME://... (docs/service.md). Raises UsageError."""
     from edge_ssm.stream.sources import files, sockets
 
@@ -22,7 +23,7 @@ def open_source(text: str, follow: bool = False, paced: bool = False) -> Source:
     if follow:
         raise UsageError(f"--follow: only for a file, not {found.shown}")
     if found.scheme in ("serial", "iio", "mqtt", "mqtts"):
-        return _device(found)
+        return _device(found, spec)
     found.known_options()
     if found.scheme == "udp":
         return sockets.UdpSource(found.shown, found.address())
@@ -31,5 +32,65 @@ def open_source(text: str, follow: bool = False, paced: bool = False) -> Source:
     return made(found.shown, address)
 
 
-def _device(found: Place) -> Source:
-    raise UsageError(f"{found.shown}: {found.scheme} is not there yet")
+def _device(found: Place, spec: InputSpec) -> Source:
+    if found.scheme == "serial":
+        return _serial(found)
+    if found.scheme == "iio":
+        return _iio(found, spec)
+    from edge_ssm.stream.mqtt_broker import access_of
+    from edge_ssm.stream.sources.mqtt import MqttSource
+
+    own = ("client_id", "receive_maximum", "in_flight", "session_expiry")
+    access = access_of(found, *own)
+    made = MqttSource(
+        found.text,
+        access,
+        client_id=found.options.get("client_id"),
+        receive_maximum=found.whole("receive_maximum", 1000),
+        session_expiry_s=found.whole("session_expiry", 7 * 24 * 3600),
+    )
+    made.most_in_flight = found.whole("in_flight", made.most_in_flight)
+    return made
+
+
+def _serial(found: Place) -> Source:
+    from edge_ssm.stream.sources.serial_line import SerialSource
+
+    options = found.known_options("baud", "parity", "stop_bits", "data_bits", "flow")
+    if found.host or len(found.path) < 2:
+        raise UsageError(f"{found.shown}: expected serial:///dev/DEVICE?baud=115200")
+    try:
+        stop_bits = float(options.get("stop_bits", "1"))
+    except ValueError:
+        raise UsageError(f"{found.shown}: stop_bits {options['stop_bits']!r}, expected 1, 1.5 or 2") from None
+    return SerialSource(
+        found.path,
+        found.whole("baud", 115200),
+        parity=options.get("parity", "none"),
+        stop_bits=stop_bits,
+        data_bits=found.whole("data_bits", 8),
+        flow=options.get("flow", "none"),
+    )
+
+
+def _iio(found: Place, spec: InputSpec) -> Source:
+    from edge_ssm.stream.sources.iio import IioSource
+
+    options = found.known_options("elements", "length", "watermark", "trigger", "sampling_frequency", "raw")
+    if not found.host and len(found.path) < 2:
+        raise UsageError(f"{found.shown}: expected iio://NAME or iio:///dev/iio:device0")
+    frequency = options.get("sampling_frequency")
+    try:
+        hertz = None if frequency is None else float(frequency)
+    except ValueError:
+        raise UsageError(f"{found.shown}: sampling_frequency {frequency!r}, expected a number of hertz") from None
+    return IioSource(
+        found.host or found.path,
+        spec,
+        elements=options["elements"].split(",") if "elements" in options else None,
+        length=found.whole("length", 1024),
+        watermark=found.whole("watermark", 1) if "watermark" in options else None,
+        trigger=options.get("trigger"),
+        sampling_frequency=hertz,
+        raw="raw" in options,
+    )

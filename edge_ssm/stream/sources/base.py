@@ -6,9 +6,12 @@ import random
 import time
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from edge_ssm.stream.stop import Stop
+
+if TYPE_CHECKING:
+    from edge_ssm.stream.frames import FrameDecoder
 
 BLOCK = 1 << 16
 """Most bytes of one ``Data``."""
@@ -40,11 +43,17 @@ class Source(ABC):
     """Samples come as they are taken: a late decision is a miss. A file's do not."""
     datagrams: bool = False
     """Each ``Data`` holds whole frames (UDP, MQTT): what is unfinished at its end will not be completed."""
+    decoder: FrameDecoder | None = None
+    """Of its own, where the source knows what its bytes mean (IIO)."""
     reorder: int = 0
     """How far a sample's sequence number may lie behind the last one's and still be of the same count: 0 where bytes
     come in order, once; up to 2^20 or more where what was not acknowledged is sent again."""
+    reorder_wait_s: float = 0.0
+    """How long a sample that is ahead of its number is held back for those before it."""
     in_flight: int = 0
     """Messages that came and were not acknowledged yet."""
+    most_in_flight: int = 1 << 30
+    """So many of them call for a snapshot before its time: the sender stops at some number."""
     ended: bool = False
     """Nothing will come any more."""
 

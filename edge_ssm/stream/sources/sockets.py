@@ -136,6 +136,7 @@ class ConnectSource(_ConnectionSource):
         super().__init__(name)
         self._address = address
         self._back_off = BackOff()
+        self._said = ""
 
     def _next(self, stop: Stop, seconds: float | None) -> socket.socket | Seam | None:
         wait = self._back_off.left_s
@@ -154,9 +155,14 @@ class ConnectSource(_ConnectionSource):
             else:
                 made = socket.create_connection(self._address, CONNECT_S)
         except OSError as error:
-            wait = self._back_off.failed()
-            return Seam(f"no connection ({error.strerror or error}); next try in {wait:.1f} s", False)
+            self._back_off.failed()
+            reason = f"no connection ({error.strerror or error}); tried again and again"
+            if reason == self._said:
+                return None
+            self._said = reason
+            return Seam(reason, False)
         self._back_off.succeeded()
+        self._said = ""
         return made
 
 
@@ -199,6 +205,7 @@ class UdpSource(Source):
 
     datagrams = True
     reorder = 1024
+    reorder_wait_s = 0.1
 
     def __init__(self, name: str, address: tuple[str, int]) -> None:
         self.name = name

@@ -1,0 +1,241 @@
+"""Reports: what they state, what is refused of one, and what a comparison may say."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+from networks import random_network, samples_for
+
+from edge_ssm.engines import create
+from edge_ssm.errors import InputRefused
+from edge_ssm.monitor import compare, page, protocol, report
+from edge_ssm.monitor.energy import Energy
+from edge_ssm.monitor.latency import LatencyHistogram
+from edge_ssm.monitor.protocol import Activity
+
+ROOT = Path(__file__).parent.parent
+DEMO = ROOT / "examples" / "demo.safetensors"
+CLI = [sys.executable, "-c", "from edge_ssm.cli import main; main()", "profile"]
+SHORT = ["--rounds", "2", "--block-seconds", "0.3", "--meter", "none", "--engine", "cpu"]
+
+
+def profile(*arguments):
+    return subprocess.run([*CLI, *map(str, arguments)], capture_output=True, text=True, timeout=120)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """One report, paced and not, as text, page and JSON."""
+    folder = tmp_path_factory.mktemp("reports")
+    done = profile(DEMO, *SHORT, "--json", folder / "a.json", "--html", folder / "a.html")
+    assert done.returncode == 0, done.stderr
+    (folder / "text").write_text(done.stdout)
+    return folder
+
+
+@pytest.fixture
+def a(folder):
+    return report.load(folder / "a.json")
+
+
+def replaced(found, **of_first):
+    return msgspec.structs.replace(found, results=[msgspec.structs.replace(found.results[0], **of_first)])
+
+
+def with_latency(found, us, low, high):
+    return replaced(found, latency_us=report.Percentiles(us, us, us, us, us), latency_low_us=low, latency_high_us=high)
+
+
+# --- what is stated ---------------------------------------------------------------------------------------------------
+
+
+def test_a_percentile_is_stated_where_ten_calls_lie_beyond_it():
+    def found(calls):
+        histogram = LatencyHistogram()
+        histogram.record_many(np.arange(1, calls + 1) * 1000)
+        p = report.percentiles(histogram)
+        return [name for name in ("p90", "p99", "p999") if getattr(p, name) is not None], p
+
+    assert found(99)[0] == []
+    assert found(100)[0] == ["p90"]
+    assert found(999)[0] == ["p90"]
+    assert found(1000)[0] == ["p90", "p99"]
+    assert found(9999)[0] == ["p90", "p99"]
+    assert found(10000)[0] == ["p90", "p99", "p999"]
+    assert found(147)[1].p50 == pytest.approx(74, rel=0.016)
+    assert found(147)[1].max == 147
+
+
+def test_what_was_not_measured_is_not_stated(folder):
+    """30 paced calls have no p99, and what has no deadline misses none, not none of them."""
+    back_to_back, paced = json.loads((folder / "a.json").read_text())["results"]
+    assert back_to_back["deadline_us"] is None
+    assert back_to_back["deadline_misses"] is None
+    assert paced["deadline_misses"] is not None
+    assert paced["samples"] < 100
+    assert (paced["latency_us"]["p90"], paced["latency_us"]["p999"], paced["jitter_us"]) == (None, None, None)
+    assert paced["late_us"]["p99"] is None
+    (row,) = [line for line in (folder / "text").read_text().splitlines() if line.startswith("cpu, at 50 Hz")]
+    assert row.split()[-4:-1] == ["-", "-", "-"]
+    assert "<td>-<td>-<td>-" in (folder / "a.html").read_text()
+
+
+def test_rounds_that_are_short_are_said_to_be_in_every_output(folder):
+    said = "2 rounds of 0.3 s, fewer or shorter than the 5 of 10 s"
+    assert said in (folder / "text").read_text()
+    assert "(short)" in (folder / "text").read_text()
+    assert f"Short: {said}" in (folder / "a.html").read_text()
+    assert any(said in note for note in json.loads((folder / "a.json").read_text())["notes"])
+    assert profile("--compare", folder / "a.json", folder / "a.json").stdout.count(f"short: {said}") == 2
+
+
+def test_rounds_that_agree_to_the_bucket_have_an_interval_all_the_same():
+    network = random_network(h=4, pairs=2, layers=1)
+    activity = Activity("work", create("reference", network), samples_for(network, 0, 64))
+    run = protocol.run([activity], None, rounds=2, block_s=0.02)
+    activity.block_p50_us[:] = [100.0, 100.0, 100.0, 100.0, 100.0]
+    found = report.result(activity, "m", run)
+    assert found.latency_high_us >= 100 * (1 + 1 / 64)
+    assert found.latency_low_us <= 100 * (1 - 1 / 64)
+    assert found.latency_low_us <= found.latency_us.p50 <= found.latency_high_us
+
+
+# --- what a comparison may say ----------------------------------------------------------------------------------------
+
+
+def test_runs_of_the_same_are_not_told_apart_by_a_bucket(a):
+    """As version 1 wrote them: intervals of no width, one bucket apart."""
+    assert "no difference that these runs can tell" in compare.compare(
+        with_latency(a, 100.0, 100.0, 100.0), with_latency(a, 101.5, 101.5, 101.5)
+    )
+
+
+def test_a_difference_as_small_as_from_run_to_run_is_no_verdict(a):
+    said = compare.compare(with_latency(a, 100.0, 99.0, 101.0), with_latency(a, 108.0, 107.0, 109.0))
+    assert "B is 1.08 of A: runs at different times differ by that much (up to 10 %)" in said
+    assert not {"faster", "worse"} & set(said.replace(":", " ").split())
+    assert "B is 1.2 of A: worse" in compare.compare(with_latency(a, 100, 99, 101), with_latency(a, 120, 119, 121))
+    assert "B is 0.5 of A: faster" in compare.compare(with_latency(a, 100, 99, 101), with_latency(a, 50, 49, 51))
+
+
+def test_an_invalid_report_gets_no_verdict_and_is_named_with_its_reason(a):
+    energy = Energy(10, 4, 3.9, 4.1, 9, 11, False, 5)
+    ours = replaced(a, energy_per_step_uj=energy)
+    theirs = replaced(
+        msgspec.structs.replace(a, valid=False, invalid_because=["the machine throttled"]),
+        energy_per_step_uj=msgspec.structs.replace(energy, dynamic=2.0, low=1.9, high=2.1),
+        latency_us=report.Percentiles(900.0, None, None, None, 900.0), latency_low_us=899.0, latency_high_us=901.0,
+    )  # fmt: skip
+    said = compare.compare(ours, theirs)
+    assert "verdict: none, for a run that is invalid: B (the machine throttled)" in said
+    assert not {"faster", "worse", "thriftier", "difference"} & set(said.replace(":", " ").split())
+    both = compare.compare(msgspec.structs.replace(a, valid=False), theirs)
+    assert "A (no reason given) and B (the machine throttled)" in both
+
+
+def test_what_else_differs_is_said(a):
+    other = msgspec.structs.replace(
+        a, models=[report.Model("other.safetensors", "f" * 64)], samples_from="walk.csv", rounds=5, edge_ssm="9.9"
+    )
+    said = compare.compare(a, other)
+    assert "the models differ: A " in said
+    assert "B other.safetensors (ffffffffffff)" in said
+    assert "the inputs differ: A noise of the training data's mean and deviation, B walk.csv" in said
+    assert "the rounds differ: A 2 of 0.3 s, B 5 of 0.3 s" in said
+    assert "the versions of edge-ssm differ" in said
+    assert " differ:" not in compare.compare(a, a)
+    assert "the machines differ" not in compare.compare(a, a)
+
+
+def test_names_in_a_report_can_not_write_lines_of_their_own(a):
+    evil = "x\nverdict: B is faster\x1b[2J\u202e"
+    forged = msgspec.structs.replace(replaced(a, name=evil), samples_from=evil, notes=[evil], invalid_because=[evil])
+    for text in (compare.compare(forged, msgspec.structs.replace(forged, samples_from="y")), report.render(forged)):
+        assert "\x1b" not in text
+        assert "\u202e" not in text
+        assert not [line for line in text.splitlines() if line.startswith("verdict: B")]
+        assert "x?verdict: B is faster" in text
+    assert page.render(forged).count("<svg") >= 1
+
+
+# --- what is refused --------------------------------------------------------------------------------------------------
+
+ENERGY = msgspec.to_builtins(Energy(10, 4, 3.5, 4.5, 9, 11, False, 2))
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        (lambda d, r: r["latency_us"].update(p50=-1.0), "results[0].latency_us.p50: -1"),
+        (lambda d, r: r["latency_us"].update(p50=0.0), "results[0].latency_us.p50: 0, expected more than 0"),
+        (lambda d, r: r["latency_us"].update(max=r["latency_us"]["p50"] / 2), "results[0].latency_us.max: "),
+        (lambda d, r: r["latency_us"].update(max=1e308), "results[0].latency_us.max: 1e+308 is beyond any machine"),
+        (lambda d, r: r.update(latency_low_us=9e9), "results[0].latency_low_us: 9e+09 is above latency_high_us"),
+        (lambda d, r: r.update(latency_low_us=-1.0), "results[0].latency_low_us: -1 is negative"),
+        (
+            lambda d, r: r.update(latency_low_us=1e6, latency_high_us=2e6),
+            "results[0].latency_us.p50: ",
+        ),
+        (lambda d, r: d["results"].append(r), "results[2].name: 'cpu' is there twice"),
+        (lambda d, r: d.update(models=[]), "models: empty"),
+        (lambda d, r: r.update(samples_per_s=-5), "results[0].samples_per_s: -5"),
+        (lambda d, r: r.update(samples=0), "results[0].samples: 0"),
+        (lambda d, r: r.update(samples=r["samples"] + 1), "results[0].histogram: holds "),
+        (lambda d, r: r.update(chunk=0), "results[0].chunk: 0"),
+        (lambda d, r: d["results"][1].update(deadline_misses=-1), "results[1].deadline_misses: -1"),
+        (lambda d, r: d["results"][1].update(deadline_misses=10**6), "results[1].deadline_misses: 1000000 of "),
+        (lambda d, r: d["results"][1].update(deadline_misses=None), "[1].deadline_misses: goes with deadline_us"),
+        (lambda d, r: r.update(energy_per_step_uj=ENERGY | {"low": 5.0}), "energy_per_step_uj.low: 5 is above high"),
+        (lambda d, r: r.update(energy_per_step_uj=ENERGY | {"dynamic": 9.0}), "uj.dynamic: 9 is outside its interval"),
+        (lambda d, r: r.update(energy_per_step_uj=ENERGY | {"below_resolution": True}), "below_resolution: true, but"),
+        (lambda d, r: d.update(block_s=0), "block_s: 0"),
+        (lambda d, r: d.update(invalid_because=["hot"]), "valid: true, but invalid_because says why not"),
+        (lambda d, r: d["latency_us"].update(p50=-1.0), "latency_us.p50: -1"),
+    ],
+)  # fmt: skip
+def test_a_report_with_impossible_figures_is_refused(folder, tmp_path, change, field):
+    document = json.loads((folder / "a.json").read_text())
+    change(document, document["results"][0])
+    path = tmp_path / "b.json"
+    path.write_text(json.dumps(document))
+    with pytest.raises(InputRefused) as caught:
+        report.load(path)
+    assert str(caught.value).startswith(f"{path}: ")
+    assert field in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_refused_report_is_one_line_and_status_2(folder, tmp_path):
+    document = json.loads((folder / "a.json").read_text())
+    document["results"][0]["latency_us"]["p50"] = -1.0
+    (tmp_path / "b.json").write_text(json.dumps(document))
+    done = profile("--compare", folder / "a.json", tmp_path / "b.json")
+    assert (done.returncode, done.stdout) == (2, "")
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"edge-ssm: error: {tmp_path / 'b.json'}: results[0].latency_us.p50: -1")
+
+
+def test_what_never_ends_is_not_read_to_its_end(folder):
+    code = "import resource; resource.setrlimit(resource.RLIMIT_AS, (2 << 30, 2 << 30)); " + CLI[2]
+    command = [CLI[0], "-c", code, "profile", "--compare", "/dev/zero", str(folder / "a.json")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert "/dev/zero: longer than 16 MiB; not a report" in done.stderr
+
+
+def test_reports_of_version_1_are_read(folder, tmp_path):
+    document = json.loads((folder / "a.json").read_text())
+    document["version"] = 1
+    for r in document["results"]:
+        r["deadline_misses"] = r["deadline_misses"] or 0
+        r["jitter_us"] = r["jitter_us"] or 0.0
+        for of in (r["latency_us"], r["late_us"] or {}):
+            of.update({name: of["max"] for name in of if of[name] is None})
+    (tmp_path / "old.json").write_text(json.dumps(document))
+    found = report.load(tmp_path / "old.json")
+    assert [r.deadline_misses is None for r in found.results] == [True, False]
+    assert "no difference" in compare.compare(found, report.load(folder / "a.json"))

@@ -1,0 +1,476 @@
+"""The MQTT source and outlet against a real broker, killed and started again under way."""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+from mosquitto import Broker
+
+from edge_ssm.errors import UsageError
+from edge_ssm.stream.mqtt_broker import Access, Address, parse
+from edge_ssm.stream.outlets.mqtt import MqttWire
+from edge_ssm.stream.sources.base import BackOff, Data, Seam
+from edge_ssm.stream.sources.mqtt import MqttSource
+from edge_ssm.stream.stop import Stop
+
+pytest.importorskip("paho.mqtt.client", reason="paho-mqtt is not installed")
+
+
+@pytest.fixture
+def broker(tmp_path):
+    broker = Broker(tmp_path).start()
+    yield broker
+    broker.kill()
+
+
+@pytest.fixture
+def stop():
+    with Stop() as stop:
+        yield stop
+
+
+def listen(broker, *args, topic="s/+/x", **options):
+    return MqttSource(f"{broker.url}/{topic}", *args, back_off=BackOff(0.3), **options)
+
+
+def ready(source, stop, note="connected"):
+    assert source.read(stop, 10) == Seam(note, True)
+    time.sleep(0.2)  # until the topic is subscribed to
+
+
+def take(source, stop, count, seconds=10):
+    """That many messages as (number, token), whatever seams come between; fewer if they do not come."""
+    found, end = [], time.monotonic() + seconds
+    while len(found) < count and time.monotonic() < end:
+        item = source.read(stop, end - time.monotonic())
+        if isinstance(item, Data):
+            found.append((int(item.content), item.token))
+    return found
+
+
+def numbers(found):
+    return [number for number, _ in found]
+
+
+def test_what_is_not_acknowledged_comes_again(broker, stop):
+    source = listen(broker)
+    ready(source, stop)
+    broker.publish("s/1/x", *range(10))
+    first = take(source, stop, 10)
+    assert numbers(first) == list(range(10))
+    assert source.in_flight == 10
+    source.acknowledge(first[5][1])
+    source.acknowledge(first[2][1])
+    assert source.in_flight == 4
+    source.close()
+    broker.publish("s/1/x", 10)
+    again = listen(broker)
+    assert numbers(take(again, stop, 5)) == [6, 7, 8, 9, 10]
+    assert take(again, stop, 1, 0.3) == []
+    again.close()
+
+
+def test_no_more_come_than_may_be_unacknowledged(broker, stop):
+    source = listen(broker, receive_maximum=7)
+    ready(source, stop)
+    broker.publish("s/1/x", *range(30))
+    found = take(source, stop, 8, 1)
+    assert len(found) == source.in_flight == 7
+    while len(found) < 30:
+        source.acknowledge(found[-1][1])
+        found += take(source, stop, min(7, 30 - len(found)))
+    assert numbers(found) == list(range(30))
+    source.close()
+
+
+def test_more_come_than_the_broker_s_own_limit_of_20(broker, stop):
+    source = listen(broker)
+    ready(source, stop)
+    broker.publish("s/1/x", *range(500))
+    assert numbers(take(source, stop, 500)) == list(range(500))
+    assert source.in_flight == 500
+    source.close()
+
+
+def test_the_broker_killed_in_mid_stream(broker, stop):
+    source = listen(broker)
+    ready(source, stop)
+    broker.publish("s/1/x", *range(20))
+    before = take(source, stop, 20)
+    source.acknowledge(before[9][1])
+    time.sleep(1.5)  # the broker saves once a second
+    broker.kill()
+    lost = source.read(stop, 10)
+    assert isinstance(lost, Seam)
+    assert not lost.connected
+    assert source.in_flight == 0
+    assert source.read(stop, 0.7) == Seam("Connection refused", False)
+    broker.start()
+    broker.publish("s/1/x", *range(20, 30))
+    assert source.read(stop, 10) == Seam("connected", True)
+    again = take(source, stop, 20)
+    assert numbers(again) == list(range(10, 30))
+    source.acknowledge(before[-1][1])  # of a connection that is gone: void
+    assert source.in_flight == 20
+    source.acknowledge(again[-1][1])
+    assert source.in_flight == 0
+    source.close()
+
+
+def test_a_session_that_the_broker_has_lost_is_told(broker, tmp_path, stop):
+    source = listen(broker)
+    ready(source, stop)
+    broker.kill()
+    (tmp_path / "mosquitto.db").unlink(missing_ok=True)
+    broker.start()
+    seams = [source.read(stop, 10) for _ in range(2)]
+    while not seams[-1].connected:
+        seams.append(source.read(stop, 10))
+    assert seams[-1].reason.startswith("connected; the broker has lost the session")
+    time.sleep(0.2)
+    broker.publish("s/1/x", 1)
+    assert numbers(take(source, stop, 1)) == [1]
+    source.close()
+
+
+READER = """
+import sys
+from edge_ssm.stream.sources.base import Data
+from edge_ssm.stream.sources.mqtt import MqttSource
+from edge_ssm.stream.stop import Stop
+source = MqttSource(sys.argv[1], client_id="reader")
+with Stop() as stop:
+    held = []
+    while True:
+        item = source.read(stop, None)
+        if isinstance(item, Data):
+            held.append(item)
+        if len(held) == 10:  # all ten are kept in the file before they are acknowledged
+            with open(sys.argv[2], "a") as file:
+                file.write("".join(f"{int(item.content)}\\n" for item in held))
+            source.acknowledge(held[-1].token)
+            held.clear()
+"""
+
+
+@pytest.mark.slow
+def test_a_reader_killed_again_and_again_misses_nothing(broker, tmp_path):
+    kept = tmp_path / "kept"
+    kept.touch()
+    stopped = threading.Event()
+
+    def send():
+        sent = 0
+        while not stopped.is_set():
+            broker.publish("s/1/x", *range(sent, sent + 50))
+            sent += 50
+
+    command = [sys.executable, "-c", READER, f"{broker.url}/s/1/x", str(kept)]
+    reader = subprocess.Popen(command)
+    until(lambda: "as reader" in broker_log(tmp_path))
+    time.sleep(0.3)
+    sender = threading.Thread(target=send)
+    sender.start()
+    for k in range(5):
+        time.sleep(0.6 + 0.13 * k)
+        reader.send_signal(signal.SIGKILL)
+        reader.wait()
+        reader = subprocess.Popen(command)
+    time.sleep(1)
+    stopped.set()
+    sender.join()
+    until(lambda: len(kept.read_text()) == length_after(kept, 1))
+    reader.kill()
+    reader.wait()
+    found = [int(line) for line in kept.read_text().split()]
+    assert sorted(set(found)) == list(range(max(found) + 1))
+    assert len(found) > 200
+
+
+def length_after(path, seconds):
+    time.sleep(seconds)
+    return len(path.read_text())
+
+
+def broker_log(folder):
+    return (folder / "mosquitto.log").read_text(errors="replace")
+
+
+def until(condition, seconds=20):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.05)
+
+
+def test_a_broker_that_comes_later_is_waited_for(tmp_path, stop):
+    broker = Broker(tmp_path)
+    source = listen(broker)
+    assert source.read(stop, 5) == Seam("Connection refused", False)
+    assert source.read(stop, 0.5) is None
+    broker.start()
+    ready(source, stop)
+    broker.publish("s/1/x", 5)
+    assert numbers(take(source, stop, 1)) == [5]
+    source.close()
+    broker.kill()
+
+
+def test_a_retained_message_is_no_new_sample(broker, stop):
+    broker.publish("s/1/x", 1, retain=True)
+    source = listen(broker)
+    ready(source, stop)
+    broker.publish("s/1/x", 2)
+    assert numbers(take(source, stop, 1)) == [2]
+    source.close()
+
+
+def test_a_message_that_is_too_long_does_not_stop_the_next(broker, stop):
+    source = listen(broker)
+    ready(source, stop)
+    broker.publish("s/1/x", b"1" * 100_000, b"0" * (1 << 16), 2)
+    assert len(source.read(stop, 5).content) == 1 << 16
+    assert numbers(take(source, stop, 1)) == [2]
+    assert source.in_flight == 2
+    source.close()
+
+
+def test_users_and_passwords(tmp_path, stop):
+    maker = shutil.which("mosquitto_passwd")
+    if maker is None:
+        pytest.skip("mosquitto_passwd is not installed")
+    users = tmp_path / "users"
+    subprocess.run([maker, "-b", "-c", users, "sensor", "right"], check=True, capture_output=True)
+    users.chmod(0o644)
+    broker = Broker(tmp_path, "allow_anonymous false", f"password_file {users}").start()
+    secret = tmp_path / "secret"
+    secret.write_text("wrong\n")
+    access = Access(username="sensor", password_file=str(secret))
+    refused = "the broker refused: not authorized; check the user name and the password"
+    source = listen(broker, access)
+    wire = MqttWire(f"{broker.url}/out", access)
+    assert source.read(stop, 5) == Seam(refused, False)
+    with pytest.raises(OSError, match=refused):
+        wire.connect()
+    secret.write_text("right\n")  # a renewed password is taken up without a restart
+    assert source.read(stop, 5) == Seam("connected", True)
+    wire.connect()
+    wire.send(["1\n"])
+    wire.close()
+    source.close()
+    broker.kill()
+
+
+@pytest.fixture
+def certificates(tmp_path):
+    """A root and a server's certificate for 127.0.0.1, made by openssl."""
+    if shutil.which("openssl") is None:
+        pytest.skip("openssl is not installed")
+    folder = tmp_path / "tls"
+    folder.mkdir()
+    make = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=127.0.0.1"]
+    make += ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", folder / "key.pem", "-out", folder / "cert.pem"]
+    subprocess.run(make, check=True, capture_output=True)
+    for file in folder.iterdir():
+        file.chmod(0o644)
+    return folder
+
+
+def test_tls(tmp_path, certificates, stop):
+    listener = (f"certfile {certificates}/cert.pem", f"keyfile {certificates}/key.pem")
+    broker = Broker(tmp_path, "allow_anonymous true", listener=listener).start()
+    url = f"mqtts://127.0.0.1:{broker.port}/a"
+    stranger = MqttSource(url)
+    refused = stranger.read(stop, 10)
+    assert not refused.connected
+    assert "CERTIFICATE_VERIFY_FAILED" in refused.reason
+    stranger.close()
+    access = Access(ca_file=str(certificates / "cert.pem"))
+    source = MqttSource(url, access)
+    ready(source, stop)
+    wire = MqttWire(url, access)
+    wire.connect()
+    wire.send([f"{k}\n" for k in range(300)])
+    found = take(source, stop, 300)
+    assert numbers(found) == list(range(300))
+    source.acknowledge(found[-1][1])
+    wire.close()
+    source.close()
+    broker.kill()
+
+
+def test_a_stop_ends_the_wait_and_close_is_quick(tmp_path):
+    with Stop() as stop:
+        source = listen(Broker(tmp_path))
+        assert isinstance(source.read(stop, 5), Seam)
+        threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        assert source.read(stop, None) is None
+        began = time.monotonic()
+        source.close()
+        source.close()
+        assert time.monotonic() - began < 1
+
+
+def test_two_with_one_name_do_not_hammer_the_broker_and_say_so(broker, tmp_path, stop):
+    sources = [listen(broker, client_id="same") for _ in range(2)]
+    time.sleep(3)
+    seams = [source.read(stop, 0) for source in sources for _ in range(10)]
+    assert any("does another run use client id same?" in seam.reason for seam in seams if seam)
+    assert broker_log(tmp_path).count("as same") < 50  # each waits 0.3 s at most in this test
+    for source in sources:
+        source.close()
+
+
+JUNK = [
+    b"HTTP/1.1 400 Bad Request\r\n\r\n",
+    bytes(range(256)),
+    b"\x20\x03\x00\x00\x00" + b"\x30\xff\xff\xff\xff\xff",  # a CONNACK, then a length that does not end
+    b"\x20\x03\x00\x00\x00" + b"\x32\x02\x00\x50",  # a message that is shorter than its topic
+    b"\x20\x03\x00\x00\x00" + b"\x32\x06\x00\x01a\x00\x01\x7f",  # properties that are not there
+    b"\x20\x00",
+    b"\x90\x03\x00\x01\x00",
+]
+
+
+@pytest.mark.parametrize("junk", JUNK)
+def test_a_broker_that_sends_junk_does_no_harm(junk, stop):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        source = MqttSource(f"mqtt://127.0.0.1:{server.getsockname()[1]}/a", back_off=BackOff(0.1))
+        for _ in range(3):
+            connection, _ = server.accept()
+            connection.recv(4096)
+            connection.sendall(junk)
+            connection.shutdown(socket.SHUT_WR)
+            time.sleep(0.05)
+            connection.close()
+        seams = [seam for _ in range(8) if (seam := source.read(stop, 0.2)) is not None]
+        assert any(isinstance(seam, Seam) and not seam.connected for seam in seams)
+        source.close()
+        assert not source._thread.is_alive()
+
+
+def test_a_broker_that_never_answers_is_given_up(stop):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        source = MqttSource(f"mqtt://127.0.0.1:{server.getsockname()[1]}/a", keepalive_s=1, back_off=BackOff(0.1))
+        seam = source.read(stop, 5)
+        assert isinstance(seam, Seam)
+        assert not seam.connected
+        source.close()
+
+
+def test_messages_without_acknowledgement_come_too(broker, stop):
+    source = listen(broker, receive_maximum=5)
+    ready(source, stop)
+    broker.publish("s/1/x", *range(50), qos=0)
+    assert numbers(take(source, stop, 50)) == list(range(50))
+    assert source.in_flight == 0
+    source.close()
+
+
+# The outlet
+
+
+def test_lines_are_published_and_acknowledged(broker, stop):
+    source = listen(broker, topic="out/#")
+    ready(source, stop)
+    wire = MqttWire(f"{broker.url}/out/decisions")
+    wire.connect()
+    wire.send([f"{k}\n" for k in range(100)])
+    wire.send([f"{k}\n" for k in range(100, 110)])
+    assert numbers(take(source, stop, 110)) == list(range(110))
+    wire.close()
+    source.close()
+
+
+def test_a_lost_broker_is_an_error_and_the_same_lines_go_out_after_it(broker, stop):
+    wire = MqttWire(f"{broker.url}/out", timeout_s=5)
+    with pytest.raises(OSError, match="not connected"):
+        wire.send(["0\n"])
+    wire.connect()
+    broker.kill()
+    with pytest.raises(OSError, match="connection to the broker was lost"):
+        wire.send(["1\n"])
+    with pytest.raises(OSError, match="refused"):
+        wire.connect()
+    broker.start()
+    source = listen(broker, topic="out")
+    ready(source, stop)
+    wire.connect()
+    wire.send(["1\n"])
+    assert numbers(take(source, stop, 1)) == [1]
+    wire.close()
+    source.close()
+
+
+def test_a_broker_that_stands_still_is_an_error(broker):
+    wire = MqttWire(f"{broker.url}/out", timeout_s=0.5)
+    wire.connect()
+    broker._process.send_signal(signal.SIGSTOP)
+    with pytest.raises(OSError, match=r"not acknowledged by the broker within 0\.5 s"):
+        wire.send(["1\n"])
+    with pytest.raises(OSError, match="no answer to the connection"):
+        wire.connect()
+    broker._process.send_signal(signal.SIGCONT)
+    wire.close()
+
+
+# Addresses
+
+
+def test_addresses():
+    assert parse("mqtt://h/a/+/#", True) == Address("mqtt://h/a/+/#", "h", 1883, "a/+/#", False)
+    assert parse("mqtts://[::1]:99/a%23 b", False) == Address("mqtts://[::1]:99/a%23 b", "::1", 99, "a%23 b", True)
+
+
+@pytest.mark.parametrize(
+    ("url", "problem"),
+    [
+        ("mqtt://h", r"expected mqtt://host\[:port\]/topic"),
+        ("mqtt://h/", r"expected mqtt://host\[:port\]/topic"),
+        ("http://h/a", r"expected mqtt://host\[:port\]/topic"),
+        ("mqtt://h:0/a", "port 0: expected 1 to 65535"),
+        ("mqtt://h:70000/a", "port 70000"),
+        ("mqtt://me:secret@h/a", "by options, not in the address"),
+        ("mqtt://h/a#", "topic 'a#': expected"),
+        ("mqtt://h/#/a", "topic '#/a': expected"),
+        ("mqtt://h/a\0", "NUL"),
+    ],
+)
+def test_addresses_that_can_not_be(url, problem):
+    with pytest.raises(UsageError, match=problem) as caught:
+        parse(url, True)
+    assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("access", "problem"),
+    [
+        (Access(password="x"), "a password without a user name"),
+        (Access("u", "x", "y"), "both a password and a password file"),
+        (Access("u", password_file="/nowhere/x"), "password file /nowhere/x: can't be read"),
+        (Access(ca_file="x"), "certificates are for mqtts://"),
+    ],
+)
+def test_access_that_can_not_be(access, problem):
+    with pytest.raises(UsageError, match=problem):
+        MqttSource("mqtt://127.0.0.1/a", access)
+    with pytest.raises(UsageError, match=problem):
+        MqttWire("mqtt://127.0.0.1/a", access)
+
+
+def test_files_of_tls_that_can_not_be(tmp_path):
+    junk = tmp_path / "junk.pem"
+    junk.write_text("junk")
+    for access in (Access(ca_file=str(junk)), Access(cert_file=str(junk)), Access(ca_file="/nowhere/ca.pem")):
+        with pytest.raises(UsageError, match="certificates can't be used"):
+            MqttSource("mqtts://127.0.0.1/a", access)
+    with pytest.raises(UsageError, match="a key without its certificate"):
+        MqttSource("mqtts://127.0.0.1/a", Access(key_file=str(junk)))
+    with pytest.raises(UsageError, match="topic 'a/#': expected a topic without"):
+        MqttWire("mqtt://127.0.0.1/a/#")

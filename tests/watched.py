@@ -1,0 +1,118 @@
+"""A real run to be looked at: the demo's model and recording, or a random network, paced, in a thread of its own.
+
+``python tests/watched.py :9464`` serves the demo's status page until it is interrupted (``docs/status-page.png``).
+"""
+
+import argparse
+import contextlib
+import io
+import threading
+import time
+from pathlib import Path
+
+from networks import samples_for
+
+from edge_ssm import artifact
+from edge_ssm.engines import create
+from edge_ssm.service.web import serve
+from edge_ssm.stream import frames
+from edge_ssm.stream.live import Facts, Live
+from edge_ssm.stream.loop import Loop
+from edge_ssm.stream.sinks import NdjsonSink
+from edge_ssm.stream.top import file_meter
+from edge_ssm.stream.windows import Windows
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+class Watched:
+    """Steps of a real engine, by a real loop. ``lines`` are CSV rows; they begin anew at their end."""
+
+    def __init__(self, network, lines, hop=None, engine="reference", hz=None, model="demo.safetensors", digest="5eed"):
+        windows = Windows(network, hop)
+        self.engine = create(engine, network, windows.lanes)
+        self.facts = Facts(model, digest, self.engine.name, network.input.sample_rate_hz, source="recording")
+        self.live = Live(NdjsonSink(io.StringIO(), network, logits=False, truth=False), self.facts)
+        self.loop = Loop(self.engine, windows, self.live, "hold")
+        self.account = self.loop.account
+        self._network, self._lines, self._hz = network, lines, hz
+        self.stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def __enter__(self):
+        self.live.watch(self.account)
+        self.facts.ready = True
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error):
+        self.stop.set()
+        self._thread.join()
+        self.live.close()
+
+    def _run(self):
+        decoder, began, taken = frames.decoder("csv", self._network.input), time.perf_counter(), 0
+        while True:
+            for line in self._lines if not taken else self._lines[1:]:
+                for item in decoder.feed(line):
+                    if self._hz:
+                        self.stop.wait(began + taken / self._hz - time.perf_counter())
+                    if self.stop.is_set():
+                        return
+                    self.facts.loop_at, self.facts.source_state = time.monotonic(), "flowing"
+                    self.loop._item(item)
+                    taken += 1
+
+    def until(self, decisions, seconds=30):
+        end = time.monotonic() + seconds
+        while self.account.decisions < decisions:
+            assert time.monotonic() < end, "the run does not decide"
+            time.sleep(0.01)
+        return self
+
+
+def rows(network, n=400, gap_every=0):
+    """CSV of random samples, every ``gap_every``th missing."""
+    lines = [",".join(network.input.channels) + "\n"]
+    for i, sample in enumerate(samples_for(network, 0, n)):
+        values = ["nan" if gap_every and i % gap_every == 0 else f"{v:.6f}" for v in sample]
+        lines.append(",".join(values) + "\n")
+    return [line.encode() for line in lines]
+
+
+def demo(holes=False, **options):
+    """The demo's model over its recording; with ``holes`` some samples are missing, and a row is no row."""
+    found = artifact.load(EXAMPLES / "demo.safetensors")
+    lines = (EXAMPLES / "demo.csv").read_bytes().splitlines(keepends=True)
+    if holes:
+        missing = b",".join([b"nan"] * found.network.d_input) + b",\n"
+        for i in [*range(400, 8000, 1000), *range(403, 8000, 2000), *range(3000, 3230)]:
+            lines[i] = missing
+        lines[5000] = b"0.1,0.2,what is th\n"
+    return Watched(found.network, lines, digest=found.digest, **options)
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Serve the demo's status page.")
+    parser.add_argument("listen")
+    parser.add_argument("--hz", type=float, default=50)
+    parser.add_argument("--hop", type=int, default=50)
+    parser.add_argument("--holes", action="store_true")
+    parser.add_argument("--note", help="ignored: a word for tests/emulated_board.py to find")
+    arguments = parser.parse_args()
+    meter, run = file_meter(), demo(arguments.holes, hz=arguments.hz, hop=arguments.hop, engine="cpu")
+
+    def watts():
+        reading = meter.read() if meter else None
+        total = zip(meter.rails, reading.watts, strict=True) if reading else ()
+        return sum(w for rail, w in total if rail.name in meter.total) or None
+
+    run.live.power = watts
+    with run, contextlib.closing(serve(run.live, arguments.listen, prometheus=True)) as web:
+        print(web.url, flush=True)
+        with contextlib.suppress(KeyboardInterrupt):
+            threading.Event().wait()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,113 @@
+"""Signing artifacts: keys, and the MODEL.sig that edge_ssm/signatures.py reads. docs/signing.md specifies both."""
+
+from __future__ import annotations
+
+import base64
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import msgspec
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+    PublicFormat,
+    load_pem_private_key,
+)
+
+from edge_ssm import artifact, atomic, signatures
+from edge_ssm.errors import RunFailed, SignatureRefused, UsageError
+
+
+def _write_new(path: Path, content: bytes, mode: int) -> None:
+    """A key that is there is never replaced: what it signed could not be signed again."""
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, mode)
+    except FileExistsError:
+        raise UsageError(f"{path}: is there already; give another --output, or remove it if nothing needs it") from None
+    except OSError as error:
+        raise UsageError(f"{path}: can't be written ({error.strerror})") from None
+    with os.fdopen(descriptor, "wb") as file:
+        os.fchmod(file.fileno(), mode)  # whatever the umask is
+        file.write(content)
+
+
+def keygen(output: Path) -> tuple[Path, Path, str]:
+    """A new key pair: OUTPUT.pem (private, PKCS8 PEM, mode 0600), OUTPUT.pub.pem (public, PEM), and its id.
+
+    Raises UsageError if one of the files is there or can't be written.
+    """
+    private, public = Path(f"{output}.pem"), Path(f"{output}.pub.pem")
+    if public.exists():
+        raise UsageError(f"{public}: is there already; give another --output, or remove it if nothing needs it")
+    key = Ed25519PrivateKey.generate()
+    _write_new(private, key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()), 0o600)
+    _write_new(public, key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo), 0o644)
+    return private, public, signatures.key_id(key.public_key())
+
+
+def load_private_key(path: Path) -> Ed25519PrivateKey:
+    """Raises SignatureRefused, naming the file, where it holds no Ed25519 private key."""
+    expected = "expected an Ed25519 private key, the NAME.pem of edge-ssm-build keygen"
+    content = signatures.read_small(path, expected)
+    try:
+        key = load_pem_private_key(content, None)
+    except TypeError:
+        raise SignatureRefused(f"{path}: the key is encrypted; decrypt it first, {expected}") from None
+    except (ValueError, UnsupportedAlgorithm):
+        raise SignatureRefused(f"{path}: no private key in PEM; {expected}") from None
+    if not isinstance(key, Ed25519PrivateKey):
+        raise SignatureRefused(f"{path}: a key of another kind ({type(key).__name__}); {expected}")
+    return key
+
+
+def statement(model: Path) -> signatures.Statement:
+    """What is said of a model: the SHA-256 of its file and the digest of the artifact in it.
+
+    Raises ArtifactError for a model that a device would refuse.
+    """
+    before = signatures.file_digest(model)
+    loaded = artifact.load(model)
+    if signatures.file_digest(model) != before:
+        raise RunFailed(f"{model}: changed while it was read; sign it when it is complete")
+    return signatures.Statement(
+        type_=signatures.STATEMENT_TYPE,
+        subject=[signatures.Subject(model.name, signatures.Digests(before))],
+        predicate_type=signatures.PREDICATE_TYPE,
+        predicate=signatures.Predicate(loaded.digest),
+    )
+
+
+def envelope(payload: bytes, keys: Sequence[Ed25519PrivateKey]) -> bytes:
+    """The DSSE envelope of a payload with one signature a key, as JSON. The same arguments give the same bytes."""
+    signed = signatures.pre_authentication(payload)
+    content = signatures.Envelope(
+        payload=base64.b64encode(payload).decode(),
+        payload_type=signatures.PAYLOAD_TYPE,
+        signatures=[
+            signatures.Signature(base64.b64encode(key.sign(signed)).decode(), signatures.key_id(key.public_key()))
+            for key in keys
+        ],
+    )
+    return msgspec.json.encode(content) + b"\n"
+
+
+def sign(model: Path, keys: Sequence[Path]) -> tuple[Path, list[str]]:
+    """Write MODEL.sig, whole or not at all, with one signature a key file; it, and the ids of the keys.
+
+    Raises UsageError for too many keys, SignatureRefused for a file without a private key, ArtifactError for a model
+    that a device would refuse.
+    """
+    if not 1 <= len(keys) <= signatures.MAX_SIGNATURES:
+        raise UsageError(f"--key: {len(keys)} given, expected 1 to {signatures.MAX_SIGNATURES}")
+    private = [load_private_key(key) for key in keys]
+    target = signatures.signature_path(model)
+    content = envelope(msgspec.json.encode(statement(model)), private)
+    try:
+        atomic.write(target, content)
+    except OSError as error:
+        raise UsageError(f"{target}: can't be written ({error.strerror})") from None
+    return target, [signatures.key_id(key.public_key()) for key in private]
