@@ -62,6 +62,8 @@ class Trial:
     """Decisions missing, or not the recording's, or out of order."""
     lost: dict[str, int]
     """Gaps, malformed rows and dropped frames, by reason."""
+    unaccounted: int
+    """Samples that stand nowhere; those of datagrams that the system threw away are counted as unread."""
     misses: int
     """Deadlines missed by the run's own account: from reading a sample to its decision."""
     late: int
@@ -79,7 +81,9 @@ class Trial:
         """Why this rate is not sustained; empty if it is."""
         allowed = max(1, LATE_SHARE * self.decisions)
         if self.lost or self.samples != self.sent:
-            return f"{self.sent - self.samples} samples missing, {self.lost or 'nothing'} dropped"
+            return (
+                f"{self.sent - self.samples} samples missing, {self.unaccounted} unaccounted for, counted {self.lost}"
+            )
         if self.sender_lag_ms > 1e3 * LATE_S:
             held = "the sender is at its own limit" if self.sender_cpu_share > 0.9 else "the sender is held back"
             return f"{held} by {self.sender_lag_ms:.0f} ms"
@@ -185,6 +189,7 @@ def trial(source: str, engine: str, frames: int, rate: float, seconds: float, ex
         decisions=account["decisions"],
         wrong=wrong,
         lost=lost,
+        unaccounted=sent["sent"] - account["samples"] - frames * lost.get("unread", 0),
         misses=status.get("deadline_misses", 0),
         late=sum(delay > LATE_S for delay in latencies),
         timed=len(latencies),
