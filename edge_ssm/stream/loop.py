@@ -49,7 +49,8 @@ class Account:
     undecided: int = 0
     """Windows that ended without a decision: all skipped, or outputs not finite."""
     dropped: Counter[str] = field(default_factory=Counter)
-    """Frames that got no sample number, by reason: repeated (already taken in), late (overtaken by a newer one)."""
+    """What got no sample number, by reason. Frames: repeated (already taken in), late (overtaken by a newer one).
+    Datagrams: unread (the system threw them away, since they came faster than they were read)."""
     deadline_misses: int = 0
     """Decisions later than the sample period times the budget after their last sample came."""
     reconnects: int = 0
@@ -213,11 +214,14 @@ class Loop:
         began, paced = clock.monotonic(), 0
         self._came_at = began
         token: Any = None
+        unread = account.dropped["unread"]
         try:
             while not stop.requested and not source.ended:
                 received = source.read(stop, ROUND_S)
                 if isinstance(received, Data):
                     self._came()
+                    if source.unread:
+                        account.dropped["unread"] = unread + source.unread
                     items: Iterator[Frame | Malformed] = decoder.feed(received.content)
                     token = received.token if received.token is not None else token
                 elif isinstance(received, Seam):
