@@ -24,6 +24,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,8 @@ EDGE_SSM = [sys.executable, "-c", "from edge_ssm.cli import main; main()"]
 START_S, END_S = 60.0, 15.0
 """For a run to be ready, and for what was sent to arrive."""
 PR_SET_TIMERSLACK = 29
+UNACKNOWLEDGED = 10_000
+"""Messages that a sensor's MQTT client may hold: it has numbers for 65,535."""
 
 Deliver = Callable[[bytes], Any]
 
@@ -89,14 +92,15 @@ def _broker(host: str, port: int, topic: str) -> tuple[Deliver, Callable[[], Non
     client.max_inflight_messages_set(1000)
     client.connect(host, port)
     client.loop_start()
-    last: list[Any] = []
+    waiting: deque[Any] = deque()
 
     def publish(content: bytes) -> None:
-        last[:] = [client.publish(topic, content, qos=1)]
+        waiting.append(client.publish(topic, content, qos=1))
+        if len(waiting) > UNACKNOWLEDGED:
+            waiting.popleft().wait_for_publish(END_S)
 
     def finish() -> None:
-        last[0].wait_for_publish(END_S)
-        client.loop_stop()
+        waiting[-1].wait_for_publish(END_S)  # its thread goes on: to stop it takes a second
 
     return publish, finish
 
@@ -217,6 +221,7 @@ class Run:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             env=environment,
+            cwd=ROOT,  # -c looks there first
         )
         self.pid = self._process.pid
         self.decisions: list[tuple[float, int, str]] = []
