@@ -458,6 +458,19 @@ def _plain(error: Exception) -> str:
     return f"damaged ({message[:200]})"
 
 
+def parse(content: bytes) -> Artifact:
+    """Read and check an artifact that is in memory. Raises ArtifactError."""
+    descriptor = os.memfd_create("artifact", os.MFD_CLOEXEC)
+    try:
+        with os.fdopen(descriptor, "wb", closefd=False) as file:
+            file.write(content)
+        return _load(Path(f"/proc/self/fd/{descriptor}"))
+    except NetworkError as error:
+        raise ArtifactError(str(error)) from None
+    finally:
+        os.close(descriptor)
+
+
 def load(path: str | os.PathLike[str]) -> Artifact:
     """Read and check an artifact. Raises ArtifactError, naming file and place, for whatever is wrong with it."""
     try:

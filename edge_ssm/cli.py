@@ -5,6 +5,7 @@ from __future__ import annotations
 from edge_ssm import interruption
 
 # isort: split
+import errno
 import json
 import os
 import sys
@@ -19,7 +20,8 @@ import msgspec
 from click.core import ParameterSource
 
 import edge_ssm
-from edge_ssm import artifact, profiles
+from edge_ssm import models as model_files
+from edge_ssm import profiles
 from edge_ssm.engines import ENGINES
 from edge_ssm.errors import EdgeSSMError, RunFailed, UsageError
 from edge_ssm.network import Network
@@ -83,7 +85,12 @@ def cli() -> None:
     type=click.Choice(OVERFLOWS),
     help="What a full queue does.  [default: drop-oldest; wait where the input is a file or stdin]",
 )
-@click.option("--engine", metavar="NAME", help=f"auto, {', '.join(ENGINES)}.  [default: auto]")
+@click.option(
+    "--engine",
+    metavar="NAME",
+    help=f"auto, {', '.join(ENGINES)}.  [default: auto; for .onnx and .tflite their own]",
+)
+@click.option("--threads", type=int, metavar="N", help="Of the engines onnx and tflite.  [default: 1]")
 @click.option(
     "--hop",
     type=int,
@@ -151,7 +158,7 @@ def cli() -> None:
 @click.option("--strict", is_flag=True, help="Stop at the first malformed row.")
 @click.pass_context
 def run(context: click.Context, /, config: str | None, stream: bool, **options: Any) -> None:
-    """Classify a sensor stream with MODEL, an artifact of edge-ssm-build."""
+    """Classify a sensor stream with MODEL: an artifact of edge-ssm-build, or a .onnx or .tflite file of its export."""
     from edge_ssm.service import configuration, journal, running
 
     given = {
@@ -217,15 +224,9 @@ def inspect_(model: str, as_json: bool) -> None:
     """Show what MODEL holds: layers, channels, cost of a step, provenance."""
     from edge_ssm import inspect, signatures
 
-    description = inspect.describe(artifact.load(model), signatures.beside(model))
+    found = model_files.load(model)
+    description = inspect.describe_model(found, signatures.beside(model))
     click.echo(json.dumps(description, indent=1) if as_json else inspect.render(description))
-
-
-def _load_signed(model: str, keys: tuple[str, ...]) -> tuple[artifact.Artifact, str]:
-    """The artifact and the id of the key that signed it; only here, since nobody else needs signatures."""
-    from edge_ssm import signatures
-
-    return signatures.load_and_tell(model, [Path(key) for key in keys])
 
 
 @cli.command("verify-signature")
@@ -235,13 +236,18 @@ def _load_signed(model: str, keys: tuple[str, ...]) -> tuple[artifact.Artifact, 
 )
 def verify_signature(model: str, keys: tuple[str, ...]) -> None:
     """Check that MODEL.sig is the signature of MODEL by one of the keys. Exit status 2 if it is not."""
-    loaded, key = _load_signed(model, keys)
+    from edge_ssm import signatures
+
+    loaded, key = signatures.load_and_tell(model, [Path(key) for key in keys])
     click.echo(f"{model}: signed by key {key}, artifact digest {loaded.digest}")
 
 
 @cli.command()
 @click.argument("models", metavar="[MODEL]...", nargs=-1)
 @click.option("--engine", "--engines", "engines", default="auto", show_default=True, metavar="NAME[,NAME...]|all")
+@click.option(
+    "--threads", type=click.IntRange(1, 256), metavar="N", help="Of the engines onnx and tflite.  [default: 1]"
+)
 @click.option("--chunk", "chunks", default="1", show_default=True, metavar="N[,N...]", help="Samples a call.")
 @click.option("--lanes", default="1", show_default=True, metavar="N[,N...]", help="Streams at once.")
 @click.option(
@@ -333,6 +339,7 @@ def _profile(models: tuple[str, ...], engines: str, options: dict[str, Any], nam
         quick=quick,
         seed=options["seed"],
         profile=_firmware_profile(options["profile_"]),
+        threads=options["threads"],
     )
     measured = profiling.measure(request)
     failures = []
@@ -466,11 +473,18 @@ def profiles_detect() -> None:
     help="A file; for a GPU a folder.  [default: this machine's folder of compiled kernels]",
 )
 @click.option("--assembly", type=NotEmpty(), metavar="FILE", help="Write the assembly there, to be read.")
-def compile_(target: str, output: str | None, assembly: str | None) -> None:
+@click.option("--if-missing", is_flag=True, help="Only if no kernel that is kept runs here.")
+def compile_(target: str, output: str | None, assembly: str | None, if_missing: bool) -> None:
     """Compile an engine's kernels ahead of their first use, here or for a device that shall need no compiler."""
     from edge_ssm.engines import compiled, cuda_store
     from edge_ssm.monitor import report
 
+    if if_missing:
+        if target != "host" or output is not None or assembly is not None:
+            raise UsageError("--if-missing: only for this machine's own kernel, without another option")
+        if (there := compiled.best()) is not None:
+            click.echo(f"{compiled.folder()}: has a kernel for {there.header.target}")
+            return
     if target.startswith("sm_"):
         if assembly is not None:
             raise UsageError("--assembly: not for a GPU; its kernels are PTX, which is text")
@@ -499,6 +513,79 @@ def doctor_(as_json: bool) -> None:
     click.echo(json.dumps(doctor.as_json(findings), indent=1) if as_json else doctor.render(findings))
 
 
+@cli.group("service")
+def service_() -> None:
+    """Streams as services of systemd: check a configuration, install it, see how it does."""
+
+
+@service_.command("check")
+@click.argument("file", type=NotEmpty())
+def service_check(file: str) -> None:
+    """Read the configuration FILE and everything it names, and print what will run. Opens no device, no port."""
+    from edge_ssm.service import checking
+
+    plan = checking.check(file)
+    for warning in plan.warnings:
+        click.echo(f"edge-ssm: warning: {warning}", err=True)
+    click.echo(plan.render())
+
+
+@service_.command("install")
+@click.argument("name")
+@click.option(
+    "--config",
+    required=True,
+    type=NotEmpty(),
+    metavar="FILE",
+    help="Its configuration; copied, with what lies beside it.",
+)
+@click.option("--loopback", is_flag=True, help="Let it use addresses of this machine.")
+@click.option("--network", is_flag=True, help="Let it use any address.")
+@click.option("--serial", is_flag=True, help="Let it use serial lines.")
+@click.option("--iio", is_flag=True, help="Let it use IIO buffers.")
+@click.option("--gpu", is_flag=True, help="Let it use a Jetson's GPU.")
+@click.option("--socket", is_flag=True, help="systemd opens the socket that the source listens on.")
+@click.option(
+    "--root",
+    type=NotEmpty(),
+    default="/",
+    show_default=True,
+    metavar="DIR",
+    help="Of the system that it is installed in.",
+)
+@click.option("--no-start", is_flag=True, help="Only with the next boot.")
+@click.option("--force", is_flag=True, help="Replace a configuration, model or key that is there and differs.")
+def service_install(
+    name: str, config: str, socket: bool, root: str, no_start: bool, force: bool, **flags: bool
+) -> None:
+    """Install and start edge-ssm@NAME.service, started at every boot from now on."""
+    from edge_ssm.service import install
+
+    openings = tuple(opening for opening in install.OPENINGS if flags[opening])
+    request = install.Request(name, config, openings, socket, Path(root).absolute(), not no_start, force)
+    install.install(request, click.echo)
+
+
+@service_.command("uninstall")
+@click.argument("name")
+@click.option("--purge", is_flag=True, help="Its configuration, snapshots and cache too.")
+@click.option("--root", type=NotEmpty(), default="/", show_default=True, metavar="DIR")
+def service_uninstall(name: str, purge: bool, root: str) -> None:
+    """Stop edge-ssm@NAME.service and take it away."""
+    from edge_ssm.service import install
+
+    install.uninstall(name, purge, Path(root).absolute(), click.echo)
+
+
+@service_.command("status")
+@click.argument("name", required=False)
+def service_status(name: str | None) -> None:
+    """What systemd and the run itself say of NAME, or of all."""
+    from edge_ssm.service import instances
+
+    click.echo(instances.describe(name))
+
+
 def run_command(command: click.Command, prog_name: str) -> int:
     """Run a click command; errors become one line on stderr. Returns the exit status (edge_ssm.errors)."""
     try:
@@ -513,7 +600,8 @@ def run_command(command: click.Command, prog_name: str) -> int:
         return 0
     except OSError as error:  # of standard output: whatever opens a file says so itself, and names it
         _give_up_output()
-        named = "output: can't be written" if error.filename is None else error.filename
+        lost = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EPIPE)
+        named = error.filename or ("output: can't be written" if lost else "the system refused a call")
         message, status = f"{named} ({error.strerror})", 1
     except KeyboardInterrupt:
         message, status = "interrupted", interruption.INTERRUPTED

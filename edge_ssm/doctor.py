@@ -18,7 +18,8 @@ from typing import Any
 import psutil
 
 import edge_ssm
-from edge_ssm.engines import GPU_NODES, compiled
+from edge_ssm.engines import ENGINES, GPU_NODES, compiled
+from edge_ssm.engines.wheels import note
 from edge_ssm.profiles import board_name, matching
 
 OLDEST, NEWEST = (3, 10), (3, 12)
@@ -74,6 +75,40 @@ def _cuda_driver() -> Finding:
     return Finding("cuda driver", bool(nodes), ", ".join(nodes) or "no device node", add)
 
 
+def _onnx_runtime() -> Finding:
+    name = "onnx runtime"
+    plain, gpu = _package("onnxruntime"), _package("onnxruntime-gpu")
+    if plain and gpu:
+        found = f"onnxruntime {plain} and onnxruntime-gpu {gpu}, which overwrite each other"
+        return Finding(name, False, found, "pip uninstall both, then pip install one of them")
+    if not plain and not gpu:
+        return Finding(name, False, "not installed", f"{ENGINES['onnx'].hint} ({note('onnx')})")
+    found = f"onnxruntime-gpu {gpu}" if gpu else f"onnxruntime {plain}"
+    if gpu and not any(os.path.exists(node) for node in GPU_NODES):
+        found += "; no GPU here, so the engine onnx runs on the CPU"
+    return Finding(name, True, f"{found}; {_makes_graphs('onnx')}")
+
+
+def _litert() -> Finding:
+    name = "litert"
+    current, older = _package("ai-edge-litert"), _package("tflite-runtime")
+    if current:
+        return Finding(name, True, f"ai-edge-litert {current}; {_makes_graphs('flatbuffers')}")
+    if not older:
+        return Finding(name, False, "not installed", f"{ENGINES['tflite'].hint} ({note('tflite')})")
+    numpy = _package("numpy") or "0"
+    if int(numpy.partition(".")[0]) >= 2:
+        return Finding(name, False, f"tflite-runtime {older} does not run with numpy {numpy}", "pip install 'numpy<2'")
+    return Finding(name, True, f"tflite-runtime {older}; only exported files run")
+
+
+def _makes_graphs(package: str) -> str:
+    found = _package(package)
+    if found:
+        return f"artifacts run too ({package} {found})"
+    return f"only exported files run; artifacts too after pip install {package}"
+
+
 def _power_sensors() -> Finding:
     found = []
     for path in sorted(Path("/sys/class/hwmon").glob("hwmon*/name")):
@@ -119,9 +154,9 @@ _CHECKS: tuple[Callable[[], Finding], ...] = (
     lambda: _first_package("numba (compiles it)", ("numba",), "pip install numba"),
     _cuda_driver,
     lambda: _first_package("numba-cuda", ("numba-cuda",), "pip install 'edge-ssm[cuda]'"),
-    lambda: _first_package("onnx runtime", ("onnxruntime-gpu", "onnxruntime"), "pip install 'edge-ssm[onnx]'"),
-    lambda: _first_package("litert", ("ai-edge-litert", "tflite-runtime"), "pip install 'edge-ssm[tflite]'"),
     lambda: _first_package("cryptography", ("cryptography",), "pip install 'edge-ssm[signing]' (for signed models)"),
+    _onnx_runtime,
+    _litert,
     _jtop,
     _power_sensors,
     lambda: _first_package("torch (host tool)", ("torch",), "pip install 'edge-ssm[host]' (on the workstation only)"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from edge_ssm.artifact import Artifact
+from edge_ssm.models import Model
 from edge_ssm.network import TokenEncoder, cost
 
 
@@ -68,6 +69,24 @@ def describe(artifact: Artifact, signature: str | None = None) -> dict[str, Any]
     }
 
 
+def describe_model(model: Model, signature: str | None = None) -> dict[str, Any]:
+    """Of an exported file its artifact, and under ``graph`` what is its own."""
+    description = describe(model.artifact, signature)
+    if model.exported is not None:
+        graph, document = model.exported.graph, model.exported.document
+        description["graph"] = {
+            "kind": graph.kind,
+            "digest": document.digest,
+            "file_bytes": len(graph.content),
+            "weights": graph.form.weights,
+            "chunk": graph.form.chunk,
+            "max_error": document.measured.max_error,
+            "samples": document.measured.samples,
+            "samples_from": document.measured.samples_from,
+        }
+    return description
+
+
 def render(description: dict[str, Any]) -> str:
     """``describe``'s result as a page of text."""
     d = description
@@ -106,10 +125,23 @@ def render(description: dict[str, Any]) -> str:
         *([f"  rounding    changed a logit by up to {d['rounding_error']:.1e}"] if d["rounding_error"] else []),
         f"  file        {d['file_bytes']:,} bytes, format {d['format_version']}, digest {d['digest'][:16]}...",
         f"  signature   {signed}",
+        *(_graph(d["graph"]) if "graph" in d else []),
         "  provenance",
         *(f"    {line}" for line in _outline(d["provenance"])),
     ]
     return "\n".join(lines)
+
+
+def _graph(graph: dict[str, Any]) -> list[str]:
+    chunk = {0: "chunks of any number", 1: "single samples"}.get(
+        graph["chunk"], f"single samples and chunks of {graph['chunk']}"
+    )
+    return [
+        f"  exported    {graph['kind']}, {graph['file_bytes']:,} bytes, digest {graph['digest'][:16]}...; "
+        "the file above is its source, which is in it",
+        f"              {graph['weights']} mixing weights, {chunk}; off by up to {graph['max_error']:.1e} on "
+        f"{graph['samples']} samples ({graph['samples_from']})",
+    ]
 
 
 def _span(values: list[int]) -> str:

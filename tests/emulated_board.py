@@ -224,8 +224,11 @@ def measure(arguments):
             if shared.held_up() > HELD_UP_S and repeated < arguments.runs:
                 repeated += 1
                 continue
-            waiting.pop(0)
             energy = per_step(run.trace, run.blocks, "work")
+            if energy is None and repeated < arguments.runs:
+                repeated += 1  # too few readings in a block: nothing is stated
+                continue
+            waiting.pop(0)
             work = [b for b in run.blocks if b.kind == "work"]
             mean = 1e6 * sum(b.end_s - b.begin_s for b in work) / sum(b.steps for b in work)
             row = {

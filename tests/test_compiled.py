@@ -199,6 +199,18 @@ def test_where_kernels_are_kept(monkeypatch):
     assert compiled.folder() == Path("/var/cache/edge-ssm")
     monkeypatch.setenv("EDGE_SSM_CACHE", "/k")
     assert compiled.folder() == Path("/k")
+    monkeypatch.setenv("EDGE_SSM_CACHE", "/own:/root's")
+    assert compiled.folder() == Path("/own")
+    assert compiled.folders() == [Path("/own"), Path("/root's")]
+
+
+def test_a_kernel_of_the_second_folder_is_found(monkeypatch, tmp_path):
+    monkeypatch.setenv("EDGE_SSM_CACHE", str(tmp_path / "second"))
+    compiled.build()
+    monkeypatch.setenv("EDGE_SSM_CACHE", f"{tmp_path / 'first'}:{tmp_path / 'second'}")
+    monkeypatch.setattr(compiled, "build", lambda: pytest.fail("compiled anew"))
+    monkeypatch.setattr(compiled, "_loaded", None)
+    assert compiled.load().header.machine == os.uname().machine
 
 
 def test_the_floating_point_mode_is_the_caller_s_again():

@@ -413,3 +413,26 @@ def test_wrong_use_is_one_line(small, arguments, problem):
     assert run.returncode == 2
     (line,) = said.splitlines()
     assert problem in line
+
+
+def test_a_reloaded_model_leads_its_family(small, tmp_path):
+    """After a reload the way back from a smaller member ends at the new model, not at the one that was replaced."""
+    model, out = tmp_path / "m.safetensors", tmp_path / "out"
+    model.write_bytes((small / "m.safetensors").read_bytes())
+    with (tmp_path / "log").open("wb") as log:
+        run = subprocess.Popen(
+            [*EDGE_SSM, "run", model, "--input", small / "s.csv", "--pace", "--reload", "--member"]
+            + [small / "s.safetensors", "--deadline", "0.0001", "--settle", "1", "--output", out],
+            stderr=log,
+        )
+    said = (tmp_path / "log").read_text
+    until(lambda: "moved to the smaller" in said())
+    fresh = tmp_path / "fresh"
+    artifact.save(fresh, artifact.load(small / "m.safetensors").network, {"another": True})
+    digest = artifact.load(fresh).digest[:12]
+    fresh.replace(model)
+    run.send_signal(signal.SIGHUP)
+    until(lambda: f"reloaded, digest {digest}" in said())
+    until(lambda: said().count("moved to the smaller") == 2)
+    run.send_signal(signal.SIGTERM)
+    assert run.wait(30) == 0

@@ -396,7 +396,7 @@ def clock_stepped(folder, runs):
     if library is None:
         raise SystemExit("faketime is not installed")
     clock = folder / "clock"
-    clock.write_text("+0")
+    clock.write_text("+0\n")
     environment = {
         "LD_PRELOAD": str(library), "FAKETIME_TIMESTAMP_FILE": str(clock), "FAKETIME_NO_CACHE": "1",
         "DONT_FAKE_MONOTONIC": "1", "FAKETIME_DONT_FAKE_MONOTONIC": "1",
@@ -410,7 +410,8 @@ def clock_stepped(folder, runs):
     sensor = Sensor(lambda numbers: send(ndjson(numbers)))
     for i in range(runs):
         time.sleep(0.5)
-        clock.write_text(("-10d", "+400d", "-1h", "+7")[i % 4])
+        (folder / "clock.new").write_text(("-10d", "+400d", "-1h", "+7")[i % 4] + "\n")
+        os.replace(folder / "clock.new", clock)  # half a file would make the clock itself fail
     time.sleep(0.5)
     sent, account, decisions = finished(service, sensor, folder / "out")
     return {

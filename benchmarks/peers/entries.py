@@ -21,7 +21,10 @@ REQUIRES = {
     "LiteRT": ("ai_edge_litert", "flatbuffers"),
     "LiteRT in place": ("ai_edge_litert", "flatbuffers"),
     "JAX": ("jax",),
+    "edge-ssm on ONNX Runtime": ("onnx", "onnxruntime"),
+    "edge-ssm on LiteRT": ("ai_edge_litert", "flatbuffers"),
 }
+ENGINES = {"edge-ssm on ONNX Runtime": "onnx", "edge-ssm on LiteRT": "tflite"}
 
 
 def missing(name: str) -> list[str]:
@@ -30,6 +33,10 @@ def missing(name: str) -> list[str]:
 
 
 def make(name: str, parts: Parts) -> Step:
+    if name in ENGINES:
+        from edge_ssm.engines import create
+
+        return create(ENGINES[name], parts.network).step
     if name == "NumPy" or name == "JAX":
         from peers import plain
 

@@ -52,8 +52,8 @@ def draw(rows: dict[tuple[str, str], Any], shapes: list[str], entries: list[str]
     axes.set_xticks(range(len(shapes)), shapes)
     axes.set_ylabel("times edge-ssm's step")
     axes.set_title("One sample a step, one core, float32: time over that of edge-ssm's CPU engine")
-    figure.legend(loc="lower center", fontsize=8, ncols=6)
-    figure.tight_layout(rect=(0, 0.1, 1, 1))
+    figure.legend(loc="lower center", fontsize=8, ncols=5)
+    figure.tight_layout(rect=(0, 0.13, 1, 1))
     figure.savefig(path, dpi=100)
 
 

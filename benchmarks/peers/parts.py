@@ -50,6 +50,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class Parts:
+    network: Network
     h: int
     mean: Array  # (d_input,) float32
     scale: Array  # (d_input,) float32, 1 / std
@@ -82,6 +83,7 @@ def parts_of(network: Network) -> Parts:
     assert isinstance(network.encoder, LinearEncoder)
     assert not network.prenorm
     return Parts(
+        network,
         network.d_model,
         network.input.mean.astype(np.float32),
         (1 / network.input.std).astype(np.float32),

@@ -42,6 +42,10 @@ class Engine(ABC):
     """Of the outputs."""
     lost: str = ""
     """Why the engine was replaced by another while it ran (``fallback``); empty if it was not."""
+    where: str = ""
+    """On what it runs, where its runtime chose that."""
+    warning: str = ""
+    """What its user should know of that choice, in one line."""
 
     def __init__(self, network: Network, lanes: int = 1) -> None:
         if lanes < 1:

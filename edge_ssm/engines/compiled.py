@@ -11,6 +11,7 @@ import hashlib
 import os
 import sys
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -26,9 +27,16 @@ _LIMIT = 1 << 20
 _loaded: Kernel | None = None
 
 
+def folders() -> list[Path]:
+    """Where compiled kernels are looked for. The first is ``folder``; $EDGE_SSM_CACHE may name more, with colons
+    between them: a service reads those that only root can write."""
+    return [folder(), *(Path(part) for part in os.environ.get("EDGE_SSM_CACHE", "").split(":")[1:] if part)]
+
+
 def folder() -> Path:
-    """$EDGE_SSM_CACHE, else the folder that systemd made for the service, else the user's cache folder."""
-    if named := os.environ.get("EDGE_SSM_CACHE"):
+    """Where they are kept: $EDGE_SSM_CACHE, else the folder that systemd made for the service, else the user's cache
+    folder."""
+    if named := os.environ.get("EDGE_SSM_CACHE", "").split(":")[0]:
         return Path(named)
     if service := os.environ.get("CACHE_DIRECTORY"):
         return Path(service.split(":")[0])
@@ -51,16 +59,12 @@ def load(before_compiling: Callable[[], None] = lambda: None) -> Kernel:
 
 def best() -> Image | None:
     """The kept image that ``load`` takes: of those that run here, the one that makes most of the processor."""
-    try:
-        paths = sorted(path for path in folder().iterdir() if path.suffix == SUFFIX)
-    except OSError:
-        return None
     found = []
-    for path in paths:
-        try:
-            found.append(read(path))
-        except InputRefused:
-            continue
+    for place in folders():
+        with suppress(OSError):
+            for path in sorted(path for path in place.iterdir() if path.suffix == SUFFIX):
+                with suppress(InputRefused):
+                    found.append(read(path))
     return max(found, key=lambda made: len(made.header.features), default=None)
 
 

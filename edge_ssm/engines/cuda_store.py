@@ -74,10 +74,10 @@ def decode(content: bytes) -> Kernel:
 
 
 def kept(target: str) -> dict[str, Kernel]:
-    """Of the folder, name -> kernel for ``target``."""
+    """Of the folders, name -> kernel for ``target``."""
     found = {}
-    folder = compiled.folder()
-    for path in sorted(folder.glob(f"*{SUFFIX}")) if folder.is_dir() else []:
+    places = [place for place in compiled.folders() if os.access(place, os.R_OK | os.X_OK)]
+    for path in [path for place in places for path in sorted(place.glob(f"*{SUFFIX}"))]:
         try:
             kernel = decode(compiled.content_of(path, _LIMIT))
         except InputRefused:

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edge_ssm.engines.base import Engine, refusal
-from edge_ssm.network import SSM, Array, Block, Network, Norm, TokenEncoder, input_range
+from edge_ssm.network import SSM, Array, Block, Mixing, Network, Norm, TokenEncoder, input_range
 
 _erf = np.frompyfunc(math.erf, 1, 1)
 
@@ -69,13 +69,18 @@ class ReferenceEngine(Engine):
         y = ssm.D * v
         if len(ssm.active):
             y[:, ssm.active] += self._ssm(i, ssm, v[:, ssm.active])
-        z = gelu(y[:, mixing.columns]) @ self._weights[i].T + mixing.bias[mixing.stacked_rows()].astype(np.float64)
-        if mixing.kind == "glu":
-            value, gate = np.split(z, 2, axis=-1)
-            z = value * sigmoid(gate)
         u = u + self._constants[i]
-        u[:, mixing.rows] += z
+        u[:, mixing.rows] += self._mix(i, mixing, gelu(y[:, mixing.columns]))
         return normalise(block.norm, u) if block.norm and not self.network.prenorm else u
+
+    def _mix(self, i: int, mixing: Mixing, g: Array) -> Array:
+        """(lanes, G) -> (lanes, R)."""
+        z: Array = g @ self._weights[i].T + mixing.bias[mixing.stacked_rows()].astype(np.float64)
+        if mixing.kind == "plain":
+            return z
+        value, gate = np.split(z, 2, axis=-1)
+        gated: Array = value * sigmoid(gate)
+        return gated
 
     def _ssm(self, i: int, ssm: SSM, v: Array) -> Array:
         """(lanes, K) -> (lanes, K): the recurrence of ``discretize.StepParameters`` and its output without D."""

@@ -15,13 +15,13 @@ from pathlib import Path
 import numpy as np
 
 import edge_ssm
-from edge_ssm import artifact
+from edge_ssm import models
 from edge_ssm.engines import ENGINES, Engine, choice, create, left_out
 from edge_ssm.errors import EngineUnavailable, UsageError
 from edge_ssm.monitor import machine, protocol, report
 from edge_ssm.monitor.energy import mean_power
 from edge_ssm.monitor.protocol import Activity, open_meter
-from edge_ssm.monitor.report import MeterInfo, Model, Report
+from edge_ssm.monitor.report import MeterInfo, Report
 from edge_ssm.monitor.sampler import Sampler
 from edge_ssm.network import Array, Network, input_range
 from edge_ssm.printable import printable
@@ -51,19 +51,21 @@ class Request:
     quick: bool = False
     seed: int = 0
     profile: NamedProfile | None = None
+    threads: int | None = None
+    """Of the engines that run exported graphs."""
 
 
 def measure(request: Request) -> Report:
     """Raises what loading a model, making an engine and opening a named meter raise, and UsageError."""
     runtime = None if request.profile is None else request.profile.profile.runtime
-    loaded = [(path, artifact.load(path)) for path in request.models]
+    loaded = [(path, models.load(path)) for path in request.models]
     activities: list[Activity] = []
     model_of: dict[str, str] = {}
     notes: list[str] = []
     for path, found in loaded:
-        names = list(request.engines)
+        names = list(dict.fromkeys(found.engine(name) for name in request.engines))
         if names == ["all"]:
-            absent = left_out(found.network)
+            absent = left_out(found.network, found.graph)
             names = [name for name in ENGINES if name not in absent]
             notes += [note for why in absent.values() if (note := f"left out: {why}") not in notes]
         samples, samples_from = _samples(found.network, request.recording, request.read)
@@ -72,15 +74,19 @@ def measure(request: Request) -> Report:
         for name, chunk, lanes in product(names, request.chunks, request.lanes):
             try:
                 waits, allowed = (runtime.gpu_waits, runtime.engines) if runtime else ("spin", None)
-                if name == "auto":
+                if name == "auto" and request.threads is None:
                     engine = choice.choose(found.network, lanes, waits, allowed)[0]
                 else:
-                    engine = create(name, found.network, lanes, waits)
+                    engine = create(name, found.network, lanes, waits, found.graph, _threads(request, name, names))
             except EngineUnavailable as error:
                 if len(names) == 1:
                     raise
                 notes.append(f"left out: {error}")
                 continue
+            if engine.where and (note := f"engine {name}: {engine.where}") not in notes:
+                notes.append(note)
+            if engine.warning and engine.warning not in notes:
+                notes.append(engine.warning)
             for activity in _activities(engine, samples, chunk, found.network, request, runtime):
                 stem = f"{printable(Path(path).stem)} " if len(loaded) > 1 else ""
                 activity.name = f"{stem}{activity.name}"
@@ -129,7 +135,7 @@ def measure(request: Request) -> Report:
         notes=notes + run.notes,
         machine=machine.describe(),
         profile=None if request.profile is None else request.profile.name,
-        models=[Model(printable(path), found.digest) for path, found in loaded],
+        models=[report.Model(printable(path), found.digest) for path, found in loaded],
         samples_from=printable(samples_from),
         rounds=request.rounds,
         block_s=request.block_s,
@@ -149,6 +155,11 @@ def measure(request: Request) -> Report:
         results=results,
         curves=report.curves(run),
     )
+
+
+def _threads(request: Request, name: str, names: Sequence[str]) -> int | None:
+    """Among several engines the number is for those that take one."""
+    return request.threads if len(names) == 1 or (name in ENGINES and ENGINES[name].graphs) else None
 
 
 def _activities(

@@ -144,6 +144,7 @@ class Attendant(stream.Attendant):
                 self._live.adopt(new.network)
             loop.account.reloads += 1
             self._now_runs(new)
+            self._lead_family(new)
             loop.note("reloaded", model=new.path, digest=new.digest[:12], changed=True)
             self._say(f"{new.path}: reloaded, digest {new.digest[:12]}, engine {new.why}")
             self._notifier.ready(f"runs {new.path}, digest {new.digest[:12]}")
@@ -153,6 +154,18 @@ class Attendant(stream.Attendant):
         else:
             self._say(f"{new.path}: ready, digest {new.digest[:12]}; taken over when the open window ends")
             loop.at_rest(swap)
+
+    def _lead_family(self, new: Candidate) -> None:
+        """A reloaded model takes the place of the largest member, if the others can follow it."""
+        adaptive = self._adaptive
+        if adaptive is None:
+            return
+        if all(same_windows(member.network, new.network) for member in adaptive.members[1:]):
+            adaptive.members[0] = new
+            adaptive.ladder.rung = 0
+        else:
+            self._adaptive = None
+            self._say(f"{new.path}: its windows or labels are not those of the smaller members; no moves any more")
 
     def _hand_over(self, new: Candidate) -> None:
         old = self._loop.engine.snapshot()

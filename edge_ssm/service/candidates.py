@@ -9,12 +9,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from edge_ssm import artifact
+from edge_ssm import models
 from edge_ssm.engines import Engine, choice
 from edge_ssm.errors import EdgeSSMError, InputRefused
 from edge_ssm.network import Network, at_sample_rate
 
 LOOK_S = 1.0
+OTHER_SAMPLES = 4.0
+"""The self-test's samples are not the exporter's."""
 
 
 @dataclass(frozen=True)
@@ -26,21 +28,23 @@ class Candidate:
     engine: Engine
     why: str
     """Of the engine: its name, and the trial that chose it."""
+    off_by: float = 0.0
+    """What an output may be off by, as an exported file's exporter measured it; 0: as its network allows."""
 
 
-def load(path: str, sample_rate: float | None, keys: list[str]) -> tuple[Network, str]:
-    """A network at the stream's rate, and its artifact's digest; with ``keys``, only what one of them signed.
+def load(path: str, sample_rate: float | None, keys: list[str]) -> tuple[models.Model, Network]:
+    """A model, and its network at the stream's rate; with ``keys``, only what one of them signed.
 
     Raises EdgeSSMError.
     """
     if keys:
         from edge_ssm import signatures
 
-        found = signatures.load(path, [Path(key) for key in keys])
+        found = models.Model(signatures.load(path, [Path(key) for key in keys]))
     else:
-        found = artifact.load(path)
+        found = models.load(path)
     network = found.network if sample_rate is None else at_sample_rate(found.network, sample_rate)
-    return network, found.digest
+    return found, network
 
 
 def same_windows(a: Network, b: Network) -> bool:
@@ -48,14 +52,17 @@ def same_windows(a: Network, b: Network) -> bool:
     return (a.window, a.pooling, a.task, a.labels, a.d_output) == (b.window, b.pooling, b.task, b.labels, b.d_output)
 
 
+def check_channels(path: str, network: Network, running: Network) -> None:
+    """Raises InputRefused unless both read the same channels."""
+    channels = network.input.channels
+    if channels != running.input.channels:
+        raise InputRefused(f"{path}: reads {', '.join(channels)}; the stream has {', '.join(running.input.channels)}")
+
+
 def check_beside(candidate: Candidate, running: Network) -> None:
     """Raises EdgeSSMError unless the candidate can take the running stream over and computes what it should."""
-    channels = candidate.network.input.channels
-    if channels != running.input.channels:
-        raise InputRefused(
-            f"{candidate.path}: reads {', '.join(channels)}; the stream has {', '.join(running.input.channels)}"
-        )
-    if problem := choice.self_test(candidate.engine):
+    check_channels(candidate.path, candidate.network, running)
+    if problem := choice.self_test(candidate.engine, OTHER_SAMPLES * candidate.off_by):
         raise InputRefused(f"{candidate.path}: self-test failed, {problem}")
 
 

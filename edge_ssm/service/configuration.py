@@ -50,6 +50,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     gap: GapPolicy = "hold"
     max_gap: CountOrNone | None = None
     engine: Text = "auto"
+    threads: Annotated[int, msgspec.Meta(ge=1, le=256)] | None = None
     profile: Text = "auto"
     chunk: Text | Count | None = None
     latency_budget: Positive | None = None
@@ -95,6 +96,7 @@ SECTIONS: dict[str, dict[str, str]] = {
     "gap": {"policy": "gap", "max": "max_gap"},
     "engine": {
         "name": "engine",
+        "threads": "threads",
         "profile": "profile",
         "chunk": "chunk",
         "latency_budget": "latency_budget",
@@ -152,6 +154,17 @@ class _File:
             if name is not None and re.match(rf"\s*\"?{re.escape(name)}\"?\s*[.=]", line):
                 return f"{self.path}, line {number}"
         return self.path
+
+
+def where(path: str, field: str) -> str:
+    """``path, line n: section.key`` of a field, for messages; the section's line where the key is not given."""
+    section, key = next((s, k) for s, keys in SECTIONS.items() for k, name in keys.items() if name == field)
+    try:
+        file = _File(path, Path(path).read_text(errors="replace")[:LARGEST])
+    except OSError:
+        return f"{path}: {section}.{key}"
+    place = file.line(section, key)
+    return f"{place if place != path else file.line(section)}: {section}.{key}"
 
 
 def read(path: str) -> dict[str, Any]:

@@ -165,12 +165,15 @@ class Keeper:
     def finish(self, loop: Loop, source: Source, limit_s: float = 5.0) -> str:
         """At the end of a run: the last snapshot, once all that was decided is out."""
         end = time.monotonic() + limit_s
-        while self._taken is not None and time.monotonic() < end:
-            self.round(loop, source, self._token)
-            time.sleep(0.005)
+        self._drain(loop, source, end)
         if self._taken is None:
             self._take(loop, source, time.monotonic())
-            while self._taken is not None and time.monotonic() < end:
-                self.round(loop, source, self._token)
-                time.sleep(0.005)
+            self._drain(loop, source, end)
         return self._problem
+
+    def _drain(self, loop: Loop, source: Source, end: float) -> None:
+        """Until what was taken is written and acknowledged, or ``end`` (time.monotonic())."""
+        pause = threading.Event()
+        while self._taken is not None and time.monotonic() < end:
+            self.round(loop, source, self._token)
+            pause.wait(0.005)

@@ -11,7 +11,7 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from edge_ssm import profiles
+from edge_ssm import models, profiles
 from edge_ssm.engines import Engine, create
 from edge_ssm.errors import EngineUnavailable, SnapshotError, UsageError
 from edge_ssm.network import Network
@@ -78,12 +78,9 @@ def run(settings: Settings, say: Say) -> Outcome:
 
 
 def _run(settings: Settings, say: Say, stack: ExitStack) -> Outcome:
-    network, digest = candidates.load(settings.model, settings.sample_rate, settings.require_signature)
+    model, network = candidates.load(settings.model, settings.sample_rate, settings.require_signature)
     pace = network.input.sample_rate_hz
-    if settings.pace and pace is None:
-        raise UsageError("--pace: the model states no sample rate; give --sample-rate")
-    if settings.time_gaps and pace is None:
-        raise UsageError("--time-gaps: the model states no sample rate; give --sample-rate")
+    check_rate(settings, network)
 
     def make_windows(of: Network) -> Windows:
         return Windows(of, settings.hop, settings.carry)
@@ -92,11 +89,11 @@ def _run(settings: Settings, say: Say, stack: ExitStack) -> Outcome:
     source = open_source(settings.input, network.input, settings.follow, settings.pace)
     stack.callback(source.close)
     codec = settings.format or frames.guess_format(settings.input)
-    decoder = source.decoder or frames.decoder(codec, network.input, _scale(settings.scale))
+    decoder = source.decoder or frames.decoder(codec, network.input, scale_factors(settings.scale))
     named = firmware_profile(settings.profile, say)
     keep_to(settings.affinity, named)
-    engine, why = make_engine(settings.engine, network, windows.lanes, named, say)
-    running = Candidate(settings.model, digest, network, engine, why)
+    running = candidate(settings, settings.model, model, network, windows.lanes, named, say)
+    engine = running.engine
     overflow: Overflow = settings.overflow or ("drop-oldest" if source.live else "wait")
     outlet = open_outlet(
         settings.output,
@@ -108,7 +105,7 @@ def _run(settings: Settings, say: Say, stack: ExitStack) -> Outcome:
     )
     sink = sinks.make(_sink_format(settings), outlet or sinks.stdout(), network, settings.logits, settings.truth)
     chunk = _chunk(settings, str(named.profile.runtime.chunk) if named else "1", engine, windows)
-    facts = Facts(settings.model, digest, engine.name, pace, named.name if named else None, source.name)
+    facts = Facts(settings.model, model.digest, engine.name, pace, named.name if named else None, source.name)
     live = Live(sink, facts)
     stack.callback(live.close)
     periods = settings.deadline or (named.profile.runtime.deadline_periods if named else 1.0)
@@ -128,6 +125,8 @@ def _run(settings: Settings, say: Say, stack: ExitStack) -> Outcome:
     keeper = Keeper(_state_folder(settings), settings.snapshot_interval, source.name, outlet, decoder)
     notifier = Notifier()
     stop = Stop(hangups=settings.reload)
+    if outlet is not None:
+        outlet.while_waiting = lambda: _waits(notifier, stop)
     adaptive = _adaptive(settings, running, windows, named, say)
     attendant = Attendant(
         loop,
@@ -167,6 +166,19 @@ def _run(settings: Settings, say: Say, stack: ExitStack) -> Outcome:
     if engine.lost:
         why += f", lost in mid-stream ({engine.lost}); {engine.name} took over"
     return Outcome(account, engine.network, why, chunk, source.name, codec)
+
+
+def _waits(notifier: Notifier, stop: Stop) -> bool:
+    """A loop that waits for its reader, as it was told to, is not stuck. False: it shall end."""
+    notifier.alive()
+    return not stop.requested
+
+
+def check_rate(settings: Settings, network: Network) -> None:
+    """Raises UsageError where a setting needs the sample rate and nobody states it."""
+    for name, wanted in (("--pace", settings.pace), ("--time-gaps", settings.time_gaps)):
+        if wanted and network.input.sample_rate_hz is None:
+            raise UsageError(f"{name}: the model states no sample rate; give --sample-rate")
 
 
 def _sink_format(settings: Settings) -> str:
@@ -214,21 +226,36 @@ def _resume(loop: Loop, keeper: Keeper, source: Source, attendant: Attendant, sa
     say(f"resumed at sample {loop.windows.sample}, {age_s:.1f} s after the snapshot; samples skipped: {told}")
 
 
-def make_engine(
-    name: str, network: Network, lanes: int, named: profiles.NamedProfile | None, say: Say
-) -> tuple[Engine, str]:
-    """The engine, and its name with the reason where "auto" chose it. Raises EngineUnavailable, UsageError."""
+def candidate(
+    settings: Settings,
+    path: str,
+    model: models.Model,
+    network: Network,
+    lanes: int,
+    named: profiles.NamedProfile | None,
+    say: Say,
+) -> Candidate:
+    """A model on its engine; ``network`` is the model's, or that at another sample rate.
+
+    Raises EngineUnavailable, UsageError.
+    """
     from edge_ssm.engines import choice, compiled
 
     runtime = named.profile.runtime if named else None
     gpu_waits = runtime.gpu_waits if runtime else "spin"
+    name = model.engine(settings.engine)
+    off_by = model.exported.document.measured.max_error if model.exported else 0.0
     if name in ("auto", "cpu", "cpu-float32"):
         with suppress(EngineUnavailable):  # said again, or gone around, by what follows
             compiled.load(lambda: say("compiling for this processor, once; takes some seconds"))
-    if name != "auto":
-        return create(name, network, lanes, gpu_waits), name
+    if name != "auto" or settings.threads is not None:
+        engine = create(name, network, lanes, gpu_waits, model.graph, settings.threads)
+        if engine.warning:
+            say(f"warning: {engine.warning}")
+        why = f"{name} ({engine.where})" if engine.where else name
+        return Candidate(path, model.digest, network, engine, why, off_by)
     engine, trial = choice.choose(network, lanes, gpu_waits, runtime.engines if runtime else None)
-    return engine, f"{engine.name} (by trial: {trial.why()})"
+    return Candidate(path, model.digest, network, engine, f"{engine.name} (by trial: {trial.why()})")
 
 
 def firmware_profile(name: str, say: Say) -> profiles.NamedProfile | None:
@@ -266,11 +293,10 @@ def _adaptive(
         return None
     members = [running]
     for path in settings.member:
-        network, digest = candidates.load(path, settings.sample_rate, settings.require_signature)
+        model, network = candidates.load(path, settings.sample_rate, settings.require_signature)
         if not candidates.same_windows(network, running.network):
             raise UsageError(f"--member {path}: its windows or labels are not those of {running.path}")
-        engine, why = make_engine(settings.engine, network, windows.lanes, named, say)
-        member = Candidate(path, digest, network, engine, why)
+        member = candidate(settings, path, model, network, windows.lanes, named, say)
         candidates.check_beside(member, running.network)
         members.append(member)
     runtime = named.profile.runtime if named else None
@@ -291,9 +317,8 @@ def _reloader(
     say: Say,
 ) -> candidates.Reloader:
     def prepare() -> Candidate:
-        network, digest = candidates.load(settings.model, settings.sample_rate, settings.require_signature)
-        engine, why = make_engine(settings.engine, network, make_windows(network).lanes, named, say)
-        made = Candidate(settings.model, digest, network, engine, why)
+        model, network = candidates.load(settings.model, settings.sample_rate, settings.require_signature)
+        made = candidate(settings, settings.model, model, network, make_windows(network).lanes, named, say)
         candidates.check_beside(made, loop.engine.network)
         return made
 
@@ -319,7 +344,8 @@ def _power() -> Callable[[], float | None]:
     return read
 
 
-def _chunk(settings: Settings, default: str, engine: Engine, windows: Windows) -> int:
+def chunk_asked(settings: Settings, default: str) -> int | None:
+    """Samples a call; None: as many as the budget allows, by a trial. Raises UsageError."""
     from edge_ssm.stream import chunks
 
     text, budget_ms = str(settings.chunk or default), settings.latency_budget
@@ -332,6 +358,15 @@ def _chunk(settings: Settings, default: str, engine: Engine, windows: Windows) -
         return size
     if budget_ms is None or not math.isfinite(budget_ms):
         raise UsageError("--chunk auto: needs --latency-budget, in milliseconds")
+    return None
+
+
+def _chunk(settings: Settings, default: str, engine: Engine, windows: Windows) -> int:
+    from edge_ssm.stream import chunks
+
+    asked, budget_ms = chunk_asked(settings, default), settings.latency_budget
+    if asked is not None or budget_ms is None:
+        return asked or 1
     network = engine.network
     wait = 0.0
     if network.pooling == "none":
@@ -341,7 +376,8 @@ def _chunk(settings: Settings, default: str, engine: Engine, windows: Windows) -
     return chunks.largest(engine, windows.hop if wait == 0 else chunks.LARGEST, budget_ms / 1e3, wait)
 
 
-def _scale(text: str) -> list[float]:
+def scale_factors(text: str) -> list[float]:
+    """Raises UsageError."""
     try:
         return [float(part) for part in text.split(",")]
     except ValueError:

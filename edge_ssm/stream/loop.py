@@ -178,6 +178,7 @@ class Loop:
         self._ordering = Ordering()
         self._came_at = 0.0
         self._next_round = 0.0
+        self._attendant = Attendant()
         self.stale = False
         self._at_rest: Callable[[], None] | None = None
 
@@ -207,7 +208,7 @@ class Loop:
         when ``strict``.
         """
         account = self.account
-        attendant = attendant or Attendant()
+        self._attendant = attendant = attendant or Attendant()
         self._reorder = source.reorder
         early, self._ordering = self._ordering.held, Ordering(source.reorder, source.reorder_wait_s)
         self._ordering.go_on(self._sequence, early)
@@ -241,9 +242,8 @@ class Loop:
                     # Without pacing a stop ends after the block at hand: what was read is decided.
                     self._item(item)
                     if clock.monotonic() >= self._next_round:
-                        self._next_round = clock.monotonic() + ROUND_S
                         self._overdue()
-                        attendant.between_samples()
+                        self._round()
                 else:
                     if source.datagrams and isinstance(received, Data):
                         for item in decoder.finish():
@@ -265,6 +265,12 @@ class Loop:
             account.unfinished = self._windows.unfinished
             account.seconds = clock.monotonic() - began
         return account
+
+    def _round(self) -> None:
+        """Of the attendant, where it is time for one."""
+        if clock.monotonic() >= self._next_round:
+            self._next_round = clock.monotonic() + ROUND_S
+            self._attendant.between_samples()
 
     def _wait_until(self, due: float, stop: Stop, attendant: Attendant) -> bool:
         """False: a stop was asked for."""
@@ -369,6 +375,8 @@ class Loop:
                 return
             account.samples += 1
             self._gap(blank, bad, reason)
+            if i % 64 == 63:  # Millions of them take longer than a watchdog waits.
+                self._round()
 
     def _gap(self, frame: Frame, bad: Array, reason: str) -> None:
         """A sample that must not reach the state: fill it, skip it, or give the window up."""

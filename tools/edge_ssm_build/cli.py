@@ -9,6 +9,7 @@ import json
 import math
 import os
 import sys
+import tempfile
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 import click
 
 import edge_ssm
-from edge_ssm import atomic, signatures
+from edge_ssm import artifact, atomic, signatures
 from edge_ssm.cli import run_command, verify_signature
 from edge_ssm.errors import RunFailed, UsageError
 from edge_ssm.options import Finite
@@ -182,7 +183,6 @@ def evaluate(model: str, name: str | None, split: Any, engine: str | None) -> No
     _need_torch()
     import torch
 
-    from edge_ssm import artifact
     from edge_ssm_build import convert, datasets, exporting, training
 
     if model.endswith(".safetensors"):
@@ -341,8 +341,15 @@ def _rounded(checkpoint: Any, data: Any, weights: Any, bound: float | None) -> A
 
 
 @cli.command()
-@click.argument("checkpoint")
-@click.option("--output", required=True, metavar="FILE", help="The artifact, *.safetensors.")
+@click.argument("model", metavar="CHECKPOINT|ARTIFACT")
+@click.option("--output", required=True, metavar="FILE", help="*.safetensors, *.onnx or *.tflite.")
+@click.option(
+    "--to",
+    type=click.Choice(["artifact", "onnx", "tflite"]),
+    default="artifact",
+    show_default=True,
+    help="Of ARTIFACT only onnx and tflite.",
+)
 @click.option(
     "--weights",
     type=click.Choice(["float32", "float16", "int8", "auto"]),
@@ -354,18 +361,87 @@ def _rounded(checkpoint: Any, data: Any, weights: Any, bound: float | None) -> A
     metavar="E",
     help="Largest change of a logit that smaller weights may bring.  [default: 0.01 for auto, else none]",
 )
-def export(checkpoint: str, output: str, weights: Any, error_bound: float | None) -> None:
-    """Write CHECKPOINT as an artifact, after its stream was compared with torch on the whole test split."""
+@click.option(
+    "--chunk",
+    metavar="T|any",
+    help="The graph takes chunks too: of T samples (tflite), or of any number (onnx).  [default: single samples]",
+)
+@click.option(
+    "--input",
+    "recording",
+    metavar="FILE",
+    help="A recording that the graph of an ARTIFACT is tried on.  [default: noise]",
+)
+def export(model: str, output: str, to: Any, weights: Any, error_bound: float | None, **options: Any) -> None:
+    """Write CHECKPOINT as an artifact, after its stream was compared with torch on the whole test split.
+
+    With --to onnx or tflite write CHECKPOINT or ARTIFACT for ONNX Runtime or LiteRT (docs/exported.md).
+    """
+    from_artifact = model.endswith(".safetensors")
+    chunk, recording = options["chunk"], options["recording"]
+    if error_bound is not None and weights is None:
+        raise UsageError("--error-bound: goes with --weights")
+    if to == "artifact":
+        if from_artifact:
+            raise UsageError(f"{model}: is an artifact already; give --to onnx or tflite, or a checkpoint")
+        if chunk or recording:
+            raise UsageError(f"--{'chunk' if chunk else 'input'}: goes with --to onnx or tflite")
+        _export_checkpoint(model, Path(output), weights, error_bound)
+        return
+    from edge_ssm_build import graphs
+
+    size = _chunk_size(chunk, to)
+    graphs.check_place(Path(output), to)
+    if from_artifact:
+        if weights == "auto":
+            raise UsageError("--weights auto: for a checkpoint only; give float32, float16 or int8")
+        heard = graphs.samples_of(artifact.load(model).network, recording)
+        made = graphs.make(Path(model), to, weights, size, heard, error_bound)
+    else:
+        if recording:
+            raise UsageError("--input: a checkpoint's graph is tried on its own validation split; leave it out")
+        with tempfile.TemporaryDirectory() as folder:
+            source = Path(folder) / "source.safetensors"
+            _export_checkpoint(model, source, weights, error_bound)
+            made = graphs.make(source, to, None, size, _validation(model))
+    graphs.write(Path(output), made)
+    click.echo(f"{to}: {made.line()}")
+    click.echo(f"{output}: {len(made.content):,} bytes")
+
+
+def _chunk_size(text: str | None, to: str) -> int:
+    from edge_ssm.graphs.files import ANY
+
+    if text is None:
+        return 1
+    if to == "onnx":
+        if text != "any":
+            raise UsageError(f"--chunk {text!r}: an onnx graph takes any number of samples; give any")
+        return ANY
+    if not text.isdecimal() or not 2 <= int(text) <= 256:
+        raise UsageError(f"--chunk {text!r}: expected 2 to 256 samples, which a tflite graph takes one after the other")
+    return int(text)
+
+
+def _validation(checkpoint: str) -> Any:
+    """Samples of the checkpoint's validation split that its graph is tried on, and their name."""
+    from edge_ssm_build import datasets, graphs, training
+
+    loaded = training.load_checkpoint(Path(checkpoint))
+    x, _ = training.split_windows(datasets.load(loaded.data), "validation", loaded.recipe.window)
+    most = max(1, graphs.SAMPLES // loaded.recipe.window)
+    return x[:most].reshape(-1, x.shape[-1]), "validation split"
+
+
+def _export_checkpoint(checkpoint: str, output: Path, weights: Any, error_bound: float | None) -> None:
     _need_torch()
     from edge_ssm_build import datasets, exporting, training
 
-    if error_bound is not None and weights is None:
-        raise UsageError("--error-bound: goes with --weights")
     loaded = training.load_checkpoint(Path(checkpoint))
     data = datasets.load(loaded.data)
     if weights is not None:
         loaded = _rounded(loaded, data, weights, error_bound)
-    agreements, made_by = exporting.export(loaded, data, Path(output))
+    agreements, made_by = exporting.export(loaded, data, output)
     for engine, agreement in agreements.items():
         click.echo(
             f"{engine}: {agreement.windows} test windows, every label equal, "
@@ -373,7 +449,7 @@ def export(checkpoint: str, output: str, weights: Any, error_bound: float | None
         )
     reached = made_by["scores"]["test"]
     click.echo(
-        f"{output}: {Path(output).stat().st_size:,} bytes, test accuracy {reached['accuracy']:.4f}, "
+        f"{output}: {output.stat().st_size:,} bytes, test accuracy {reached['accuracy']:.4f}, "
         f"balanced {reached['balanced_accuracy']:.4f}"
     )
 
@@ -418,7 +494,6 @@ def verify(model: str, checkpoint: str | None, form: str, arch: str | None, step
     _need_torch()
     from tqdm import tqdm
 
-    from edge_ssm import artifact
     from edge_ssm.engines import available
     from edge_ssm_build import foreign, verification
 

@@ -69,3 +69,11 @@ def _webhook(text: str) -> Wire:
     if unknown := set(options) - {"token_file", "ca_file"}:
         raise UsageError(f"{url}: option {sorted(unknown)[0]!r} is unknown, expected token_file, ca_file after a #")
     return WebhookWire(url, token_file=options.get("token_file"), ca_file=options.get("ca_file"))
+
+
+def look_at(text: str) -> Place:
+    """What ``text`` names, checked as far as it can be without opening anything. Raises UsageError."""
+    found = place(text, SCHEMES)
+    if found.scheme not in ("std", "file"):
+        _wire(text).close()  # It connects when the first line is to be sent.
+    return found

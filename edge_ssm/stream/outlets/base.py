@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import Counter
+from collections.abc import Callable
 
 
 class Outlet(ABC):
@@ -28,6 +29,8 @@ class Outlet(ABC):
         self.name = name
         self.dropped: Counter[str] = Counter()
         """Lines that went nowhere, by reason."""
+        self.while_waiting: Callable[[], bool] = lambda: True
+        """Called again and again while ``write`` waits for a slow reader; False: the run ends, wait no longer."""
 
     @abstractmethod
     def write(self, text: str) -> None:

@@ -14,6 +14,8 @@ Overflow = Literal["drop-oldest", "drop-newest", "wait"]
 OVERFLOWS: tuple[Overflow, ...] = ("drop-oldest", "drop-newest", "wait")
 BATCH = 64
 """Lines that one ``Wire.send`` is given at most."""
+WAIT_S = 0.1
+"""Between two calls of ``while_waiting``."""
 CLOSE_S = 5.0
 """How long the end of a run waits for what is queued."""
 
@@ -40,7 +42,8 @@ class Queued(Outlet):
                 raise BrokenPipeError(32, "the reader went away")
             if len(self._lines) >= self.size:
                 self._make_room()
-            if len(self._lines) < self.size:
+            # What the last block of a run that ends decides is kept beyond the size: it is not much.
+            if len(self._lines) < self.size or self._overflow == "wait":
                 self._lines.append((self.accepted, text))
             else:
                 self.dropped["overflow"] += 1
@@ -53,7 +56,8 @@ class Queued(Outlet):
             self._lines.popleft()
             self.dropped["overflow"] += 1
         elif self._overflow == "wait":
-            self._changed.wait_for(lambda: self._gone or len(self._lines) < self.size)
+            while not self._gone and len(self._lines) >= self.size and self.while_waiting():
+                self._changed.wait(WAIT_S)
 
     def _account(self) -> None:
         self.depth = len(self._lines) + len(self._sending)

@@ -13,6 +13,10 @@ PACED_BLOCK = 1 << 10
 SCHEMES = ("serial", "tcp", "tcp-listen", "udp", "unix", "unix-listen", "mqtt", "mqtts", "iio")
 
 
+_IIO_OPTIONS = ("elements", "length", "watermark", "trigger", "sampling_frequency", "raw")
+_MQTT_OPTIONS = ("client_id", "receive_maximum", "in_flight", "session_expiry")
+
+
 def open_source(text: str, spec: InputSpec, follow: bool = False, paced: bool = False) -> Source:
     """The source that ``text`` names: "-", a file, or SCHEME://... (docs/service.md). Raises UsageError."""
     from edge_ssm.stream.sources import files, sockets
@@ -40,8 +44,7 @@ def _device(found: Place, spec: InputSpec) -> Source:
     from edge_ssm.stream.mqtt_broker import access_of
     from edge_ssm.stream.sources.mqtt import MqttSource
 
-    own = ("client_id", "receive_maximum", "in_flight", "session_expiry")
-    access = access_of(found, *own)
+    access = access_of(found, *_MQTT_OPTIONS)
     made = MqttSource(
         found.text,
         access,
@@ -76,7 +79,7 @@ def _serial(found: Place) -> Source:
 def _iio(found: Place, spec: InputSpec) -> Source:
     from edge_ssm.stream.sources.iio import IioSource
 
-    options = found.known_options("elements", "length", "watermark", "trigger", "sampling_frequency", "raw")
+    options = found.known_options(*_IIO_OPTIONS)
     if not found.host and len(found.path) < 2:
         raise UsageError(f"{found.shown}: expected iio://NAME or iio:///dev/iio:device0")
     frequency = options.get("sampling_frequency")
@@ -94,3 +97,26 @@ def _iio(found: Place, spec: InputSpec) -> Source:
         sampling_frequency=hertz,
         raw="raw" in options,
     )
+
+
+def look_at(text: str) -> Place:
+    """What ``text`` names, checked as far as it can be without opening anything. Raises UsageError."""
+    found = place(text, SCHEMES)
+    if found.scheme == "serial":
+        _serial(found).close()  # It opens its device with the first read.
+    elif found.scheme in ("mqtt", "mqtts"):
+        from edge_ssm.stream import mqtt_broker
+
+        access = mqtt_broker.access_of(found, *_MQTT_OPTIONS)
+        mqtt_broker.client(mqtt_broker.parse(found.text, wildcards=True), access, "")
+        for option in ("receive_maximum", "in_flight", "session_expiry"):
+            found.whole(option, 1)
+    elif found.scheme == "iio":
+        found.known_options(*_IIO_OPTIONS)
+    elif found.scheme.startswith("unix"):
+        found.known_options()
+        found.socket_path()
+    elif found.scheme in ("tcp", "tcp-listen", "udp"):
+        found.known_options()
+        found.address()
+    return found

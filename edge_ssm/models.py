@@ -1,0 +1,84 @@
+"""A model file of any kind that runs: an artifact (.safetensors), or what was exported from one (.onnx, .tflite)."""
+
+from __future__ import annotations
+
+import os
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+
+from edge_ssm import artifact
+from edge_ssm.artifact import Artifact
+from edge_ssm.errors import ArtifactError
+from edge_ssm.graphs import container, files
+from edge_ssm.graphs.container import Kind
+from edge_ssm.graphs.files import Exported, Graph
+from edge_ssm.network import Network
+
+MAX_BYTES = 1 << 31
+"""Of an exported file: neither format reaches further in one file."""
+
+
+@dataclass(frozen=True)
+class Model:
+    artifact: Artifact
+    """For an exported file the one that it was exported from."""
+    exported: Exported | None = None
+
+    @property
+    def network(self) -> Network:
+        return self.artifact.network
+
+    @property
+    def digest(self) -> str:
+        return self.exported.document.digest if self.exported else self.artifact.digest
+
+    @property
+    def graph(self) -> Graph | None:
+        return self.exported.graph if self.exported else None
+
+    def engine(self, asked: str) -> str:
+        """The engine's name: an exported file is for its own runtime, unless another one was asked for."""
+        return self.exported.graph.kind if self.exported and asked == "auto" else asked
+
+
+def load(path: str | os.PathLike[str]) -> Model:
+    """Read and check a model. Raises ArtifactError, naming file and place, for whatever is wrong with it."""
+    kind = _kind(Path(path))
+    if kind is None:
+        return Model(artifact.load(path))
+    try:
+        exported = files.read(_content(Path(path)), kind)
+    except ArtifactError as error:
+        raise ArtifactError(f"{os.fspath(path)}: {error}") from None
+    return Model(exported.source, exported)
+
+
+def _kind(path: Path) -> Kind | None:
+    """By the name, and TFLite by its identifier too; ONNX has none."""
+    if path.suffix == ".onnx":
+        return "onnx"
+    if path.suffix == ".tflite":
+        return "tflite"
+    try:
+        with open(path, "rb", opener=_without_waiting) as file:
+            return "tflite" if file.read(8)[4:] == container.TFLITE_IDENTIFIER else None
+    except OSError:
+        return None  # said by whoever reads it
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)
+
+
+def _content(path: Path) -> bytes:
+    try:
+        with open(path, "rb", opener=_without_waiting) as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise ArtifactError("not a regular file")
+            if status.st_size > MAX_BYTES:
+                raise ArtifactError(f"{status.st_size} bytes, the limit is {MAX_BYTES}")
+            return file.read()
+    except OSError as error:
+        raise ArtifactError(f"can't be read ({error.strerror})") from None

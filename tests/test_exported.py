@@ -1,0 +1,366 @@
+"""Exported ONNX and TFLite files: they step as the network does, say all that a stream needs, refuse what is wrong."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from functools import cache
+
+import msgspec
+import numpy as np
+import pytest
+from networks import random_network, samples_for
+
+from edge_ssm import artifact, engines, models
+from edge_ssm.engines import ENGINES, create, wheels
+from edge_ssm.errors import ArtifactError, EngineUnavailable, UsageError
+from edge_ssm.graphs import container, files
+from edge_ssm.network import fingerprint, quantised
+
+pytest.importorskip("onnx", reason="makes ONNX graphs: pip install onnx")
+pytest.importorskip("onnxruntime", reason="runs them: pip install 'edge-ssm[onnx]'")
+pytest.importorskip("flatbuffers", reason="makes TFLite graphs: pip install flatbuffers")
+pytest.importorskip("ai_edge_litert", reason="runs them: pip install 'edge-ssm[tflite]'")
+
+KINDS = ["onnx", "tflite"]
+REACH = 14.0
+"""Larger than what enters any mixing here."""
+RUN = [sys.executable, "-c", "from edge_ssm.cli import main; main()"]
+
+
+def sealed(network, kind, weights="float32", reach=(), chunk=1):
+    content, digest = artifact.to_bytes(network, {"made": "for a test"})
+    graph = files.build(kind, network, weights, reach, chunk)
+    return files.seal(graph, network, content, digest, files.Measured(0.0, 0, "nothing"))
+
+
+def call(*arguments):
+    return subprocess.run([*RUN, *map(str, arguments)], capture_output=True, text=True, timeout=120)
+
+
+@cache
+def long_stream(form, percent):
+    """A network, 20,000 samples, and the reference engine's outputs."""
+    left = round(20 * (1 - percent / 100))
+    options = {"discretization": "bilinear", "low_rank": 1.0} if form == "S4" else {}
+    network = random_network(3, h=20, pairs=8, active=[left] * 2, **options)
+    samples = samples_for(network, 4, 20_000)
+    return network, samples, create("reference", network).chunk(samples)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("form", ["S4D", "S4"])
+@pytest.mark.parametrize("percent", [0, 50, 90])
+def test_a_long_stream_stays_at_the_reference(kind, form, percent):
+    network, samples, exact = long_stream(form, percent)
+    assert np.abs(create(kind, network).chunk(samples) - exact).max() <= 1e-4
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_pruning_makes_the_graph_smaller(kind):
+    sizes = [
+        len(files.build(kind, random_network(h=32, pairs=16, active=[k] * 2, columns=k, rows=k)).content)
+        for k in (32, 16, 3)
+    ]
+    assert sizes[0] > 1.5 * sizes[1] > 1.5 * 1.5 * sizes[2]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("network", [random_network(ragged=True, h=16, pairs=9), random_network(vocabulary=7)])
+def test_a_chunk_graph_computes_the_same_bits(kind, network):
+    samples = samples_for(network, 0, 23)
+    graph = files.build(kind, network, chunk=files.ANY if kind == "onnx" else 4)
+    stepped = create(kind, network).chunk(samples)
+    engine = create(kind, network, graph=graph)
+    assert np.array_equal(engine.chunk(samples), stepped)
+    engine.reset()
+    assert np.array_equal(np.stack([engine.step(x) for x in samples]), stepped)
+    engine.reset()
+    assert np.array_equal(np.concatenate([engine.chunk(samples[:5]), engine.chunk(samples[5:])]), stepped)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_smaller_weights_cost_what_rounding_costs(kind):
+    network = random_network(1, h=33, pairs=5, rows=20)
+    samples = samples_for(network, 0, 300)
+    for weights, bound in (("float16", 1e-4), ("int8", 0.1)):
+        blocks = tuple(replace(b, mixing=quantised(b.mixing, weights)) for b in network.blocks)
+        exact = create("reference", replace(network, blocks=blocks)).chunk(samples)
+        graph = files.build(kind, network, weights, [REACH] * len(network.blocks))
+        assert np.abs(create(kind, network, graph=graph).chunk(samples) - exact).max() <= bound
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_file_holds_its_artifact_and_what_a_stream_needs(kind, tmp_path):
+    network = random_network(2, window=12, rate=25.0)
+    path = tmp_path / f"m.{kind}"
+    path.write_bytes(sealed(network, kind, "int8", [3.0, 3.0]))
+    model = models.load(path)
+    assert fingerprint(model.network) == fingerprint(network)
+    assert model.engine("auto") == kind
+    assert model.engine("cpu") == "cpu"
+    content, digest = artifact.to_bytes(network, {"made": "for a test"})
+    assert model.artifact == replace(artifact.parse(content), network=model.network)
+    text = path.read_bytes()[slice(*container.metadata(path.read_bytes(), kind)["edge_ssm"])]
+    document = json.loads(text)
+    assert document["source_digest"] == digest
+    assert document["form"]["fingerprint"] == fingerprint(network)
+    assert document["form"]["states"][0][0]["channels"] == list(range(6))
+    stream = document["stream"]
+    assert (stream["window"], stream["pooling"], stream["task"]) == (12, "mean", "classification")
+    assert stream["labels"] == ["class 0", "class 1", "class 2"]
+    assert stream["input"]["channels"] == ["c0", "c1"]
+    assert stream["input"]["sample_rate_hz"] == 25.0
+    assert stream["input"]["mean"] == network.input.mean.tolist()
+
+
+def test_the_onnx_package_and_runtime_read_the_same_metadata():
+    import onnx
+    import onnxruntime
+
+    content = sealed(random_network(), "onnx")
+    model = onnx.load_from_string(content)
+    onnx.checker.check_model(model, full_check=True)
+    found = {entry.key: entry.value for entry in model.metadata_props}
+    session = onnxruntime.InferenceSession(content)
+    assert session.get_modelmeta().custom_metadata_map == found
+    assert set(found) == {files.DOCUMENT, files.SOURCE}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("weights", ["float32", "int8"])
+def test_a_snapshot_goes_from_a_file_to_the_cpu_engine_and_back(kind, weights, tmp_path):
+    network = random_network(5, ragged=True, discretization="bilinear", low_rank=0.5)
+    path = tmp_path / f"m.{kind}"
+    path.write_bytes(sealed(network, kind, weights, [5.0] * 2))
+    model = models.load(path)
+    samples = samples_for(network, 0, 40)
+    first, cpu = create(kind, model.network, graph=model.graph), create("cpu", network)
+    first.chunk(samples[:20])
+    cpu.restore(first.snapshot())
+    exact = create("reference", network)
+    exact.restore(first.snapshot())
+    assert np.abs(cpu.chunk(samples[20:]) - exact.chunk(samples[20:])).max() <= 1e-4
+    back = create(kind, model.network, graph=model.graph)
+    back.restore(first.snapshot())
+    assert np.array_equal(back.chunk(samples[20:]), first.chunk(samples[20:]))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_file_runs_as_its_artifact_does(kind, demo_model, demo_stream, tmp_path):
+    source = artifact.load(demo_model)
+    graph = files.build(kind, source.network)
+    measured = files.Measured(0.0, 0, "nothing")
+    path = tmp_path / f"demo.{kind}"
+    path.write_bytes(files.seal(graph, source.network, demo_model.read_bytes(), source.digest, measured))
+
+    def decisions(*arguments):
+        done = call("run", *arguments, "--stream", "--input", demo_stream, "--logits")
+        assert done.returncode == 0, done.stderr
+        return done.stderr, [json.loads(line) for line in done.stdout.splitlines()]
+
+    said, found = decisions(path)
+    assert f"engine {kind} (" in said.splitlines()[0]
+    _, expected = decisions(demo_model, "--engine", "cpu")
+    assert [d["label"] for d in found] == [d["label"] for d in expected]
+    assert np.abs(np.array([d["logits"] for d in found]) - [d["logits"] for d in expected]).max() <= 1e-4
+    assert decisions(path, "--engine", "cpu")[1] == expected
+    # Another rate is another graph; overlapping windows are several lanes.
+    said, found = decisions(path, "--sample-rate", "25", "--hop", "40", "--threads", "2")
+    assert "2 threads" in said
+    _, expected = decisions(demo_model, "--engine", "cpu", "--sample-rate", "25", "--hop", "40")
+    assert [d["label"] for d in found] == [d["label"] for d in expected]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_inspect_and_profile_take_a_file(kind, tmp_path):
+    path = tmp_path / f"m.{kind}"
+    path.write_bytes(sealed(random_network(), kind))
+    done = call("inspect", path, "--json")
+    described = json.loads(done.stdout)["graph"]
+    assert (described["kind"], described["weights"], described["file_bytes"]) == (
+        kind,
+        "float32",
+        len(path.read_bytes()),
+    )
+    assert f"exported    {kind}" in call("inspect", path).stdout
+    report = tmp_path / "r.json"
+    quick = ["--quick", "--rounds", "2", "--block-seconds", "0.2", "--meter", "none", "--no-paced", "--json", report]
+    done = call("profile", path, "--threads", "1", *quick)
+    assert done.returncode in (0, 1), done.stderr  # 1: the machine changed meanwhile
+    assert json.loads(report.read_text())["engine"] == kind
+    assert any(note.startswith(f"engine {kind}: ") for note in json.loads(report.read_text())["notes"])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_silence_leaves_no_subnormal_state(kind):
+    network = random_network(7, h=16, layers=1, dt_min=1e-2)
+    network = replace(network, encoder=replace(network.encoder, bias=np.zeros_like(network.encoder.bias)))
+    engine = create(kind, network)
+    engine.step(network.input.mean + 1.0)
+    engine.chunk(np.tile(network.input.mean, (60_000, 1)))
+    values = np.concatenate([s.view(np.float32).ravel() for s in engine.snapshot().state])
+    assert not ((values != 0) & (np.abs(values) < np.finfo(np.float32).tiny)).any()
+    assert np.abs(values).max() < 1e-30
+    engine.step(network.input.mean)
+    assert np.float32(1e-40) * np.float32(1.0) != 0  # the caller's own arithmetic keeps its subnormals
+
+
+# --- refusals --------------------------------------------------------------------------------------------------
+
+
+def foreign(kind):
+    """A model that another tool might have made: no metadata."""
+    return files.build(kind, random_network()).content
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("command", ["run", "inspect", "profile"])
+def test_a_foreign_file_is_refused_in_one_line(kind, command, tmp_path):
+    path = tmp_path / f"foreign.{kind}"
+    path.write_bytes(foreign(kind))
+    done = call(command, path)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    assert f"{path}: no `edge_ssm` metadata; a foreign {kind} model, expected one of edge-ssm-build export" in line
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_damaged_file_is_refused(kind, tmp_path):
+    content = sealed(random_network(h=4, pairs=2, layers=1), kind)
+    path = tmp_path / f"m.{kind}"
+    rng = np.random.default_rng(0)
+    for _ in range(400):
+        damaged = bytearray(content)
+        at = int(rng.integers(len(content)))
+        damaged[at] ^= 1 << int(rng.integers(8))
+        path.write_bytes(damaged)
+        with pytest.raises(ArtifactError, match=r"m\.(onnx|tflite): "):
+            models.load(path)
+    for end in [*range(200), *range(200, len(content), 53)]:
+        path.write_bytes(content[:end])
+        with pytest.raises(ArtifactError, match=r"m\.(onnx|tflite): "):
+            models.load(path)
+    for other in (b"\xff" * 64, bytes(64), content + b"\0", b"\x1c\0\0\0TFL3" + b"\xff" * 100, os.urandom(10_000)):
+        path.write_bytes(other)
+        with pytest.raises(ArtifactError):
+            models.load(path)
+
+
+def rewritten(content, kind, change):
+    """The file with another document and a digest that fits."""
+    begin, end = container.metadata(content, kind)["edge_ssm"]
+    document = json.loads(content[begin:end])
+    change(document)
+    document["measured"]["samples_from"] = ""  # room for what became longer
+    document["digest"] = "0" * 64
+    text = msgspec.json.encode(document).ljust(end - begin)
+    assert len(text) == end - begin
+    content = content[:begin] + text + content[end:]
+    at = content.index(b"0" * 64, begin)
+    return content[:at] + hashlib.sha256(content).hexdigest().encode() + content[at + 64 :]
+
+
+def test_a_document_that_contradicts_the_file_is_refused():
+    content = sealed(random_network(h=12, pairs=2, layers=1), "tflite")
+
+    def refused(change, match):
+        with pytest.raises(ArtifactError, match=match):
+            files.read(rewritten(content, "tflite", change), "tflite")
+
+    assert files.read(rewritten(content, "tflite", lambda d: None), "tflite").graph.form.chunk == 1
+    refused(lambda d: d["stream"].update(window=11), "stream: says something else than the artifact")
+    refused(lambda d: d["form"].update(fingerprint="1" * 64), "form.fingerprint: ")
+    refused(lambda d: d.update(source_digest="1" * 64), "source_digest: ")
+    refused(lambda d: d["form"]["states"][0][0].update(pairs=1), "form.states.0: 1 pairs, expected 2 or more")
+    refused(lambda d: d["form"]["states"][0][0]["channels"].pop(), "each of the 12 channels must be there once")
+    refused(lambda d: d["form"].update(chunk=-1), "chunk")
+    refused(lambda d: d.update(format_version=9), "format_version 9 of an exported file is unknown, expected 1; update")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_graph_that_is_not_the_document_s_is_refused(kind):
+    network, other = random_network(h=12, pairs=2, layers=1), random_network(h=12, pairs=4, layers=1)
+    wrong = replace(files.build(kind, network), content=files.build(kind, other).content)
+    with pytest.raises(ArtifactError, match=r"tensor blocks\.0\.re0 is \(12, 4\), expected \(12, 2\)"):
+        create(kind, network, graph=wrong)
+    for content in (b"", b"TFL3TFL3TFL3", wrong.content[:200]):
+        with pytest.raises(ArtifactError, match=f"{kind} graph: .* refuses it"):
+            create(kind, network, graph=replace(wrong, content=content))
+
+
+def test_threads_are_for_those_that_have_them():
+    network = random_network()
+    for name in ("cpu", "reference", "auto"):
+        with pytest.raises(UsageError, match="--threads: "):
+            create(name, network, threads=2)
+    with pytest.raises(UsageError, match="threads: 1000, expected 1 to 256"):
+        create("onnx", network, threads=1000)
+
+
+def test_what_is_missing_is_named_with_the_wheels_that_there_are(monkeypatch):
+    for name, package in (("onnx", "onnxruntime"), ("tflite", "ai_edge_litert or tflite_runtime")):
+        gone = replace(ENGINES[name], requires=tuple(f"no_{part}" for part in ENGINES[name].requires[0].split("|")[:1]))
+        monkeypatch.setitem(engines.ENGINES, name, gone)
+        with pytest.raises(EngineUnavailable) as caught:
+            create(name, random_network())
+        assert f"package no_{package.split()[0]} is missing; pip install 'edge-ssm[{name}]' (" in str(caught.value)
+    assert "no tflite-runtime, which ends at 3.11" in wheels.note("tflite", (3, 12), "x86_64")
+    assert "or tflite-runtime 2.14, with numpy below 2" in wheels.note("tflite", (3, 10), "aarch64")
+    assert "no onnxruntime-gpu, which needs Python 3.11, or on JetPack 6 NVIDIA's own index" in wheels.note(
+        "onnx", (3, 10), "aarch64"
+    )
+    assert "there is no wheel" in wheels.note("onnx", (3, 11), "riscv64")
+
+
+@pytest.mark.parametrize(("kind", "package"), [("onnx", "onnx"), ("tflite", "flatbuffers")])
+def test_without_the_package_that_makes_graphs_only_files_run(kind, package, tmp_path):
+    network = random_network()
+    path = tmp_path / f"m.{kind}"
+    path.write_bytes(sealed(network, kind))
+    artifact.save(tmp_path / "m.safetensors", network, {})
+    (tmp_path / "s.csv").write_text("0,0\n" * 20)
+    hidden = f"import sys; sys.modules[{package!r}] = None; from edge_ssm.cli import main; main()"
+
+    def run(*arguments):
+        command = [sys.executable, "-c", hidden, "run", "--input", tmp_path / "s.csv", *arguments]
+        return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+    assert run(path).returncode == 0
+    done = run(tmp_path / "m.safetensors", "--engine", kind)
+    assert done.returncode == 1
+    assert f"needs the package {package}; pip install" in done.stderr
+    assert f"edge-ssm-build export MODEL --to {kind}" in done.stderr
+    assert "or take --engine cpu" in run(path, "--sample-rate", "10").stderr
+
+
+def test_a_gpu_build_without_a_gpu_is_one_warning_and_the_cpu(tmp_path):
+    from edge_ssm.engines.onnx import CPU, CUDA, providers
+
+    assert providers([CPU]) == ([CPU], "")
+    asked, warning = providers([CUDA, CPU], nodes=(str(tmp_path / "none"),))
+    assert asked == [CPU]
+    assert "no GPU here" in warning
+    assert "runs on the CPU" in warning
+    assert providers([CUDA, CPU], nodes=(str(tmp_path),)) == ([CUDA, CPU], "")
+
+
+def test_doctor_says_what_the_runtimes_can_do():
+    findings = {f["name"]: f for f in json.loads(call("doctor", "--json").stdout)["findings"]}
+    assert findings["onnx runtime"]["ok"]
+    assert "artifacts run too (onnx " in findings["onnx runtime"]["found"]
+    assert findings["litert"]["ok"]
+    assert "artifacts run too (flatbuffers " in findings["litert"]["found"]
+
+
+def test_the_runtimes_are_imported_only_when_they_are_used(demo_model):
+    code = (
+        "import sys; from edge_ssm import models; models.load(sys.argv[1]); "
+        "print(sorted({'onnx', 'onnxruntime', 'ai_edge_litert', 'flatbuffers', 'torch', 'numba'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, demo_model], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
