@@ -17,6 +17,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, is_dataclass, replace
+from functools import cached_property
 from typing import Any, Literal, cast
 
 import numpy as np
@@ -34,6 +35,7 @@ MIXING_DTYPES: tuple[MixingDtype, ...] = ("float32", "float16", "int8")
 INPUT_LIMIT = 1e9
 """Largest magnitude of a normalised input value. Past it, squares in LayerNorm could leave float32's range
 and the state would never recover, so such a sample is treated like a non-finite one."""
+FEW_CHANNELS = 32
 
 
 ENGINE_ERROR = 1e-4
@@ -343,6 +345,26 @@ class InputRange:
         """Which of ``values`` (..., d_input) must not be stepped, as bool. NaN is always among them."""
         bad: Array = ~((values >= self.low) & (values <= self.high))
         return bad | (values != np.floor(values)) if self.whole else bad
+
+    def takes(self, values: Array) -> bool:
+        """Whether none of ``values`` (d_input,) is bad: each sample is asked, and nearly all are good.
+
+        Of a few channels Python compares faster than NumPy makes four arrays (0.3 against 1.7 us for six).
+        """
+        if self.whole or len(values) > FEW_CHANNELS:
+            return not self.bad(values).any()
+        for low, value, high in zip(self._lows, values.tolist(), self._highs, strict=True):
+            if not low <= value <= high:
+                return False
+        return True
+
+    @cached_property
+    def _lows(self) -> list[float]:
+        return list(self.low.tolist())
+
+    @cached_property
+    def _highs(self) -> list[float]:
+        return list(self.high.tolist())
 
 
 def input_range(network: Network) -> InputRange:

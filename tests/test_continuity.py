@@ -240,3 +240,12 @@ def test_what_was_held_back_is_in_the_state():
     numbered(second, samples, [10, 11, *range(14, 40)])
     assert not second.account.gaps
     assert [d["logits"] for d in second.decisions] == [d["logits"] for d in Stream(network).feed(samples).decisions]
+
+
+def test_datagrams_that_the_system_threw_away_stand_in_the_account():
+    network = random_network(window=20)
+    source = Script(Data(csv(samples_for(network, 0, 20))))
+    source.unread = 7
+    stream = run(network, source)
+    assert stream.account.dropped == {"unread": 7}
+    assert stream.account.samples == 20

@@ -64,6 +64,21 @@ def test_many_durations_are_recorded_as_one_after_the_other(durations):
     assert sum(n for _, n in one.buckets()) == one.count
 
 
+def test_a_histogram_tells_of_what_came_since():
+    histogram = LatencyHistogram()
+    for _ in range(10_000):
+        histogram.record(1_000)
+    earlier = histogram.copy()
+    assert earlier.since(earlier).percentile_ns(99) == 0
+    for _ in range(100):
+        histogram.record(50_000)
+    assert earlier.count == 10_000
+    recent = histogram.since(earlier)
+    assert recent.count == 100
+    assert 50_000 <= recent.percentile_ns(99) <= 50_000 * 65 / 64
+    assert histogram.percentile_ns(99) < 2_000
+
+
 def test_a_report_has_what_design_promises(reports):
     found = json.loads((reports / "a.json").read_text())
     assert found["version"] == 2

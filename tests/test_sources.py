@@ -167,6 +167,21 @@ def test_udp_datagrams_stay_whole(stop):
     source.close()
 
 
+def test_udp_tells_of_datagrams_that_nobody_read_in_time(stop):
+    source = UdpSource("here", ("127.0.0.1", 0))
+    source._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 14)
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
+        for _ in range(1000):
+            sender.sendto(b"early", ("127.0.0.1", source.port))
+        read = 0
+        while source.read(stop, 0.1) is not None:
+            read += 1
+        sender.sendto(b"last", ("127.0.0.1", source.port))
+        assert source.read(stop, 1).content == b"last"
+    assert read < 1000
+    assert source.unread == 1000 - read
+
+
 def test_listening_is_on_loopback_unless_told_otherwise():
     assert place("tcp-listen://:9000", SCHEMES).address() == ("127.0.0.1", 9000)
     assert place("udp://0.0.0.0:9000", SCHEMES).address() == ("0.0.0.0", 9000)

@@ -87,3 +87,17 @@ class LatencyHistogram:
             if n and seen >= due:
                 return min(self._edge(i), self.max_ns)
         return 0
+
+    def copy(self) -> LatencyHistogram:
+        made = LatencyHistogram()
+        made.add(self)
+        return made
+
+    def since(self, earlier: LatencyHistogram) -> LatencyHistogram:
+        """What was recorded after ``earlier`` was copied from this one; of its maximum only the bucket is known."""
+        made = LatencyHistogram()
+        made._counts = [a - b for a, b in zip(self._counts, earlier._counts, strict=True)]
+        made.count = sum(made._counts)
+        made.sum_ns = self.sum_ns - earlier.sum_ns
+        made.max_ns = max((edge for edge, _ in made.buckets()), default=0)
+        return made

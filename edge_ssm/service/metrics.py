@@ -22,7 +22,7 @@ EDGES_NS = (
 """Of the step's histogram: 1 us to 1 s, two in every power of two up to 1 ms, then one. They are edges of
 ``LatencyHistogram``'s own buckets, so that every count is exact."""
 GAPS = ("lost", "missing", "out_of_range", "stopped")
-DROPPED = ("discarded", "late", "malformed", "repeated")
+DROPPED = ("discarded", "late", "malformed", "repeated", "unread")
 """Reasons that are shown from the start, as 0: Prometheus does not see the first increase of a series that appears."""
 
 

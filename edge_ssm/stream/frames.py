@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import msgspec
 import numpy as np
 
 from edge_ssm.errors import FrameError, UsageError
@@ -29,9 +30,8 @@ _LARGEST_SEQUENCE = 2**63 - 1
 _MISSING = {"", "nan", "na", "n/a", "null", "none"}
 
 
-@dataclass(frozen=True, slots=True)
-class Frame:
-    """One sample of all channels."""
+class Frame(msgspec.Struct, frozen=True, eq=False):
+    """One sample of all channels. A struct, since one is made a sample: a frozen dataclass takes seven times longer."""
 
     values: Array
     """(d_input,) float64 in the sensor's units, NaN where a value is missing."""
@@ -326,6 +326,7 @@ class BinaryDecoder(FrameDecoder):
         super().__init__(spec)
         self._dtype = np.dtype(self.dtypes[codec])
         self._scale = channel_scale(spec, scale)
+        self._scaled = bool((self._scale != 1).any())
         self._size = self._dtype.itemsize * len(self.channels)
         self._tail = b""
         self._offset = 0
@@ -337,7 +338,9 @@ class BinaryDecoder(FrameDecoder):
         self._offset += whole
         rows = np.frombuffer(data[:whole], dtype=self._dtype).reshape(-1, len(self.channels))
         with np.errstate(invalid="ignore", over="ignore"):
-            values = rows.astype(np.float64) * self._scale
+            values = rows.astype(np.float64)
+            if self._scaled:
+                values *= self._scale
         for row in values:
             yield Frame(row)
 

@@ -99,6 +99,8 @@ class Status(msgspec.Struct, frozen=True):
     ready: bool
     events: list[str]
     """The last ones, oldest first."""
+    step_p99_recent_us: float = 0.0
+    """Over the last interval; 0 if there was no step."""
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,7 @@ class Point:
     power_w: float | None
     temperature_c: float | None
     step_p99_us: float
+    """Of this interval alone: of the whole run it would hardly move after an hour."""
 
 
 def folders() -> list[Path]:
@@ -166,6 +169,7 @@ class Live:
         self._events: deque[tuple[float, str]] = deque(maxlen=EVENTS)
         self._history: deque[Point] = deque(maxlen=HISTORY)
         self._rates = (0.0, 0.0)
+        self._recent_p99_us = 0.0
         self._started = time.time()
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
@@ -205,7 +209,7 @@ class Live:
 
     def _tell(self) -> None:
         account = self._account
-        before, samples = time.monotonic(), account.samples
+        before, samples, latency = time.monotonic(), account.samples, account.latency.copy()
         decided = deque([(before, account.decisions)], maxlen=math.ceil(RATE_S / INTERVAL_S))
         while not self._ended.wait(INTERVAL_S):
             now = time.monotonic()
@@ -214,12 +218,13 @@ class Live:
                 (account.samples - samples) / (now - before),
                 (account.decisions - decisions) / (now - since),
             )
-            before, samples = now, account.samples
+            self._recent_p99_us = account.latency.since(latency).percentile_ns(99) / 1e3
+            before, samples, latency = now, account.samples, account.latency.copy()
             decided.append((now, account.decisions))
             self.facts.power_w = self.power()
             status = self.status()
             self._history.append(
-                Point(status.updated, self._rates[0], status.power_w, status.temperature_c, status.step_p99_us)
+                Point(status.updated, self._rates[0], status.power_w, status.temperature_c, status.step_p99_recent_us)
             )
             if self._path is not None:
                 try:
@@ -276,6 +281,7 @@ class Live:
             loop_age_s=now - facts.loop_at if facts.loop_at else 0.0,
             ready=facts.ready,
             events=[text for _, text in list(self._events)],
+            step_p99_recent_us=self._recent_p99_us,
         )
 
     def recent(self) -> list[Decision]:

@@ -49,7 +49,8 @@ class Account:
     undecided: int = 0
     """Windows that ended without a decision: all skipped, or outputs not finite."""
     dropped: Counter[str] = field(default_factory=Counter)
-    """Frames that got no sample number, by reason: repeated (already taken in), late (overtaken by a newer one)."""
+    """What got no sample number, by reason. Frames: repeated (already taken in), late (overtaken by a newer one).
+    Datagrams: unread (the system threw them away, since they came faster than they were read)."""
     deadline_misses: int = 0
     """Decisions later than the sample period times the budget after their last sample came."""
     reconnects: int = 0
@@ -214,11 +215,14 @@ class Loop:
         began, paced = clock.monotonic(), 0
         self._came_at = began
         token: Any = None
+        unread = account.dropped["unread"]
         try:
             while not stop.requested and not source.ended:
                 received = source.read(stop, ROUND_S)
                 if isinstance(received, Data):
                     self._came()
+                    if source.unread:
+                        account.dropped["unread"] = unread + source.unread
                     items: Iterator[Frame | Malformed] = decoder.feed(received.content)
                     token = received.token if received.token is not None else token
                 elif isinstance(received, Seam):
@@ -324,8 +328,8 @@ class Loop:
         elif self._stamps_hz is not None and isinstance(frame.time, (int, float)):
             self._in_time(frame.time, self._stamps_hz)
         self.account.samples += 1
-        bad = self._range.bad(frame.values)
-        if bad.any():
+        if not self._range.takes(frame.values):
+            bad = self._range.bad(frame.values)
             self._gap(frame, bad, "missing" if np.isnan(frame.values[bad]).all() else "out_of_range")
             return
         self._held = frame.values
@@ -402,7 +406,7 @@ class Loop:
             self._end(None, frame, gap)
             return
         self._pending.append((values, frame, gap))
-        if len(self._pending) >= min(self._chunk, self._windows.together()):
+        if len(self._pending) >= self._chunk or len(self._pending) >= self._windows.together():
             self._flush()
 
     def _flush(self) -> None:
@@ -416,13 +420,15 @@ class Loop:
             values = pending[0][0]
             sample = values if engine.lanes == 1 else np.broadcast_to(values, (engine.lanes, len(values)))
             began = clock.perf_counter_ns()
-            outputs = [engine.step(sample)]
-        else:
-            samples = np.array([values for values, _, _ in pending])
-            if engine.lanes > 1:
-                samples = np.repeat(samples[:, None], engine.lanes, axis=1)
-            began = clock.perf_counter_ns()
-            outputs = list(engine.chunk(samples))
+            outputs = engine.step(sample)
+            self.account.latency.record(clock.perf_counter_ns() - began)
+            self._end(outputs, *pending[0][1:])
+            return
+        samples = np.array([values for values, _, _ in pending])
+        if engine.lanes > 1:
+            samples = np.repeat(samples[:, None], engine.lanes, axis=1)
+        began = clock.perf_counter_ns()
+        outputs = engine.chunk(samples)
         self.account.latency.record(clock.perf_counter_ns() - began)
         for i, ((_, frame, gap), output) in enumerate(zip(pending, outputs, strict=True)):
             if i:

@@ -23,6 +23,10 @@ class Stop:
         self._reader, self._writer = os.pipe()
         os.set_blocking(self._writer, False)
         os.set_blocking(self._reader, False)
+        self._poll = select.poll()
+        self._poll.register(self._reader, select.POLLIN)
+        self._polled: int | None = None
+        """The other descriptor that ``_poll`` looks at; it is the same one nearly always."""
         self._previous: dict[int, Any] = {}
         self._wakeup = -1
 
@@ -54,13 +58,15 @@ class Stop:
 
     def wait(self, fd: int | None = None, seconds: float | None = None) -> bool:
         """Wait until ``fd`` can be read (or has ended), at most ``seconds``. False: stopped, or time ran out."""
-        poll = select.poll()
-        poll.register(self._reader, select.POLLIN)
-        if fd is not None:
-            poll.register(fd, select.POLLIN)
+        if fd != self._polled:
+            if self._polled is not None:
+                self._poll.unregister(self._polled)
+            if fd is not None:
+                self._poll.register(fd, select.POLLIN)
+            self._polled = fd
         if self.requested:
             return False
-        ready = poll.poll(None if seconds is None else max(0.0, seconds) * 1000)
-        if any(descriptor == self._reader for descriptor, _ in ready) and not self.requested:
+        ready = [descriptor for descriptor, _ in self._poll.poll(None if seconds is None else max(0.0, seconds) * 1000)]
+        if self._reader in ready and not self.requested:
             os.read(self._reader, 512)  # A signal that asks for no stop must not keep the descriptor ready.
-        return not self.requested and any(descriptor == fd for descriptor, _ in ready)
+        return not self.requested and fd in ready

@@ -78,7 +78,10 @@ class Windows:
             raise UsageError(f"hop: {self.hop} samples make {slots} windows overlap, expected {MAX_OVERLAP} at most")
         self.lanes = 1 if carry else slots
         self._sums = np.zeros((slots, network.d_output))
-        self._pooled = np.zeros(slots, dtype=np.int64)
+        self._output = np.zeros((slots, network.d_output))
+        self._seen = 0
+        self._pooled_from = [0] * slots
+        """``_seen``, the samples with outputs so far, when a slot's window began; what came since, its sum holds."""
         self._gaps = np.zeros(slots, dtype=np.int64)
         self._starts: deque[tuple[int, int]] = deque()  # (start, slot) of the open windows, oldest first
         self._truth: list[Counter[str]] = [Counter() for _ in range(slots)]
@@ -102,19 +105,20 @@ class Windows:
         self._opened += 1
         self._starts.append((self.sample, slot))
         self._sums[slot] = 0
-        self._pooled[slot] = self._gaps[slot] = 0
+        self._pooled_from[slot] = self._seen
+        self._gaps[slot] = 0
         self._truth[slot].clear()
         return None if self.carry else slot
 
     def end(self, outputs: Array | None, gap: bool = False, truth: str | None = None) -> Closed | None:
         """After a sample: pool its outputs (lanes, d_output), or None if it was skipped; the window it ends, if any."""
         if outputs is not None:
+            self._seen += 1
             if self._mean:
-                self._sums += outputs
-                self._pooled += 1
+                self._output[:] = outputs  # float32 added to float64 takes NumPy twice as long as both steps
+                self._sums += self._output
             else:
                 self._sums[:] = outputs
-                self._pooled[:] = 1
         if gap:
             self._gaps += 1
         if truth is not None:
@@ -126,7 +130,7 @@ class Windows:
         start, slot = self._starts.popleft()
         if (start - self._origin + 1) % self._every:
             return None
-        pooled = int(self._pooled[slot])
+        pooled = self._pooled(slot)
         return Closed(
             start,
             self.sample,
@@ -134,6 +138,11 @@ class Windows:
             int(self._gaps[slot]),
             self._truth[slot].most_common(1)[0][0] if self._truth[slot] else None,
         )
+
+    def _pooled(self, slot: int) -> int:
+        """Samples whose outputs its sum holds."""
+        pooled = self._seen - self._pooled_from[slot]
+        return pooled if self._mean else min(pooled, 1)
 
     def pass_over(self, samples: int = 1) -> None:
         """Samples between a reset and the next good one: they have numbers and belong to no window."""
@@ -148,7 +157,7 @@ class Windows:
             self._opened,
             list(self._starts),
             self._sums.tolist(),
-            self._pooled.tolist(),
+            [self._pooled(slot) for slot in range(len(self._sums))],
             self._gaps.tolist(),
             [dict(counter) for counter in self._truth],
         )
@@ -169,7 +178,7 @@ class Windows:
         self.sample, self._origin, self._opened = state.sample, state.origin, state.opened
         self._starts = deque(state.starts)
         self._sums[:] = state.sums
-        self._pooled[:] = state.pooled
+        self._seen, self._pooled_from = 0, [-pooled for pooled in state.pooled]
         self._gaps[:] = state.gaps
         self._truth = [Counter(counts) for counts in state.truth]
 

@@ -54,6 +54,8 @@ class Source(ABC):
     """Messages that came and were not acknowledged yet."""
     most_in_flight: int = 1 << 30
     """So many of them call for a snapshot before its time: the sender stops at some number."""
+    unread: int = 0
+    """Datagrams that the system threw away since nobody read them in time."""
     ended: bool = False
     """Nothing will come any more."""
 
