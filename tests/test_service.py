@@ -421,8 +421,23 @@ def test_a_reloaded_model_leads_its_family(small, tmp_path):
     model.write_bytes((small / "m.safetensors").read_bytes())
     with (tmp_path / "log").open("wb") as log:
         run = subprocess.Popen(
-            [*EDGE_SSM, "run", model, "--input", small / "s.csv", "--pace", "--reload", "--member"]
-            + [small / "s.safetensors", "--deadline", "0.0001", "--settle", "1", "--output", out],
+            [
+                *EDGE_SSM,
+                "run",
+                model,
+                "--input",
+                small / "s.csv",
+                "--pace",
+                "--reload",
+                "--member",
+                small / "s.safetensors",
+                "--deadline",
+                "0.0001",
+                "--settle",
+                "1",
+                "--output",
+                out,
+            ],
             stderr=log,
         )
     said = (tmp_path / "log").read_text

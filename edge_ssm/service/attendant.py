@@ -58,6 +58,7 @@ class Attendant(stream.Attendant):
         self._lost_said = False
         self._connected: bool | None = None
         keeper.artifact = running.digest
+        self.keeps_state = keeper.keeps_state
 
     def between_samples(self) -> None:
         now = time.monotonic()

@@ -64,6 +64,10 @@ class Keeper:
         self.written_at: float | None = None
         """time.monotonic() when the last one was taken that is on disk."""
 
+    @property
+    def keeps_state(self) -> bool:
+        return self._path is not None
+
     def resume(self, loop: Loop, source: Source, accept: Callable[[str], bool]) -> snapshots.Document | None:
         """Put loop, source and decoder where the last snapshot was taken; None if there is none.
 

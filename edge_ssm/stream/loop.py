@@ -104,6 +104,9 @@ class Decisions(Protocol):
 class Attendant:
     """Who looks after a loop while it runs, from the loop's own thread (``service.attendant``); this one does not."""
 
+    keeps_state: bool = False
+    """Whether what is held back now will be gone on with by another run."""
+
     def between_samples(self) -> None:
         """At least every ROUND_S; nothing is half done, but a block of input may be."""
 
@@ -254,6 +257,7 @@ class Loop:
             else:
                 for item in decoder.finish():
                     self._item(item)
+            if not (stop.requested and attendant.keeps_state):
                 for frame in self._ordering.release():
                     self._frame(frame)
             self._flush()
