@@ -167,11 +167,18 @@ def run(context: click.Context, /, config: str | None, stream: bool, **options: 
         if context.get_parameter_source(name) is not ParameterSource.DEFAULT
     }
     settings = configuration.settings(config, given)
+    if settings.input == "-" and sys.stdin is None:
+        raise UsageError("standard input is closed; give --input")
+    if settings.output == "-" and sys.stdout is None:
+        raise UsageError("standard output is closed; give --output")
     if settings.input == "-" and sys.stdin.isatty():
         click.echo("edge-ssm: reading samples from the terminal, Ctrl-D ends", err=True)
     outcome = running.run(settings, lambda line: journal.log("notice", line))
     account, network = outcome.account, outcome.network
-    click.echo(summary(account, network, outcome.engine, outcome.chunk), err=True)
+    with suppress(OSError):  # decisions are what matters, and they are out
+        click.echo(summary(account, network, outcome.engine, outcome.chunk), err=True)
+    if outcome.failure:
+        raise RunFailed(outcome.failure)
     if account.malformed and not account.samples:
         raise EdgeSSMError(
             f"{outcome.source}: no valid sample among {account.malformed} rows; expected {outcome.format} with "

@@ -28,6 +28,7 @@ from edge_ssm.service.budgets import Ladder, Limits, Measures
 
 ROOT = Path(__file__).parent.parent
 EDGE_SSM = [sys.executable, "-c", "from edge_ssm.cli import main; main()"]
+READS_ALL = ["--input", "s.csv"]
 
 
 # Configuration
@@ -451,3 +452,156 @@ def test_a_reloaded_model_leads_its_family(small, tmp_path):
     until(lambda: said().count("moved to the smaller") == 2)
     run.send_signal(signal.SIGTERM)
     assert run.wait(30) == 0
+
+
+# What a tester found
+
+
+def test_what_no_reader_took_stands_in_the_account_and_is_a_failure(small, tmp_path):
+    run = start(small / "m.safetensors", "--input", small / "s.csv", "--output", "tcp://127.0.0.1:1", "--queue", "4096")
+    _, said = run.communicate(timeout=60)
+    assert run.returncode == 1
+    assert "2000 output_unsent" in said
+    assert "Connection refused; 2000 decisions and events did not get there" in said.splitlines()[-1]
+
+
+def test_a_dead_reader_is_told_of_once(small, tmp_path):
+    with (tmp_path / "log").open("wb") as log:
+        run = subprocess.Popen(
+            [*EDGE_SSM, "run", small / "m.safetensors", "--pace", *READS_ALL, "--output", "tcp://127.0.0.1:1"],
+            stderr=log,
+            cwd=small,
+        )
+    said = (tmp_path / "log").read_text
+    until(lambda: "Connection refused; decisions wait" in said())
+    time.sleep(1.5)
+    run.send_signal(signal.SIGTERM)
+    assert run.wait(30) == 1
+    assert said().count("decisions wait") == 1
+    assert "ended by signal" in said()
+
+
+def test_a_dead_reader_s_decisions_are_made_again_where_state_is_kept(small, tmp_path):
+    common = [small / "m.safetensors", "--input", small / "s.csv", "--state", tmp_path / "state", "--queue", "4096"]
+    assert start(*common, "--output", "tcp://127.0.0.1:1").wait(60) == 1
+    assert start(*common, "--output", tmp_path / "out").wait(60) == 0
+    assert [d["index"] for d in decisions(tmp_path / "out")[0]] == list(range(2000))
+
+
+@pytest.mark.parametrize("kind", ["input", "output"])
+def test_a_signal_ends_the_wait_for_a_pipe(small, tmp_path, kind):
+    os.mkfifo(tmp_path / "fifo")
+    other = ["--input", small / "s.csv"] if kind == "output" else ["--output", tmp_path / "out"]
+    run = start(small / "m.safetensors", *other, f"--{kind}", tmp_path / "fifo")
+    time.sleep(1.5)
+    assert run.poll() is None
+    run.send_signal(signal.SIGTERM)
+    _, said = run.communicate(timeout=30)
+    assert "ended by " in said
+
+
+def test_the_run_does_not_write_over_what_it_reads(small, tmp_path):
+    for name in ("s.csv", "m.safetensors"):
+        content = (small / name).read_bytes()
+        (tmp_path / name).write_bytes(content)
+        (tmp_path / "link").unlink(missing_ok=True)
+        (tmp_path / "link").symlink_to(tmp_path / name)
+        run = start(tmp_path / "m.safetensors" if name[0] == "m" else small / "m.safetensors",
+                    "--input", tmp_path / "s.csv", "--output", tmp_path / "link")  # fmt: skip
+        _, said = run.communicate(timeout=60)
+        assert run.returncode == 2
+        assert "the run reads it" in said
+        assert (tmp_path / name).read_bytes() == content
+
+
+def test_two_runs_share_neither_state_nor_output(small, tmp_path):
+    os.mkfifo(tmp_path / "fifo")
+    first = start(small / "m.safetensors", "--input", tmp_path / "fifo", "--follow",
+                  "--state", tmp_path / "state", "--output", tmp_path / "out")  # fmt: skip
+    until(lambda: (tmp_path / "state" / "lock").exists() and (tmp_path / "out").exists())
+    time.sleep(0.5)
+    for option, place, problem in (
+        ("--state", "state", "another run keeps its snapshots there"),
+        ("--output", "out", "another run writes it"),
+    ):
+        second = start(small / "m.safetensors", "--input", small / "s.csv", option, tmp_path / place)
+        _, said = second.communicate(timeout=60)
+        assert second.returncode == 2
+        assert problem in said
+    first.send_signal(signal.SIGTERM)
+    assert first.wait(30) == 0
+
+
+def test_a_full_disk_ends_with_an_account(small):
+    run = start(small / "m.safetensors", "--input", small / "s.csv", "--output", "/dev/full")
+    _, said = run.communicate(timeout=60)
+    assert run.returncode == 1
+    assert "ended by failure" in said
+    assert "No space left on device" in said.splitlines()[-1]
+
+
+def test_a_name_that_is_no_text_can_be_kept(small, tmp_path):
+    odd = os.fsencode(tmp_path) + b"/x\xff.csv"
+    Path(os.fsdecode(odd)).write_bytes((small / "s.csv").read_bytes())
+    done = subprocess.run(
+        [*EDGE_SSM, "run", small / "m.safetensors", "--input", odd, "--state", tmp_path / "state"],
+        capture_output=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "state" / "snapshot").exists()
+
+
+@pytest.mark.parametrize(
+    ("closed", "problem"), [("<&-", "standard input is closed"), (">&-", "standard output is closed")]
+)
+def test_a_closed_stream_is_said(small, closed, problem):
+    other = f"--input {small}/s.csv" if ">" in closed else ""
+    command = f"{sys.executable} -c 'from edge_ssm.cli import main; main()' run {small}/m.safetensors {other} {closed}"
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert problem in done.stderr
+
+
+def test_a_log_that_was_rotated_while_nobody_read_is_read_to_its_end(small, tmp_path):
+    rows = (small / "s.csv").read_text().splitlines(keepends=True)[1:]
+    log = tmp_path / "log"
+    log.write_text("".join(rows[:1000]))
+    common = [
+        small / "m.safetensors",
+        "--input",
+        log,
+        "--follow",
+        "--state",
+        tmp_path / "state",
+        "--output",
+        tmp_path / "out",
+    ]
+    for i in range(2):
+        run = start(*common)
+        until(lambda i=i: len(decisions(tmp_path / "out")[0]) == (100, 200)[i])
+        if not i:
+            run.send_signal(signal.SIGTERM)
+            assert run.wait(30) == 0
+            with log.open("a") as file:
+                file.write("".join(rows[1000:1500]))
+            log.rename(tmp_path / "log.1")
+            log.write_text("".join(rows[1500:2000]))
+    run.send_signal(signal.SIGTERM)
+    assert run.wait(30) == 0
+    found, events = decisions(tmp_path / "out")
+    assert [d["start"] for d in found] == [10 * i for i in range(200)]
+    assert [e["skipped"] for e in events if e["event"] == "resumed"] == [0]
+
+
+def test_the_line_of_a_key_is_not_looked_for_within_a_string(tmp_path):
+    path = tmp_path / "c.toml"
+    path.write_text('[source]\ninput = """\n[gap]\nmax = 1\n"""\n[model]\npath = "m"\n[gap]\nmax = -1\n')
+    with pytest.raises(UsageError, match=r"c.toml, line 9: gap.max: '-1'"):
+        configuration.settings(str(path), {})
+    path.write_text('[model]\npath = "m"\n[gap]\npolicy = "x"\n')
+    with pytest.raises(UsageError, match="'x', expected hold, skip, reset"):
+        configuration.settings(str(path), {})
+    os.mkfifo(tmp_path / "fifo")
+    with pytest.raises(UsageError, match="not a regular file"):
+        configuration.settings(str(tmp_path / "fifo"), {})

@@ -17,7 +17,7 @@ from edge_ssm.network import Network
 if TYPE_CHECKING:
     from edge_ssm.graphs.files import Graph
 
-__all__ = ["ENGINES", "Engine", "EngineEntry", "Snapshot", "available", "candidates", "create", "left_out"]
+__all__ = ["ENGINES", "Engine", "EngineEntry", "Snapshot", "available", "candidates", "create", "left_out", "missing"]
 
 
 @dataclass(frozen=True)
@@ -92,8 +92,8 @@ def left_out(network: Network, graph: Graph | None = None) -> dict[str, str]:
     here = candidates(network)
     found = {}
     for name, entry in ENGINES.items():
-        if absent := _absent(entry):
-            found[name] = f"engine {name!r}: package {absent[0]} is missing; {entry.hint}"
+        if why := missing(name):
+            found[name] = why
         elif not installed(name):
             found[name] = f"engine {name!r}: none of its hardware is here ({', '.join(entry.nodes)})"
         elif entry.chosen and name not in here:
@@ -157,13 +157,21 @@ def _absent(entry: EngineEntry) -> list[str]:
     return [package for package in entry.requires if not any(there(one) for one in package.split("|"))]
 
 
-def _load(name: str) -> type[Engine]:
+def missing(name: str) -> str:
+    """Which package an engine lacks, and the command that adds it; empty if it lacks none."""
     entry = ENGINES[name]
     absent = _absent(entry)
-    if absent:
-        packages = absent[0].replace("|", " or ")
-        wheels = f" ({note(name)})" if entry.graphs else ""
-        raise EngineUnavailable(f"engine {name!r}: package {packages} is missing; {entry.hint}{wheels}")
+    if not absent:
+        return ""
+    packages = absent[0].replace("|", " or ")
+    wheels = f" ({note(name)})" if entry.graphs else ""
+    return f"engine {name!r}: package {packages} is missing; {entry.hint}{wheels}"
+
+
+def _load(name: str) -> type[Engine]:
+    entry = ENGINES[name]
+    if why := missing(name):
+        raise EngineUnavailable(why)
     try:
         cls: type[Engine] = getattr(import_module(entry.module), entry.cls)
     except ImportError as error:

@@ -56,6 +56,7 @@ class Attendant(stream.Attendant):
         self._look_at = self._status_at = 0.0
         self._before = (0, 0)
         self._lost_said = False
+        self._outlet_problem = ""
         self._connected: bool | None = None
         keeper.artifact = running.digest
         self.keeps_state = keeper.keeps_state
@@ -95,6 +96,7 @@ class Attendant(stream.Attendant):
             self._loop.note("engine_lost", reason=engine.lost, engine=engine.name)
             self._say(f"engine lost ({engine.lost}); {engine.name} took over")
         self._live.facts.engine = engine.name
+        self._tell_of_outlet()
         if self._adaptive is not None:
             self._adapt(self._adaptive, now)
         if now >= self._status_at:
@@ -104,6 +106,16 @@ class Attendant(stream.Attendant):
                 f"{status.samples} samples ({status.samples_per_s:.0f} a second), {status.decisions} decisions, "
                 f"{sum(status.dropped.values())} dropped, source {status.source_state}"
             )
+
+    def _tell_of_outlet(self) -> None:
+        """A dead reader, once, and its return."""
+        outlet = self._live.outlet
+        problem = outlet.problem if outlet is not None else ""
+        if problem != self._outlet_problem and outlet is not None:
+            self._say(
+                f"{problem}; decisions wait, {outlet.size} at most" if problem else f"{outlet.name}: delivers again"
+            )
+            self._outlet_problem = problem
 
     def _reload(self, reloader: Reloader) -> None:
         if self._stop.hangups != self._hangups:

@@ -13,12 +13,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from edge_ssm import profiles
-from edge_ssm.engines import ENGINES
+from edge_ssm.engines import ENGINES, missing
 from edge_ssm.errors import EdgeSSMError, UsageError
 from edge_ssm.network import Network
 from edge_ssm.service import candidates, configuration, metrics, running, web
 from edge_ssm.service.configuration import Settings
-from edge_ssm.stream import frames, mqtt_broker, outlets, sources
+from edge_ssm.stream import frames, mqtt_broker, outlets, places, sources
 from edge_ssm.stream.places import Place
 from edge_ssm.stream.windows import Windows
 
@@ -63,6 +63,7 @@ class _Check:
             source = sources.look_at(settings.input)
         with self._at("output"):
             sink = outlets.look_at(settings.output)
+            places.check_apart(settings.output, [settings.model, settings.input, *settings.member])
         self.plan = Plan(settings, source, sink)
         network = self._model()
         windows = self._windows(network)
@@ -158,6 +159,8 @@ class _Check:
         with self._at("engine"):
             if settings.engine not in ("auto", *ENGINES):
                 raise UsageError(f"{settings.engine!r}: unknown, expected auto, {', '.join(ENGINES)}")
+            if settings.engine != "auto" and (why := missing(settings.engine)):
+                raise UsageError(why)
         if settings.engine in ENGINES and ENGINES[settings.engine].nodes:
             self.plan.needs["gpu"] = "engine"
         named = None

@@ -5,11 +5,13 @@
 
 from __future__ import annotations
 
+import os
 import re
+import stat
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import msgspec
 
@@ -65,7 +67,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     truth: bool = False
     append: bool = False
     rotate_bytes: CountOrNone = 0
-    rotate_keep: CountOrNone = 5
+    rotate_keep: Annotated[int, msgspec.Meta(ge=0, le=1000)] = 5
     queue: Annotated[int, msgspec.Meta(ge=1, le=1 << 20)] = 1024
     overflow: Overflow | None = None
     state: Text | None = None
@@ -142,8 +144,14 @@ class _File:
 
     def line(self, section: str, key: str | None = None) -> str:
         """``path, line n`` of a section's header, or of a key in it; the path alone where it is written otherwise."""
-        here = ""
+        here, inside = "", ""
         for number, line in enumerate(self.text.split("\n"), 1):
+            # What stands within a string of several lines is neither header nor key.
+            begun = inside
+            for quotes in re.findall(r"\"\"\"|\'\'\'", line):
+                inside = "" if inside == quotes else inside or quotes
+            if begun:
+                continue
             if header := re.match(r"\s*\[\s*\"?([^\]\"]*?)\"?\s*\]", line):
                 here = header[1]
                 if key is None and here == section:
@@ -170,7 +178,9 @@ def where(path: str, field: str) -> str:
 def read(path: str) -> dict[str, Any]:
     """A configuration file's values by field. Raises UsageError, naming file, line and key."""
     try:
-        with open(path, "rb") as file:
+        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise UsageError(f"{path}: not a regular file; expected a configuration")
             content = file.read(LARGEST + 1)
     except OSError as error:
         raise UsageError(f"{path}: can't be read ({error.strerror})") from None
@@ -226,8 +236,16 @@ def _converted(field: str, value: Any, where: str) -> Any:
     try:
         return msgspec.convert(value, _TYPES[field], strict=True)
     except msgspec.ValidationError as error:
-        expected = " ".join(str(error).split()).replace("Expected", "expected").replace("`", "")
+        allowed = _choices(_TYPES[field])
+        said = " ".join(str(error).split()).replace("Expected", "expected").replace("`", "")
+        expected = f"expected {', '.join(allowed)}" if allowed else said
         raise UsageError(f"{where}: {str(value)[:60]!r}, {expected}") from None
+
+
+def _choices(kind: Any) -> list[str]:
+    """The words that a field may be, where it may only be one of some words."""
+    found = [part for inner in get_args(kind) for part in ([inner] if isinstance(inner, str) else _choices(inner))]
+    return found if get_origin(kind) is Literal or type(None) in get_args(kind) else []
 
 
 def settings(config: str | None, flags: dict[str, Any]) -> Settings:

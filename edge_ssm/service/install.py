@@ -83,6 +83,8 @@ def unit(name: str, kind: str = "service") -> str:
 def install(request: Request, say: Say) -> None:
     """Raises UsageError before anything is changed, RunFailed where a change could not be made."""
     unit(request.name)
+    if not request.root.is_dir():
+        raise UsageError(f"--root {request.root}: no such folder; expected the root of a system")
     plan = checking.check(request.config)
     _check_openings(request, plan)
     _check_visible(request, plan)

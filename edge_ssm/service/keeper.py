@@ -7,6 +7,8 @@ a source keeps nothing (a serial line), there is nothing to wait for, and a snap
 
 from __future__ import annotations
 
+import fcntl
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -17,7 +19,8 @@ from typing import Any
 
 from edge_ssm import atomic
 from edge_ssm.engines import Snapshot
-from edge_ssm.errors import SnapshotError
+from edge_ssm.errors import SnapshotError, UsageError
+from edge_ssm.printable import printable
 from edge_ssm.service import snapshots
 from edge_ssm.stream.frames import FrameDecoder
 from edge_ssm.stream.loop import Loop
@@ -26,10 +29,23 @@ from edge_ssm.stream.sources.base import Source
 
 FILE = "snapshot"
 REFUSED = "snapshot.refused"
+LOCK = "lock"
 EARLY = 0.7
 FEW_IN_FLIGHT = 8
 STALLED_S = 0.15
 """With so many messages unacknowledged and none for so long, the sender may be at a limit that it does not tell."""
+
+
+def _alone(folder: Path) -> int:
+    """A lock on a folder of snapshots, held as long as this process lives. Raises UsageError if another run has it."""
+    try:
+        descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UsageError(f"{folder}: another run keeps its snapshots there; give each its own --state") from None
+    except OSError as error:
+        raise UsageError(f"{folder}: snapshots can't be kept there ({error.strerror}); see --state") from None
+    return descriptor
 
 
 @dataclass
@@ -48,14 +64,17 @@ class Keeper:
         self, folder: Path | None, interval_s: float, source_name: str, outlet: Outlet | None, decoder: FrameDecoder
     ) -> None:
         self._path = None if folder is None else folder / FILE
+        self._lock = None if folder is None else _alone(folder)
         self._interval_s = interval_s
-        self._source_name = source_name
+        self._source_name = printable(source_name)
         self._outlet = outlet
         self._decoder = decoder
         self._taken: _Taken | None = None
         self._writing: threading.Thread | None = None
         self._problem = ""
         self._told = ""
+        self.followed_on = False
+        """Whether the source goes on exactly where the snapshot was taken."""
         self._token: Any = None
         self._in_flight, self._same_since = 0, 0.0
         self._due = time.monotonic() + EARLY * interval_s
@@ -88,9 +107,9 @@ class Keeper:
             with suppress(OSError):
                 self._path.replace(self._path.with_name(REFUSED))
             raise
+        self.followed_on = document.source == self._source_name and source.seek(document.position)
         if document.source == self._source_name:
             self._decoder.resume(document.decoder)
-            source.seek(document.position)
         return document
 
     def round(self, loop: Loop, source: Source, token: Any) -> str:

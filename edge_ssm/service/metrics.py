@@ -94,10 +94,14 @@ class Metrics:
             sum_value=latency.sum_ns / 1e9,
         )
         for name, text, value in (
-            ("output_queue_lines", "Lines that wait for a slow reader of decisions.", status.queue),
+            (
+                "output_queue_lines",
+                "Lines that wait for a slow reader of decisions, those being sent among them.",
+                status.queue,
+            ),
             (
                 "output_queue_limit_lines",
-                "Lines that may wait; 0: none ever does.",
+                "Lines that may wait, beside 64 being sent; 0: none ever does.",
                 status.queue_size,
             ),
             ("sample_rate_hertz", "Samples a second that the source is said to have.", status.sample_rate_hz),

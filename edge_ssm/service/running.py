@@ -13,7 +13,7 @@ from pathlib import Path
 
 from edge_ssm import models, profiles
 from edge_ssm.engines import Engine, create
-from edge_ssm.errors import EngineUnavailable, SnapshotError, UsageError
+from edge_ssm.errors import EngineUnavailable, RunFailed, SnapshotError, UsageError
 from edge_ssm.network import Network
 from edge_ssm.service import candidates
 from edge_ssm.service.attendant import Adaptive, Attendant
@@ -22,10 +22,11 @@ from edge_ssm.service.candidates import Candidate
 from edge_ssm.service.configuration import Settings
 from edge_ssm.service.keeper import Keeper
 from edge_ssm.service.notify import Notifier
-from edge_ssm.stream import frames, sinks
+from edge_ssm.stream import frames, places, sinks
 from edge_ssm.stream.live import Facts, Live
 from edge_ssm.stream.loop import Account, Loop
 from edge_ssm.stream.outlets import open_outlet
+from edge_ssm.stream.outlets.base import Outlet
 from edge_ssm.stream.outlets.queued import Overflow
 from edge_ssm.stream.sources import open_source
 from edge_ssm.stream.sources.base import Source
@@ -47,6 +48,8 @@ class Outcome:
     chunk: int
     source: str
     format: str
+    failure: str
+    """What ended it before its time, or what it could not deliver; empty if all is well."""
 
 
 class _Reporter:
@@ -78,6 +81,9 @@ def run(settings: Settings, say: Say) -> Outcome:
 
 
 def _run(settings: Settings, say: Say, stack: ExitStack) -> Outcome:
+    # The first to come and the last to go: a signal ends whatever waits here in good order, with an account.
+    stop = stack.enter_context(Stop(hangups=settings.reload))
+    places.check_apart(settings.output, [settings.model, settings.input, *settings.member])
     model, network = candidates.load(settings.model, settings.sample_rate, settings.require_signature)
     pace = network.input.sample_rate_hz
     check_rate(settings, network)
@@ -107,7 +113,8 @@ def _run(settings: Settings, say: Say, stack: ExitStack) -> Outcome:
     chunk = _chunk(settings, str(named.profile.runtime.chunk) if named else "1", engine, windows)
     facts = Facts(settings.model, model.digest, engine.name, pace, named.name if named else None, source.name)
     live = Live(sink, facts)
-    stack.callback(live.close)
+    closing = stack.enter_context(ExitStack())
+    closing.callback(live.close)
     periods = settings.deadline or (named.profile.runtime.deadline_periods if named else 1.0)
     loop = Loop(
         engine,
@@ -124,7 +131,6 @@ def _run(settings: Settings, say: Say, stack: ExitStack) -> Outcome:
     )
     keeper = Keeper(_state_folder(settings), settings.snapshot_interval, source.name, outlet, decoder)
     notifier = Notifier()
-    stop = Stop(hangups=settings.reload)
     if outlet is not None:
         outlet.while_waiting = lambda: _waits(notifier, stop)
     adaptive = _adaptive(settings, running, windows, named, say)
@@ -150,22 +156,36 @@ def _run(settings: Settings, say: Say, stack: ExitStack) -> Outcome:
         page = web.serve(live, settings.listen, settings.prometheus)
         stack.callback(page.close)
         say(f"status page at http://{page.address}/")
-    with stop:
-        if settings.fifo is not None:
-            _real_time(settings.fifo, say)
-        gc.collect()
-        gc.freeze()  # What is there now stays: no later collection looks through it.
-        facts.ready = True
-        notifier.ready(f"runs {settings.model} on {engine.name}")
-        account = loop.run(source, decoder, stop, pace if settings.pace else None, attendant)
-        notifier.stopping()
-        if problem := keeper.finish(loop, source):
-            say(problem)
+    if settings.fifo is not None:
+        _real_time(settings.fifo, say)
+    gc.collect()
+    gc.freeze()  # What is there now stays: no later collection looks through it.
+    facts.ready = True
+    notifier.ready(f"runs {settings.model} on {engine.name}")
+    account, failure = loop.account, ""
+    try:
+        loop.run(source, decoder, stop, pace if settings.pace else None, attendant)
+    except RunFailed as error:
+        account.ended_by, failure = "failure", str(error)
+    notifier.stopping()
+    if problem := keeper.finish(loop, source):
+        say(problem)
+    closing.close()
+    failure = failure or _undelivered(account, outlet)
     engine = loop.engine
     why = attendant.running.why
     if engine.lost:
         why += f", lost in mid-stream ({engine.lost}); {engine.name} took over"
-    return Outcome(account, engine.network, why, chunk, source.name, codec)
+    return Outcome(account, engine.network, why, chunk, source.name, codec, failure)
+
+
+def _undelivered(account: Account, outlet: Outlet | None) -> str:
+    """Put what the outlet dropped into the account; what is wrong with that, if it was not as asked for."""
+    if outlet is None:
+        return ""
+    account.dropped.update({f"output_{reason}": n for reason, n in outlet.dropped.items()})
+    unsent = outlet.dropped["unsent"]
+    return f"{outlet.problem or outlet.name}; {unsent} decisions and events did not get there" if unsent else ""
 
 
 def _waits(notifier: Notifier, stop: Stop) -> bool:
@@ -215,13 +235,18 @@ def _resume(loop: Loop, keeper: Keeper, source: Source, attendant: Attendant, sa
     age_s = max(0.0, time.time() - found.saved_at)
     rate = loop.engine.network.input.sample_rate_hz
     skipped: int | None = None
-    if source.position():
+    if keeper.followed_on:
         skipped = 0
+    elif source.position():
+        loop.note("replaced", source=source.name)
+        say(f"{source.name}: not the file that was read before, or cut short; it is read from its beginning")
     elif not loop.numbered and rate is not None and source.live:
         # Nobody counted them: by the clock, which may have been set meanwhile.
         skipped = round(age_s * rate)
         loop.lost(min(skipped, 1 << 40), "stopped")
-    told = {None: "known with the next sequence number", 0: "0"}.get(skipped, f"about {skipped}")
+    told = {None: "unknown" if source.position() else "known with the next sequence number", 0: "0"}.get(
+        skipped, f"about {skipped}"
+    )
     loop.note("resumed", age_s=round(age_s, 3), skipped=skipped)
     say(f"resumed at sample {loop.windows.sample}, {age_s:.1f} s after the snapshot; samples skipped: {told}")
 
@@ -296,6 +321,8 @@ def _adaptive(
         model, network = candidates.load(path, settings.sample_rate, settings.require_signature)
         if not candidates.same_windows(network, running.network):
             raise UsageError(f"--member {path}: its windows or labels are not those of {running.path}")
+        if model.digest in {member.digest for member in members}:
+            raise UsageError(f"--member {path}: is {running.path}, or there twice; expected a smaller model")
         member = candidate(settings, path, model, network, windows.lanes, named, say)
         candidates.check_beside(member, running.network)
         members.append(member)

@@ -83,8 +83,11 @@ def read(path: Path) -> tuple[Document, Snapshot] | None:
         return None
     except OSError as error:
         raise SnapshotError(f"{path}: can't be read ({error.strerror}); start without it") from None
-    with os.fdopen(descriptor, "rb") as file:
-        content = file.read(LARGEST + 1)
+    try:
+        with os.fdopen(descriptor, "rb") as file:
+            content = file.read(LARGEST + 1)
+    except OSError as error:
+        raise SnapshotError(f"{path}: can't be read ({error.strerror}); start without it") from None
     if len(content) > LARGEST:
         raise SnapshotError(f"{path}: longer than {LARGEST} bytes; start without it")
     return from_bytes(content)

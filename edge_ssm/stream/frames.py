@@ -373,6 +373,8 @@ def guess_format(path: str) -> str:
 
 def decoder(codec: str, spec: InputSpec, scale: Sequence[float] = (1.0,)) -> FrameDecoder:
     """The decoder for one of FORMATS. Raises UsageError for another, or a scale that does not fit."""
+    if codec in ("csv", "ndjson") and any(factor != 1 for factor in scale):
+        raise UsageError(f"scale: only for numbers of a sensor's own unit ({', '.join(BinaryDecoder.dtypes)}, framed)")
     if codec == "csv":
         return CsvDecoder(spec)
     if codec == "ndjson":

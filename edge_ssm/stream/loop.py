@@ -27,6 +27,7 @@ GapPolicy = Literal["hold", "skip", "reset"]
 GAP_POLICIES: tuple[GapPolicy, ...] = ("hold", "skip", "reset")
 Sequence = Annotated[str, msgspec.Meta(pattern=r"^-?[0-9]{1,40}\Z")]
 """A whole number, which may pass 64 bits."""
+KNOWN_LOST = 4096
 ROUND_S = 0.1
 """At most so long between two rounds of the attendant, data or not."""
 
@@ -177,7 +178,9 @@ class Loop:
         self._waiting = False  # after a reset within a gap, until the next good sample
         self._sequence: int | None = None
         self._stamp: float | None = None
-        self._reorder = 0
+        self._stamp_back = False
+        self._reorder = Source.reorder
+        self._lost: set[int] = set()  # sequence numbers that were taken for lost, the newest ones
         self._ordering = Ordering()
         self._came_at = 0.0
         self._next_round = 0.0
@@ -346,9 +349,12 @@ class Loop:
         last, self._sequence = self._sequence, number
         if last is None or number == last + 1:
             return True
-        if last - self._reorder < number <= last:
+        # A sender that begins anew begins with 0 or 1; only what is sent again on purpose may go so far back.
+        anew = number in (0, 1) and number < last - 1 and self._reorder <= Source.reorder
+        if last - self._reorder < number <= last and not anew:
             self._sequence = last
-            self.account.dropped["late" if self._reorder < 1 << 20 else "repeated"] += 1
+            self.account.dropped["late" if number in self._lost else "repeated"] += 1
+            self._lost.discard(number)
             return False
         if number <= last or number - last > LONGEST_LOSS:
             self._flush()
@@ -356,11 +362,18 @@ class Loop:
             if self._gap_policy == "reset":
                 self._restart("reset", reason="sender restarted")
             return True
+        self._lost = set(range(max(last + 1, number - KNOWN_LOST), number)) | (
+            self._lost if len(self._lost) < KNOWN_LOST else set()
+        )
         self.lost(number - last - 1, "lost")
         return True
 
     def _in_time(self, stamp: float, hz: float) -> None:
-        last, self._stamp = self._stamp, stamp
+        last = self._stamp
+        if last is not None and stamp < last and not self._stamp_back:
+            self._stamp_back = True  # one stray stamp; a second one is a clock that was set back
+            return
+        self._stamp, self._stamp_back = stamp, False
         if last is not None and (skipped := round((stamp - last) * hz) - 1) > 0 and skipped < LONGEST_LOSS:
             self.lost(skipped, "lost")
 

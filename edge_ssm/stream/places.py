@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from urllib.parse import parse_qsl, unquote, urlsplit
 
@@ -99,3 +101,11 @@ def _mqtt(text: str, scheme: str) -> Place:
     except ValueError as error:
         raise UsageError(f"{url}: not options ({error})") from None
     return Place(url, scheme, "", None, "", options)
+
+
+def check_apart(output: str, read: Iterable[str]) -> None:
+    """Raises UsageError where the output is a file that the run reads: opening it would empty it."""
+    for path in read:
+        with suppress(OSError, ValueError):
+            if os.path.isfile(output) and os.path.samefile(output, path):
+                raise UsageError(f"--output {output}: the run reads it ({path}); give another file")

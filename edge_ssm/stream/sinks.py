@@ -64,7 +64,7 @@ class Sink(ABC):
                 discard(self._file)
             if isinstance(error, BrokenPipeError):
                 raise SinkClosed from None
-            raise RunFailed(f"output: can't be written ({error.strerror}); decisions from here on are lost") from None
+            raise RunFailed(f"output: can't be written ({error.strerror}); the run ends here") from None
 
     def close(self) -> None:
         if self._file is not sys.stdout:
@@ -171,7 +171,7 @@ def stdout() -> TextIO:
 
 def stdout_format() -> str:
     """What suits standard output: text on a terminal."""
-    return "text" if sys.stdout.isatty() else "ndjson"
+    return "text" if sys.stdout is not None and sys.stdout.isatty() else "ndjson"
 
 
 def make(form: str, file: TextIO | Outlet, network: Network, logits: bool, truth: bool) -> Sink:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import stat
+import time
 
 from edge_ssm.errors import UsageError
 from edge_ssm.stream.outlets.base import Outlet, Wire
@@ -14,13 +17,28 @@ class _LineFile:
 
     def __init__(self, path: str, append: bool, rotate_bytes: int, keep: int) -> None:
         self._path, self._rotate_bytes, self._keep = path, rotate_bytes, keep
-        flags = os.O_WRONLY | os.O_CREAT | (0 if append else os.O_TRUNC)
-        self._fd = os.open(path, flags, 0o644)
+        # Truncated only once it is ours alone. A pipe without a reader is no file to wait for: ENXIO.
+        self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NONBLOCK, 0o644)
+        os.set_blocking(self._fd, True)
         self._regular = stat.S_ISREG(os.fstat(self._fd).st_mode)
+        if self._regular:
+            self._hold()
+            if not append:
+                os.ftruncate(self._fd, 0)
         self._size = 0
         if self._regular:
             self._size = os.lseek(self._fd, 0, os.SEEK_END)
             self._cut_torn_line()
+
+    def _hold(self) -> None:
+        """Nobody else's while we have it: two runs would write into each other's lines. Raises OSError."""
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(self._fd)
+            raise OSError(errno.EBUSY, "another run writes it") from None
+        except OSError:
+            pass  # a file system without locks
 
     def _cut_torn_line(self) -> None:
         """A power cut leaves half a line, which the next one would be glued to."""
@@ -56,6 +74,7 @@ class _LineFile:
         fresh = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
         os.close(self._fd)
         self._fd, self._size = fresh, 0
+        self._hold()
 
     def close(self) -> None:
         os.close(self._fd)
@@ -70,18 +89,35 @@ class FileOutlet(Outlet):
 
     def __init__(self, path: str, append: bool = False, rotate_bytes: int = 0, keep: int = 5) -> None:
         super().__init__(path)
+        self._arguments = (path, append, rotate_bytes, keep)
+        self._file: _LineFile | None = None
         try:
-            self._file = _LineFile(path, append, rotate_bytes, keep)
+            self._file = _LineFile(*self._arguments)
         except OSError as error:
-            raise UsageError(f"{path}: can't be written ({error.strerror})") from None
+            if error.errno != errno.ENXIO:
+                raise UsageError(f"{path}: can't be written ({error.strerror})") from None
+
+    def _opened(self) -> _LineFile:
+        """Wait for the reader of a pipe. Raises BrokenPipeError where the run ends before one comes."""
+        while self._file is None:
+            try:
+                self._file = _LineFile(*self._arguments)
+            except OSError as error:
+                if error.errno != errno.ENXIO:
+                    raise
+                time.sleep(0.05)
+                if not self.while_waiting():
+                    raise BrokenPipeError(errno.EPIPE, "nobody reads it") from None
+        return self._file
 
     def write(self, text: str) -> None:
-        self._file.write(text.encode("utf-8", "backslashreplace"))
+        self._opened().write(text.encode("utf-8", "backslashreplace"))
         self.accepted += 1
         self.settled += 1
 
     def close(self) -> None:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
 
 
 class FileWire(Wire):
@@ -94,6 +130,8 @@ class FileWire(Wire):
         try:
             self.connect()
         except OSError as error:
+            if error.errno == errno.ENXIO:  # a pipe, whose reader may come
+                return
             raise UsageError(f"{path}: can't be written ({error.strerror})") from None
 
     def connect(self) -> None:

@@ -45,9 +45,9 @@ class Source(ABC):
     """Each ``Data`` holds whole frames (UDP, MQTT): what is unfinished at its end will not be completed."""
     decoder: FrameDecoder | None = None
     """Of its own, where the source knows what its bytes mean (IIO)."""
-    reorder: int = 0
-    """How far a sample's sequence number may lie behind the last one's and still be of the same count: 0 where bytes
-    come in order, once; up to 2^20 or more where what was not acknowledged is sent again."""
+    reorder: int = 4096
+    """How far a sample's sequence number may lie behind the last one's and still be of the same count, not of a sender
+    that counts anew; 2^20 or more where what was not acknowledged is sent again."""
     reorder_wait_s: float = 0.0
     """How long a sample that is ahead of its number is held back for those before it."""
     in_flight: int = 0
@@ -74,8 +74,9 @@ class Source(ABC):
         """Where the next ``Data`` begins, for ``seek`` after a restart; empty where a source can't go back."""
         return {}
 
-    def seek(self, position: dict[str, int]) -> None:  # noqa: B027
-        """Go to a ``position`` of an earlier run. Ignored where it does not fit."""
+    def seek(self, position: dict[str, int]) -> bool:
+        """Go to a ``position`` of an earlier run. False: that place is not there any more."""
+        return False
 
     @abstractmethod
     def close(self) -> None: ...

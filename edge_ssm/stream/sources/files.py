@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
+from contextlib import suppress
 
 from edge_ssm.errors import RunFailed, UsageError
 from edge_ssm.stream.sources.base import BLOCK, Data, Seam, Source
@@ -39,8 +40,11 @@ class FileSource(Source):
             mode = os.stat(self._path).st_mode
             if stat.S_ISDIR(mode):
                 raise IsADirectoryError(21, "it is a directory")
-            # A pipe that we could write to ourselves never ends.
-            return os.open(self._path, os.O_RDWR if stat.S_ISFIFO(mode) and self._follow else os.O_RDONLY)
+            if not stat.S_ISFIFO(mode):
+                return os.open(self._path, os.O_RDONLY)
+            # A pipe that we could write to ourselves never ends. Without blocking: a signal must end the wait for a
+            # writer, and poll knows of a pipe that nobody has written to yet.
+            return os.open(self._path, (os.O_RDWR if self._follow else os.O_RDONLY) | os.O_NONBLOCK)
         except OSError as error:
             raise UsageError(f"{self._path}: can't be read ({error.strerror})") from None
 
@@ -49,6 +53,8 @@ class FileSource(Source):
             return None
         try:
             content = os.read(self._fd, self._block)
+        except BlockingIOError:
+            return None
         except OSError as error:
             raise RunFailed(f"{self.name}: reading failed ({error.strerror})") from None
         if content:
@@ -86,12 +92,29 @@ class FileSource(Source):
     def position(self) -> dict[str, int]:
         return {"offset": self._offset, "inode": os.fstat(self._fd).st_ino} if self._regular else {}
 
-    def seek(self, position: dict[str, int]) -> None:
-        here = os.fstat(self._fd)
-        offset = position.get("offset", 0)
-        if self._regular and position.get("inode") == here.st_ino and 0 <= offset <= here.st_size:
-            os.lseek(self._fd, offset, os.SEEK_SET)
-            self._offset = offset
+    def seek(self, position: dict[str, int]) -> bool:
+        offset, inode = position.get("offset", -1), position.get("inode")
+        if not self._regular or offset < 0:
+            return False
+        if inode != os.fstat(self._fd).st_ino and (not self._follow or not self._go_back_to(inode)):
+            return False
+        if offset > os.fstat(self._fd).st_size:
+            return False
+        os.lseek(self._fd, offset, os.SEEK_SET)
+        self._offset = offset
+        return True
+
+    def _go_back_to(self, inode: int | None) -> bool:
+        """The file was rotated while nobody read: its rest comes first, under whatever name it has now."""
+        folder, name = os.path.split(os.path.abspath(self._path))
+        with suppress(OSError):
+            for entry in os.scandir(folder):
+                if entry.inode() == inode and entry.name.startswith(name) and entry.is_file(follow_symlinks=False):
+                    old = os.open(entry.path, os.O_RDONLY)
+                    os.close(self._fd)
+                    self._fd = old
+                    return True
+        return False
 
     def close(self) -> None:
         if self._fd:
