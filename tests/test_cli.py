@@ -271,7 +271,10 @@ def test_doctor_does_not_import_what_it_looks_for():
 
 def test_a_full_disk_is_one_clear_error(folder):
     done = stream(folder, "--engine", "reference", "--input", folder / "s.csv", "--output", "/dev/full")
-    one_line(done, 1, "output: can't be written (No space left on device)")
+    *account, line = done.stderr.decode().splitlines()
+    assert done.returncode == 1
+    assert line == "edge-ssm: error: output: can't be written (No space left on device); the run ends here"
+    assert account[0].startswith("ended by failure; engine reference")
     with open("/dev/full", "w") as full:
         command = [*COMMAND, "run", str(folder / "m.safetensors"), "--stream", "--engine", "reference"]
         done = subprocess.run([*command, "--input", str(folder / "s.csv")], stdout=full, stderr=subprocess.PIPE)

@@ -476,9 +476,10 @@ def test_a_dead_reader_is_told_of_once(small, tmp_path):
     until(lambda: "Connection refused; decisions wait" in said())
     time.sleep(1.5)
     run.send_signal(signal.SIGTERM)
-    assert run.wait(30) == 1
+    assert run.wait(30) == 0
     assert said().count("decisions wait") == 1
     assert "ended by signal" in said()
+    assert "output_unsent" in said()
 
 
 def test_a_dead_reader_s_decisions_are_made_again_where_state_is_kept(small, tmp_path):

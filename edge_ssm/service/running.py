@@ -180,12 +180,15 @@ def _run(settings: Settings, say: Say, stack: ExitStack) -> Outcome:
 
 
 def _undelivered(account: Account, outlet: Outlet | None) -> str:
-    """Put what the outlet dropped into the account; what is wrong with that, if it was not as asked for."""
+    """Put what the outlet dropped into the account; what is wrong with that, if it was not as asked for. Who stops a
+    run while its reader is dead knows what he does."""
     if outlet is None:
         return ""
     account.dropped.update({f"output_{reason}": n for reason, n in outlet.dropped.items()})
     unsent = outlet.dropped["unsent"]
-    return f"{outlet.problem or outlet.name}; {unsent} decisions and events did not get there" if unsent else ""
+    if not unsent or account.ended_by == "signal":
+        return ""
+    return f"{outlet.problem or outlet.name}; {unsent} decisions and events did not get there"
 
 
 def _waits(notifier: Notifier, stop: Stop) -> bool:
