@@ -55,16 +55,19 @@ def load(path: str | os.PathLike[str]) -> Model:
 
 
 def _kind(path: Path) -> Kind | None:
-    """By the name, and TFLite by its identifier too; ONNX has none."""
-    if path.suffix == ".onnx":
-        return "onnx"
-    if path.suffix == ".tflite":
-        return "tflite"
+    """By what it begins with, whatever its name; by the name where that tells nothing. None: an artifact."""
     try:
         with open(path, "rb", opener=_without_waiting) as file:
-            return "tflite" if file.read(8)[4:] == container.TFLITE_IDENTIFIER else None
+            start = file.read(9)
     except OSError:
         return None  # said by whoever reads it
+    if start[4:8] == container.TFLITE_IDENTIFIER:
+        return "tflite"
+    # An artifact: the length of its header, and that header. An ONNX file: its first field, ir_version.
+    if start[:1] == b"\x08" and start[8:] != b"{":
+        return "onnx"
+    suffixes: dict[str, Kind] = {".onnx": "onnx", ".tflite": "tflite"}
+    return None if start[8:] == b"{" else suffixes.get(path.suffix.lower())
 
 
 def _without_waiting(path: str, flags: int) -> int:

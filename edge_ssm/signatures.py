@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import msgspec
 
-from edge_ssm import artifact
+from edge_ssm import models
 from edge_ssm.errors import SignatureRefused
 
 if TYPE_CHECKING:
@@ -288,18 +288,18 @@ def verify(model_path: str | os.PathLike[str], artifact_digest: str, keys: Seque
     return key.id
 
 
-def load(model_path: str | os.PathLike[str], keys: Sequence[Path]) -> artifact.Artifact:
-    """The artifact, if one of the keys signed it. Bytes that nobody signed are not parsed.
+def load(model_path: str | os.PathLike[str], keys: Sequence[Path]) -> models.Model:
+    """The model, if one of the keys signed it. Bytes that nobody signed are not parsed.
 
     Raises SignatureRefused as ``verify`` does, and ArtifactError for a model that is signed but not right.
     """
     return load_and_tell(model_path, keys)[0]
 
 
-def load_and_tell(model_path: str | os.PathLike[str], keys: Sequence[Path]) -> tuple[artifact.Artifact, str]:
+def load_and_tell(model_path: str | os.PathLike[str], keys: Sequence[Path]) -> tuple[models.Model, str]:
     """As ``load``, with the id of the key that signed it."""
     model = Path(model_path)
     statement, key = _signed(model, keys)
-    loaded = artifact.load(model)
+    loaded = models.load(model)
     _compare(model, statement, loaded.digest)
     return loaded, key.id

@@ -364,3 +364,87 @@ def test_the_runtimes_are_imported_only_when_they_are_used(demo_model):
     )
     done = subprocess.run([sys.executable, "-c", code, demo_model], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+# What a tester found
+
+
+def streams(*arguments):
+    command = [sys.executable, "-c", "from edge_ssm.cli import main; main()", "run", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+@pytest.fixture(scope="module")
+def demo_files(tmp_path_factory, demo_model):
+    folder = tmp_path_factory.mktemp("demo")
+    for kind in ("onnx", "tflite"):
+        code = "from edge_ssm_build.cli import main; main()"
+        command = [sys.executable, "-c", code, "export", demo_model, "--to", kind, "--output", folder / f"m.{kind}"]
+        subprocess.run(command, check=True, capture_output=True, timeout=120)
+    (folder / "m.safetensors").write_bytes(demo_model.read_bytes())
+    return folder
+
+
+def test_a_snapshot_goes_from_an_artifact_to_its_exports_and_back(demo_files, demo_stream, tmp_path):
+    lines = demo_stream.read_text().splitlines(keepends=True)
+    log = tmp_path / "log.csv"
+    for i, name in enumerate(("m.onnx", "m.tflite", "m.safetensors", "m.onnx")):
+        with log.open("a") as file:
+            file.write("".join(lines[max(1, 500 * i) if i else 0 : 500 * (i + 1)]))
+        done = streams(demo_files / name, "--input", log, "--state", tmp_path / "state", "--output", tmp_path / "out")
+        assert done.returncode == 0, done.stderr
+    found = [json.loads(line) for line in (tmp_path / "out").read_text().splitlines()]
+    assert [line["event"] for line in found if "event" in line] == ["resumed"] * 3
+    whole = tmp_path / "whole"
+    streams(demo_files / "m.safetensors", "--input", log, "--output", whole)
+    expected = [json.loads(line) for line in whole.read_text().splitlines()]
+    made = [line for line in found if "event" not in line]
+    assert [(d["start"], d["label"]) for d in made] == [(d["start"], d["label"]) for d in expected]
+
+
+def test_a_graph_that_was_exchanged_is_refused(demo_files, demo_stream, tmp_path):
+    """The digest can be computed by anybody; what the graph computes can't be made up."""
+    import onnx
+    from onnx import numpy_helper
+
+    model = onnx.load(demo_files / "m.onnx")
+    largest = max(model.graph.initializer, key=lambda tensor: numpy_helper.to_array(tensor).size)
+    changed = numpy_helper.from_array(1.5 * numpy_helper.to_array(largest), largest.name)
+    largest.CopyFrom(changed)
+    content = bytearray(model.SerializeToString())
+    first, last = container.metadata(bytes(content), "onnx")[files.DOCUMENT]
+    document = json.loads(content[first:last])
+    place = content.index(document["digest"].encode(), first)
+    content[place : place + 64] = files.ZEROS.encode()
+    content[place : place + 64] = hashlib.sha256(content).hexdigest().encode()
+    (tmp_path / "x.onnx").write_bytes(content)
+    done = streams(tmp_path / "x.onnx", "--input", demo_stream)
+    assert done.returncode == 2
+    assert "self-test failed, its outputs are off by" in done.stderr
+
+
+@pytest.mark.parametrize("kind", ["onnx", "tflite"])
+def test_an_exported_file_is_known_by_its_content_and_can_be_signed(demo_files, demo_stream, tmp_path, kind):
+    pytest.importorskip("cryptography")
+    odd = tmp_path / "model.bin"
+    odd.write_bytes((demo_files / f"m.{kind}").read_bytes())
+    build = [sys.executable, "-c", "from edge_ssm_build.cli import main; main()"]
+    subprocess.run([*build, "keygen", "--output", tmp_path / "k"], check=True, capture_output=True, timeout=60)
+    private = next(p for p in tmp_path.iterdir() if p.name.startswith("k") and "pub" not in p.name)
+    public = next(p for p in tmp_path.iterdir() if p.name.startswith("k") and "pub" in p.name)
+    subprocess.run([*build, "sign", odd, "--key", private], check=True, capture_output=True, timeout=60)
+    done = streams(odd, "--input", demo_stream, "--require-signature", public, "--output", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert f"engine {kind}" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "problem"), [("none", "not there"), ("", "not a regular file"), ("m.onnx", "already")]
+)
+def test_what_can_not_be_exported_is_said_plainly(demo_files, tmp_path, name, problem):
+    build = [sys.executable, "-c", "from edge_ssm_build.cli import main; main()"]
+    command = [*build, "export", demo_files / name, "--to", "onnx", "--output", tmp_path / "x.onnx"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert problem in line

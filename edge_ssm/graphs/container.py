@@ -26,7 +26,9 @@ def metadata(content: bytes, kind: Kind) -> dict[str, Span]:
     """Key -> where its value lies. Raises ArtifactError, naming the byte, for what is no such file."""
     try:
         return dict(_onnx(content) if kind == "onnx" else _tflite(content))
-    except (struct.error, IndexError, UnicodeDecodeError) as error:
+    except struct.error:
+        raise ArtifactError(f"no {kind} model, or cut short after {len(content)} bytes; copy it again") from None
+    except (IndexError, UnicodeDecodeError) as error:
         raise ArtifactError(f"no {kind} model, or a damaged one ({error}); copy it again") from None
 
 

@@ -172,7 +172,7 @@ def build(
     except ImportError as error:
         raise EngineUnavailable(
             f"engine {kind!r}: a graph must be made here, which needs the package {error.name or error}; pip install "
-            f"{'onnx' if kind == 'onnx' else 'ai-edge-litert flatbuffers'}{instead}"
+            f"'edge-ssm[export]'{instead}"
         ) from None
     return Graph(kind, content, Form(fingerprint(network), weights, list(reach), chunk, _states(parts)))
 

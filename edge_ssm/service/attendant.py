@@ -58,7 +58,7 @@ class Attendant(stream.Attendant):
         self._lost_said = False
         self._outlet_problem = ""
         self._connected: bool | None = None
-        keeper.artifact = running.digest
+        keeper.artifact = running.artifact
         self.keeps_state = keeper.keeps_state
 
     def between_samples(self) -> None:
@@ -188,16 +188,16 @@ class Attendant(stream.Attendant):
 
     def _now_runs(self, new: Candidate) -> None:
         self.running = new
-        self._keeper.artifact = new.digest
+        self._keeper.artifact = new.artifact
         facts = self._live.facts
         facts.model, facts.model_digest, facts.engine = new.path, new.digest, new.engine.name
 
     def take(self, digest: str) -> bool:
         """Run the artifact of a snapshot, where it is the one that runs or a member of its family."""
-        if digest == self.running.digest:
+        if digest == self.running.artifact:
             return True
         for rung, member in enumerate(self._adaptive.members if self._adaptive else []):
-            if member.digest == digest and self._adaptive is not None:
+            if member.artifact == digest and self._adaptive is not None:
                 self._adaptive.ladder.rung = rung
                 self._loop.swap(member.engine)
                 self._now_runs(member)

@@ -15,6 +15,7 @@ from edge_ssm.errors import EdgeSSMError, InputRefused
 from edge_ssm.network import Network, at_sample_rate
 
 LOOK_S = 1.0
+TRIAL_S = 30.0
 OTHER_SAMPLES = 4.0
 """The self-test's samples are not the exporter's."""
 
@@ -23,6 +24,8 @@ OTHER_SAMPLES = 4.0
 class Candidate:
     path: str
     digest: str
+    artifact: str
+    """Digest of the artifact: an exported file's is that which it was exported from. Snapshots belong to it."""
     network: Network
     """At the stream's sample rate."""
     engine: Engine
@@ -40,7 +43,7 @@ def load(path: str, sample_rate: float | None, keys: list[str]) -> tuple[models.
     if keys:
         from edge_ssm import signatures
 
-        found = models.Model(signatures.load(path, [Path(key) for key in keys]))
+        found = signatures.load(path, [Path(key) for key in keys])
     else:
         found = models.load(path)
     network = found.network if sample_rate is None else at_sample_rate(found.network, sample_rate)
@@ -62,8 +65,31 @@ def check_channels(path: str, network: Network, running: Network) -> None:
 def check_beside(candidate: Candidate, running: Network) -> None:
     """Raises EdgeSSMError unless the candidate can take the running stream over and computes what it should."""
     check_channels(candidate.path, candidate.network, running)
-    if problem := choice.self_test(candidate.engine, OTHER_SAMPLES * candidate.off_by):
-        raise InputRefused(f"{candidate.path}: self-test failed, {problem}")
+    check_outputs(candidate)
+
+
+def check_outputs(candidate: Candidate, stopped: Callable[[], bool] = lambda: False) -> None:
+    """Raises InputRefused unless the engine computes what the artifact says, within reasonable time.
+
+    A graph is somebody's program, which may never end: it is tried in a thread that can be left behind.
+    """
+    outcome: list[str] = []
+
+    def test() -> None:
+        try:
+            outcome.append(choice.self_test(candidate.engine, OTHER_SAMPLES * candidate.off_by))
+        except EdgeSSMError as error:
+            outcome.append(str(error))
+
+    thread = threading.Thread(target=test, name="self-test", daemon=True)
+    thread.start()
+    end = time.monotonic() + TRIAL_S
+    while thread.is_alive() and time.monotonic() < end and not stopped():
+        thread.join(0.05)
+    if not outcome:
+        raise InputRefused(f"{candidate.path}: self-test failed, no answer within {TRIAL_S:g} s; export it again")
+    if outcome[0]:
+        raise InputRefused(f"{candidate.path}: self-test failed, {outcome[0]}")
 
 
 class Reloader:

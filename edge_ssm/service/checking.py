@@ -97,6 +97,7 @@ class _Check:
         with self._at("model"):
             _readable(settings.model)
             model, network = candidates.load(settings.model, settings.sample_rate, settings.require_signature)
+        self._asked = model.engine
         signed = ", signed" if settings.require_signature else ""
         kept = ", reloaded when it changes" if settings.reload else ""
         self._say("model", f"{settings.model}, digest {model.digest[:12]}{signed}{kept}")
@@ -159,7 +160,8 @@ class _Check:
         with self._at("engine"):
             if settings.engine not in ("auto", *ENGINES):
                 raise UsageError(f"{settings.engine!r}: unknown, expected auto, {', '.join(ENGINES)}")
-            if settings.engine != "auto" and (why := missing(settings.engine)):
+            name = self._asked(settings.engine)
+            if name != "auto" and (why := missing(name)):
                 raise UsageError(why)
         if settings.engine in ENGINES and ENGINES[settings.engine].nodes:
             self.plan.needs["gpu"] = "engine"
@@ -176,7 +178,7 @@ class _Check:
                 raise UsageError(f"{settings.affinity}: no such core, this machine has {os.cpu_count()}")
         self._say(
             "engine",
-            f"{settings.engine}; profile {named.name if named else 'none'}; "
+            f"{name}; profile {named.name if named else 'none'}; "
             f"{'as many samples as the budget allows' if chunk is None else chunk} a call; "
             f"deadline {settings.deadline or (named.profile.runtime.deadline_periods if named else 1):g} periods"
             + (f"; real-time priority {settings.fifo}" if settings.fifo else ""),

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from edge_ssm import models, profiles
 from edge_ssm.engines import Engine, create
-from edge_ssm.errors import EngineUnavailable, RunFailed, SnapshotError, UsageError
+from edge_ssm.errors import ArtifactError, EngineUnavailable, RunFailed, SnapshotError, UsageError
 from edge_ssm.network import Network
 from edge_ssm.service import candidates
 from edge_ssm.service.attendant import Adaptive, Attendant
@@ -100,6 +100,8 @@ def _run(settings: Settings, say: Say, stack: ExitStack) -> Outcome:
     keep_to(settings.affinity, named)
     running = candidate(settings, settings.model, model, network, windows.lanes, named, say)
     engine = running.engine
+    if model.exported is not None:
+        candidates.check_outputs(running, lambda: stop.requested)
     overflow: Overflow = settings.overflow or ("drop-oldest" if source.live else "wait")
     outlet = open_outlet(
         settings.output,
@@ -277,13 +279,17 @@ def candidate(
         with suppress(EngineUnavailable):  # said again, or gone around, by what follows
             compiled.load(lambda: say("compiling for this processor, once; takes some seconds"))
     if name != "auto" or settings.threads is not None:
-        engine = create(name, network, lanes, gpu_waits, model.graph, settings.threads)
+        try:
+            engine = create(name, network, lanes, gpu_waits, model.graph, settings.threads)
+        except ArtifactError as error:
+            raise ArtifactError(f"{path}: {error}") from None
         if engine.warning:
             say(f"warning: {engine.warning}")
         why = f"{name} ({engine.where})" if engine.where else name
-        return Candidate(path, model.digest, network, engine, why, off_by)
+        return Candidate(path, model.digest, model.artifact.digest, network, engine, why, off_by)
     engine, trial = choice.choose(network, lanes, gpu_waits, runtime.engines if runtime else None)
-    return Candidate(path, model.digest, network, engine, f"{engine.name} (by trial: {trial.why()})")
+    why = f"{engine.name} (by trial: {trial.why()})"
+    return Candidate(path, model.digest, model.artifact.digest, network, engine, why)
 
 
 def firmware_profile(name: str, say: Say) -> profiles.NamedProfile | None:

@@ -18,7 +18,7 @@ from cryptography.hazmat.primitives.serialization import (
     load_pem_private_key,
 )
 
-from edge_ssm import artifact, atomic, signatures
+from edge_ssm import atomic, models, signatures
 from edge_ssm.errors import RunFailed, SignatureRefused, UsageError
 
 
@@ -70,7 +70,7 @@ def statement(model: Path) -> signatures.Statement:
     Raises ArtifactError for a model that a device would refuse.
     """
     before = signatures.file_digest(model)
-    loaded = artifact.load(model)
+    loaded = models.load(model)
     if signatures.file_digest(model) != before:
         raise RunFailed(f"{model}: changed while it was read; sign it when it is complete")
     return signatures.Statement(
