@@ -260,6 +260,7 @@ def sigkill(folder, kills):
         started = time.monotonic()
     sent = sensor.stop()
     drained(subscriber, sent)
+    until(lambda: any(at > started and event["event"] == "connected" for at, event in subscriber.events))
     account = service.stop()
     client.loop_stop()
     subscriber.close()

@@ -91,12 +91,13 @@ class BackOff:
     def __init__(self, longest_s: float = 30.0) -> None:
         self._longest_s = longest_s
         self._next_s = self.SHORTEST_S
+        self._random = random.Random()
         self.due = 0.0
         """time.monotonic() from which the next try is allowed."""
 
     def failed(self) -> float:
         """Note a failed try; returns the seconds until the next one."""
-        wait = self._next_s * random.uniform(0.5, 1.0)
+        wait = self._next_s * self._random.uniform(0.5, 1.0)
         self._next_s = min(2 * self._next_s, self._longest_s)
         self.due = time.monotonic() + wait
         return wait
