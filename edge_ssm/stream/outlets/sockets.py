@@ -6,7 +6,7 @@ import select
 import socket
 
 from edge_ssm.stream.outlets.base import Wire
-from edge_ssm.stream.sources.sockets import CONNECT_S, Address, keep_alive
+from edge_ssm.stream.sources.sockets import Address, connected, keep_alive
 
 SEND_S = 10.0
 
@@ -20,17 +20,8 @@ class ConnectWire(Wire):
         self._socket: socket.socket | None = None
 
     def connect(self) -> None:
-        if isinstance(self._address, str):
-            made = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-            try:
-                made.settimeout(CONNECT_S)
-                made.connect(self._address)
-            except OSError:
-                made.close()
-                raise
-        else:
-            made = socket.create_connection(self._address, CONNECT_S)
-            keep_alive(made)
+        made = connected(self._address)
+        keep_alive(made)
         made.settimeout(SEND_S)
         self._socket = made
 

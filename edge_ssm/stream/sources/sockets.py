@@ -46,6 +46,20 @@ def keep_alive(connection: socket.socket) -> None:
         connection.setsockopt(level, option, value)
 
 
+def connected(address: Address) -> socket.socket:
+    """A connection to a server, made within CONNECT_S. Raises OSError."""
+    if not isinstance(address, str):
+        return socket.create_connection(address, CONNECT_S)
+    made = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        made.settimeout(CONNECT_S)
+        made.connect(address)
+    except OSError:
+        made.close()
+        raise
+    return made
+
+
 def bound(address: Address, kind: socket.SocketKind) -> tuple[socket.socket, bool]:
     """A socket at ``address``: systemd's, where it handed one over for it, else a new one; and whether it is new.
 
@@ -149,16 +163,7 @@ class ConnectSource(_ConnectionSource):
             stop.wait(seconds=wait if seconds is None else min(wait, seconds))
             return None
         try:
-            if isinstance(self._address, str):
-                made = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-                try:
-                    made.settimeout(CONNECT_S)
-                    made.connect(self._address)
-                except OSError:
-                    made.close()
-                    raise
-            else:
-                made = socket.create_connection(self._address, CONNECT_S)
+            made = connected(self._address)
         except OSError as error:
             self._back_off.failed()
             reason = f"no connection ({error.strerror or error}); tried again and again"
