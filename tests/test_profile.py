@@ -12,6 +12,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import pytest
+from browser import browse
 from hypothesis import given
 from hypothesis import strategies as st
 from networks import random_network, samples_for
@@ -110,6 +111,13 @@ def test_the_page_is_whole_and_needs_nothing_else(reports):
                 assert "nan" not in (value or "").lower(), (tag, name)
 
     Numbers().feed(text)
+
+
+def test_a_browser_opens_the_page_and_draws_its_plots(reports, tmp_path):
+    page, refused = browse((reports / "a.html").as_uri(), tmp_path)
+    assert refused == []
+    assert page.count("<svg") >= 2
+    assert "p99" in page
 
 
 def test_the_page_draws_what_a_sensor_board_reports(reports):

@@ -5,7 +5,6 @@ import http.client
 import json
 import os
 import re
-import shutil
 import socket
 import subprocess
 import sys
@@ -15,6 +14,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from browser import browse
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from networks import random_network
@@ -444,23 +444,6 @@ def test_a_fault_of_the_server_is_told_of_and_shows_no_traceback(run, capfd):
     told = capfd.readouterr().err.splitlines()
     assert len(told) == web.FAULTS
     assert all(line.startswith("edge-ssm: the status server failed error=") for line in told)
-
-
-def chromium():
-    found = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if found is None:
-        pytest.skip("chromium is missing: apt-get install --no-install-recommends chromium")
-    return found
-
-
-def browse(url, profile, budget_ms=4000):
-    """The page's elements after its script has run."""
-    command = [chromium(), "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-sync"]
-    command += ["--disable-background-networking", "--disable-component-update", f"--user-data-dir={profile}"]
-    command += ["--enable-logging=stderr", f"--virtual-time-budget={budget_ms}", "--dump-dom", url]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    refused = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
-    return done.stdout, refused
 
 
 def cells(page, table):
