@@ -30,7 +30,8 @@ from edge_ssm.stream.sources.base import Source
 FILE = "snapshot"
 REFUSED = "snapshot.refused"
 LOCK = "lock"
-EARLY = 0.7
+EARLY_SHARE, EARLY_S = 0.3, 0.25
+"""A snapshot is taken so much before the interval is over (the more of both) that it is written by then."""
 FEW_IN_FLIGHT = 8
 STALLED_S = 0.15
 """With so many messages unacknowledged and none for so long, the sender may be at a limit that it does not tell."""
@@ -65,7 +66,7 @@ class Keeper:
     ) -> None:
         self._path = None if folder is None else folder / FILE
         self._lock = None if folder is None else _alone(folder)
-        self._interval_s = interval_s
+        self._early_s = max(0.2 * interval_s, interval_s - max(EARLY_SHARE * interval_s, EARLY_S))
         self._source_name = printable(source_name)
         self._outlet = outlet
         self._decoder = decoder
@@ -77,7 +78,7 @@ class Keeper:
         """Whether the source goes on exactly where the snapshot was taken."""
         self._token: Any = None
         self._in_flight, self._same_since = 0, 0.0
-        self._due = time.monotonic() + EARLY * interval_s
+        self._due = time.monotonic() + self._early_s
         self.artifact = ""
         """Digest of the artifact that runs."""
         self.written_at: float | None = None
@@ -135,7 +136,7 @@ class Keeper:
 
     def _take(self, loop: Loop, source: Source, now: float) -> None:
         # Taken early, so that it is written when the interval is over: no more than that is ever done again.
-        self._due = now + EARLY * self._interval_s
+        self._due = now + self._early_s
         content = None
         if self._path is not None:
             state, snapshot = loop.state()
