@@ -66,7 +66,7 @@ class Keeper:
     ) -> None:
         self._path = None if folder is None else folder / FILE
         self._lock = None if folder is None else _alone(folder)
-        self._early_s = max(0.2 * interval_s, interval_s - max(EARLY_SHARE * interval_s, EARLY_S))
+        self._take_after_s = max(0.2 * interval_s, interval_s - max(EARLY_SHARE * interval_s, EARLY_S))
         self._source_name = printable(source_name)
         self._outlet = outlet
         self._decoder = decoder
@@ -78,7 +78,7 @@ class Keeper:
         """Whether the source goes on exactly where the snapshot was taken."""
         self._token: Any = None
         self._in_flight, self._same_since = 0, 0.0
-        self._due = time.monotonic() + self._early_s
+        self._due = time.monotonic() + self._take_after_s
         self.artifact = ""
         """Digest of the artifact that runs."""
         self.written_at: float | None = None
@@ -136,7 +136,7 @@ class Keeper:
 
     def _take(self, loop: Loop, source: Source, now: float) -> None:
         # Taken early, so that it is written when the interval is over: no more than that is ever done again.
-        self._due = now + self._early_s
+        self._due = now + self._take_after_s
         content = None
         if self._path is not None:
             state, snapshot = loop.state()
