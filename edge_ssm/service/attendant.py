@@ -127,7 +127,7 @@ class Attendant(stream.Attendant):
             return
         if isinstance(result, str):
             self._refused(result)
-        elif result.digest == self.running.digest and result.network is not None:
+        elif result.digest == self.running.digest:
             self._notifier.ready("the model is the same")
             self._loop.note("reloaded", model=result.path, digest=result.digest[:12], changed=False)
         else:
@@ -166,6 +166,7 @@ class Attendant(stream.Attendant):
             swap()
         else:
             self._say(f"{new.path}: ready, digest {new.digest[:12]}; taken over when the open window ends")
+            self._notifier.ready(f"{new.path} is taken over when the open window ends")
             loop.at_rest(swap)
 
     def _lead_family(self, new: Candidate) -> None:

@@ -38,7 +38,7 @@ STALLED_S = 0.15
 
 
 def _alone(folder: Path) -> int:
-    """A lock on a folder of snapshots, held as long as this process lives. Raises UsageError if another run has it."""
+    """A lock on a folder of snapshots, held until it is closed or this process ends. Raises UsageError if another run has it."""
     try:
         descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -194,6 +194,11 @@ class Keeper:
             self._take(loop, source, time.monotonic())
             self._drain(loop, source, end)
         return self._problem
+
+    def close(self) -> None:
+        """Let another run have the folder."""
+        if self._lock is not None:
+            os.close(self._lock)
 
     def _drain(self, loop: Loop, source: Source, end: float) -> None:
         """Until what was taken is written and acknowledged, or ``end`` (time.monotonic())."""

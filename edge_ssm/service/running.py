@@ -132,6 +132,7 @@ def _run(settings: Settings, say: Say, stack: ExitStack) -> Outcome:
         pace if settings.time_gaps else None,
     )
     keeper = Keeper(_state_folder(settings), settings.snapshot_interval, source.name, outlet, decoder)
+    stack.callback(keeper.close)
     notifier = Notifier()
     if outlet is not None:
         outlet.while_waiting = lambda: _waits(notifier, stop)
