@@ -257,3 +257,36 @@ def test_on_a_gpu_a_million_steps_do_not_drift():
     samples = samples_for(network, 0, 10_000)
     worst = max(float(np.abs(engine.chunk(samples) - cpu.chunk(samples)).max()) for _ in range(100))
     assert worst <= 1e-4
+
+
+@needs_gpu
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("compute-sanitizer") is None, reason="compute-sanitizer is missing")
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
+def test_on_a_gpu_the_sanitizer_finds_nothing(tool):
+    """Of one block a lane, several blocks a lane, and several lanes a block."""
+    code = (
+        "from networks import random_network, samples_for\n"
+        "from edge_ssm.engines import create\n"
+        "for h, lanes in ((32, 1), (256, 1), (64, 64)):\n"
+        "    network = random_network(h=h, pairs=8, layers=2)\n"
+        "    create('cuda', network, lanes).chunk(samples_for(network, 0, 5, *([lanes] if lanes > 1 else [])))\n"
+    )
+    command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=Path(__file__).parent)
+    assert done.returncode == 0, done.stdout[-4000:]
+
+
+def test_the_benchmarks_page_shows_what_was_measured(tmp_path):
+    sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks" / "gpu"))
+    try:
+        import page
+    finally:
+        sys.path.pop(0)
+    row = {"us_a_sample": 10.5, "ratio": 1.0, "gpu_us_a_sample": 5.25, "read_us_a_sample": 1.25, "max_error": None}
+    rows = [{"shape": "small", "entry": "step", **row}, {"shape": "ecg", "entry": "PyTorch eager", **row}]
+    results = {"gpu": "a GPU", "driver": 13000, "memory_gb_s": 68.0, "rows": rows}
+    assert "| step | 10.5 (5.25), 1x [1.2] |  |" in page.table(results)
+    pytest.importorskip("matplotlib", reason="draws the chart")
+    page.draw(results, tmp_path / "chart.png")
+    assert (tmp_path / "chart.png").read_bytes().startswith(b"\x89PNG")

@@ -38,7 +38,7 @@ STALLED_S = 0.15
 
 
 def _alone(folder: Path) -> int:
-    """A lock on a folder of snapshots, until it is closed or this process ends. Raises UsageError where another has it."""
+    """A lock on a folder of snapshots, until it is closed or this process ends. Raises UsageError if another has it."""
     try:
         descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
