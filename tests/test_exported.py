@@ -439,7 +439,7 @@ def test_an_exported_file_is_known_by_its_content_and_can_be_signed(demo_files, 
 
 
 @pytest.mark.parametrize(
-    ("name", "problem"), [("none", "not there"), ("", "not a regular file"), ("m.onnx", "already")]
+    ("name", "problem"), [("none", "no such file"), ("", "not a regular file"), ("m.onnx", "already")]
 )
 def test_what_can_not_be_exported_is_said_plainly(demo_files, tmp_path, name, problem):
     build = [sys.executable, "-c", "from edge_ssm_build.cli import main; main()"]

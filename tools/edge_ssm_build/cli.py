@@ -378,7 +378,7 @@ def export(model: str, output: str, to: Any, weights: Any, error_bound: float | 
     With --to onnx or tflite write CHECKPOINT or ARTIFACT for ONNX Runtime or LiteRT (docs/exported.md).
     """
     if not Path(model).is_file():
-        raise UsageError(f"{model}: {'not a regular file' if Path(model).exists() else 'not there'}")
+        raise UsageError(f"{model}: {'not a regular file' if Path(model).exists() else 'no such file'}")
     if Path(model).suffix.lower() in (".onnx", ".tflite"):
         raise UsageError(f"{model}: is an exported file already; give the artifact or checkpoint it came from")
     from_artifact = model.endswith(".safetensors")
