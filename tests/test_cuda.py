@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import scripts
 from networks import random_network, samples_for
 
 from edge_ssm import artifact
@@ -278,11 +279,7 @@ def test_on_a_gpu_the_sanitizer_finds_nothing(tool):
 
 
 def test_the_benchmarks_page_shows_what_was_measured(tmp_path):
-    sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks" / "gpu"))
-    try:
-        import page
-    finally:
-        sys.path.pop(0)
+    page = scripts.load("gpu/page.py")
     row = {"us_a_sample": 10.5, "ratio": 1.0, "gpu_us_a_sample": 5.25, "read_us_a_sample": 1.25, "max_error": None}
     rows = [{"shape": "small", "entry": "step", **row}, {"shape": "ecg", "entry": "PyTorch eager", **row}]
     results = {"gpu": "a GPU", "driver": 13000, "memory_gb_s": 68.0, "rows": rows}

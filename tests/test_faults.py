@@ -2,14 +2,12 @@
 
 import shutil
 import signal
-import sys
-from pathlib import Path
 
 import pytest
+import scripts
 
 pytest.importorskip("paho.mqtt.client", reason="paho-mqtt is not installed")
-sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks" / "faults"))
-import run as campaign
+campaign = scripts.load("faults/run.py")
 
 pytestmark = [
     pytest.mark.slow,
