@@ -333,6 +333,13 @@ def tcp_sender(port):
     return send
 
 
+def tcp_sensor(port, form=ndjson):
+    """One that sends to a service, once that listens."""
+    until(lambda: _open(port))
+    send = tcp_sender(port)
+    return Sensor(lambda numbers: send(form(numbers)))
+
+
 def tcp_service(folder, *arguments, form="ndjson", environment=None, output=None):
     port = free_port()
     service = Service(
@@ -360,9 +367,7 @@ def disk_full(folder, runs):
             folder, "--state", disk / "state", "--snapshot-interval", 0.2, "--queue", 100_000, output=disk / "out"
         )
         service.start()
-        until(lambda: _open(port))
-        send = tcp_sender(port)
-        sensor = Sensor(lambda numbers: send(ndjson(numbers)))
+        sensor = tcp_sensor(port)
         for _ in range(runs):
             time.sleep(1)
             ballast = (disk / "ballast").open("wb")
@@ -406,9 +411,7 @@ def clock_stepped(folder, runs):
         folder, "--state", folder / "state", "--snapshot-interval", 0.2, "--stale-after", 2, environment=environment
     )
     service.start()
-    until(lambda: _open(port))
-    send = tcp_sender(port)
-    sensor = Sensor(lambda numbers: send(ndjson(numbers)))
+    sensor = tcp_sensor(port)
     for i in range(runs):
         time.sleep(0.5)
         (folder / "clock.new").write_text(("-10d", "+400d", "-1h", "+7")[i % 4] + "\n")
@@ -470,9 +473,7 @@ def deaf_sink(folder, runs):
         environment.mkdir()
         service._environment["EDGE_SSM_RUN"] = str(environment)
         service.start()
-        until(lambda: _open(port))
-        send = tcp_sender(port)
-        sensor = Sensor(lambda numbers: send(ndjson(numbers)))
+        sensor = tcp_sensor(port)
         sensor.rate = 20 * RATE
         time.sleep(20 * runs)
         sent = sensor.stop()
@@ -493,11 +494,6 @@ def deaf_sink(folder, runs):
     }  # fmt: skip
 
 
-def csv_sensor(port):
-    send = tcp_sender(port)
-    return Sensor(lambda numbers: send(csv(numbers)))
-
-
 def corrupt_snapshot(folder, runs):
     rng, refused, sent_all, decided, missing = random.Random(0), 0, 0, 0, 0
     for i in range(runs):
@@ -505,8 +501,7 @@ def corrupt_snapshot(folder, runs):
         here.mkdir()
         service, port = tcp_service(here, "--state", here / "state", "--snapshot-interval", 0.1, form="csv")
         service.start()
-        until(lambda port=port: _open(port))
-        first = csv_sensor(port)
+        first = tcp_sensor(port, csv)
         until((here / "state" / "snapshot").exists)
         time.sleep(0.3)
         first.stop()
@@ -520,8 +515,7 @@ def corrupt_snapshot(folder, runs):
         path.write_bytes(content)
         (here / "out").unlink()
         service.start()
-        until(lambda port=port: _open(port))
-        second = csv_sensor(port)
+        second = tcp_sensor(port, csv)
         time.sleep(0.6)
         sent, _, decisions = finished(service, second, here / "out")
         row = decisions.row(expected(sent))
@@ -542,9 +536,7 @@ def reloads(folder, runs):
     service, port = tcp_service(folder, "--reload")
     service._arguments[4] = str(model)
     service.start()
-    until(lambda: _open(port))
-    send = tcp_sender(port)
-    sensor = Sensor(lambda numbers: send(ndjson(numbers)))
+    sensor = tcp_sensor(port)
     done = 0
     for i in range(runs):
         shutil.copy(models[(i + 1) % 2], folder / "next")

@@ -23,7 +23,6 @@ class Place:
     port: int | None
     path: str
     options: dict[str, str]
-    user: str | None = None
     password: str | None = None
 
     @property
@@ -86,7 +85,6 @@ def place(text: str, schemes: tuple[str, ...]) -> Place:
             parts.port,
             unquote(parts.path),
             options,
-            parts.username and unquote(parts.username),
             parts.password and unquote(parts.password),
         )
     except ValueError as error:
