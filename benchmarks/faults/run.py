@@ -166,7 +166,10 @@ class File(Decisions):
 
 
 class Sensor:
-    """Sends numbered samples at RATE until stopped; the broker keeps what it took."""
+    """Sends numbered samples at RATE until stopped; the broker keeps what it took.
+
+    It ends with the last sample of a decision, so that whoever has that decision knows that every sample is in.
+    """
 
     BATCH = 10
 
@@ -178,10 +181,12 @@ class Sensor:
 
     def _run(self):
         due = time.monotonic()
-        while not self._stop.is_set():
+        while not self._stop.is_set() or (self.sent - NETWORK.window) % HOP:
             try:
                 self._send(range(self.sent, self.sent + self.BATCH))
             except OSError:
+                if self._stop.is_set():
+                    break
                 time.sleep(0.05)
                 continue
             self.sent += self.BATCH
