@@ -1,5 +1,6 @@
 """Fixtures build the real thing; hypothesis is derandomised, so that a failure here fails everywhere."""
 
+import signal
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,10 @@ settings.register_profile(
     "edge", derandomize=True, deadline=None, max_examples=40, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.load_profile("edge")
+
+# A shell starts what it runs in the background with Ctrl-C ignored, and so would be the commands that tests interrupt.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).parent.parent
 

@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 
 from edge_ssm.errors import UsageError
 from edge_ssm.network import InputSpec
-from edge_ssm.stream.framed import MAX_PACKET, FramedDecoder, encode, new_start, stuff, unstuff
+from edge_ssm.stream.framed import MAX_PACKET, FramedDecoder, encode, stuff, unstuff
 from edge_ssm.stream.frames import Frame, Malformed, decoder, guess_format
+from edge_ssm.stream.ordering import LONGEST_LOSS
 
 SPEC = InputSpec(("ax", "ay"), np.zeros(2), np.ones(2))
 PAGE = Path(__file__).parent.parent / "docs" / "framing.md"
@@ -242,13 +243,13 @@ def test_repeats_keep_their_numbers():
 def test_a_start_of_the_device_is_seen_and_numbers_still_grow(boots):
     found = numbers(decode(*(encode([[0, 0]] * 2, 100, boot=boot) for boot in boots)))
     assert found == sorted(set(found))
-    assert [new_start(a, b) for a, b in pairwise(found)] == [False, True, False, True, False]
+    assert [b - a > LONGEST_LOSS for a, b in pairwise(found)] == [False, True, False, True, False]
 
 
 def test_a_device_without_boot_numbers_that_falls_far_back_has_started_anew():
     found = numbers(decode(encode([0, 0], 1 << 21), encode([0, 0], 0), encode([0, 0], 1)))
-    assert new_start(found[0], found[1])
-    assert found[0] < found[1] == found[2] - 1
+    assert found[1] - found[0] > LONGEST_LOSS
+    assert found[1] == found[2] - 1
 
 
 def test_what_does_not_fit_is_not_encoded():

@@ -105,11 +105,6 @@ def encode(
     return b"\0" + packet + b"\0"
 
 
-def new_start(before: int, after: int) -> bool:
-    """Whether the device started anew between two samples, given their ``Frame.sequence``: no gap to be counted."""
-    return before >> _COUNT_BITS != after >> _COUNT_BITS
-
-
 class FramedDecoder(FrameDecoder):
     """Frames between zero bytes. ``scale`` is for int16 values, one factor or one a channel.
 
