@@ -209,7 +209,7 @@ def summary(account: Account, network: Network, engine: str, chunk: int = 1) -> 
             f"reloads   {account.reloads}, refused {account.reload_failures}; moves within the family {account.moves}"
         )
     if latency.count:
-        speed = account.samples / account.seconds
+        speed = (account.samples - account.earlier) / account.seconds
         real_time = (
             f", {speed / network.input.sample_rate_hz:.3g} times real time" if network.input.sample_rate_hz else ""
         )

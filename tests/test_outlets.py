@@ -10,7 +10,7 @@ import pytest
 from edge_ssm.errors import UsageError
 from edge_ssm.stream.outlets import open_outlet
 from edge_ssm.stream.outlets.base import Wire
-from edge_ssm.stream.outlets.files import FileOutlet
+from edge_ssm.stream.outlets.files import FileOptions, FileOutlet, StandardOutlet
 from edge_ssm.stream.outlets.queued import Queued
 
 
@@ -105,7 +105,7 @@ def test_the_end_waits_for_what_is_queued_and_counts_what_can_not_go(monkeypatch
 
 def test_a_file_rotates_and_keeps_so_many(tmp_path):
     path = tmp_path / "out"
-    outlet = FileOutlet(str(path), rotate_bytes=20, keep=2)
+    outlet = FileOutlet(str(path), FileOptions(append=True, rotate_bytes=20, keep=2))
     for i in range(20):
         outlet.write(f"line {i:02}\n")  # 8 bytes: two a file
     outlet.close()
@@ -117,12 +117,67 @@ def test_a_file_rotates_and_keeps_so_many(tmp_path):
 def test_appending_takes_a_torn_line_back(tmp_path):
     path = tmp_path / "out"
     path.write_bytes(b"whole\ntor")
-    outlet = FileOutlet(str(path), append=True)
+    outlet = FileOutlet(str(path), FileOptions(append=True))
     outlet.write("next\n")
     outlet.close()
     assert path.read_text() == "whole\nnext\n"
+    path.write_bytes(b"somebody's")
+    outlet = FileOutlet(str(path), FileOptions(append=True, torn="end"))
+    outlet.write("next\n")
+    outlet.close()
+    assert path.read_text() == "somebody's\nnext\n"
     FileOutlet(str(path)).close()
     assert path.read_text() == ""
+
+
+def test_every_file_of_a_table_has_its_heading_once(tmp_path):
+    path = tmp_path / "out"
+    for line in ("1\n", "2\n", "3\n"):
+        outlet = FileOutlet(str(path), FileOptions(append=True, rotate_bytes=6))
+        outlet.heading = "a\n"
+        outlet.write(line)
+        outlet.write(line)
+        outlet.close()
+    assert path.read_text() == "a\n3\n3\n"
+    assert (tmp_path / "out.1").read_text() == "a\n2\n2\n"
+    queued = open_outlet(str(tmp_path / "queued"), overflow="drop-oldest")
+    assert queued.heads_files
+    queued.heading = "a\n"
+    queued.write("1\n")
+    queued.close()
+    assert (tmp_path / "queued").read_text() == "a\n1\n"
+
+
+def test_a_standard_output_that_does_not_block_gets_every_line_whole():
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    outlet, got = StandardOutlet(writer, "utf-8"), []
+
+    def read():
+        while piece := os.read(reader, 700):
+            got.append(piece)
+            time.sleep(0.0005)
+
+    thread = threading.Thread(target=read)
+    thread.start()
+    lines = [f"{i:05} {'x' * (i % 500)}\n" for i in range(3000)]
+    for line in lines:
+        outlet.write(line)
+    os.close(writer)
+    thread.join(30)
+    os.close(reader)
+    assert b"".join(got).decode() == "".join(lines)
+
+
+def test_a_standard_output_that_nobody_reads_does_not_hold_up_the_end(monkeypatch):
+    monkeypatch.setattr("edge_ssm.stream.outlets.files.CLOSE_S", 0.1)
+    reader, writer = os.pipe()
+    outlet = StandardOutlet(writer, "utf-8")
+    outlet.while_waiting = lambda: False
+    with pytest.raises(BrokenPipeError):
+        outlet.write("x" * (1 << 20))
+    os.close(reader)
+    os.close(writer)
 
 
 def test_a_full_disk_leaves_whole_lines_and_is_waited_out(tmp_path):

@@ -303,6 +303,90 @@ def test_a_killed_run_goes_on_and_no_decision_differs(small, tmp_path):
     assert len(found) - len(expected) < 3 * 40  # an interval of decisions, at 100 a second, each time
 
 
+@pytest.mark.parametrize("end", ["closed", "full", "strict", "paced"])
+def test_a_run_that_ends_within_a_block_loses_nothing(small, tmp_path, end):
+    recording, whole = tmp_path / "s.csv", tmp_path / "whole"
+    lines = (small / "s.csv").read_text().splitlines(keepends=True)
+    lines.insert(3005, "no row\n")
+    recording.write_text("".join(lines))
+    model = small / "m.safetensors"
+    assert start(model, "--input", recording, "--output", whole).wait(60) == 0
+    common = [model, "--input", recording, "--state", tmp_path / "state"]
+    outputs = [tmp_path / "out"] * 2
+    if end == "closed":
+        outputs[0] = "-"
+    if end == "full":
+        outputs[0] = "/dev/full"
+    more = {"strict": ["--strict"], "paced": ["--pace"]}.get(end, [])
+    run = start(*common, *more, "--output", outputs[0])
+    said = ""
+    if end == "closed":
+        run.stdout.readline()
+        run.stdout.close()
+    if end == "paced":
+        until(lambda: outputs[0].exists() and outputs[0].stat().st_size > 8000)
+        run.terminate()
+    said = run.stderr.read()
+    assert run.wait(60) == {"closed": 0, "paced": 0}.get(end, 1), said
+    assert start(*common, "--output", outputs[1]).wait(60) == 0
+    assert {d["index"]: d for d in decisions(outputs[1])[0]} == {d["index"]: d for d in decisions(whole)[0]}
+    if end == "paced":
+        (resumed,) = decisions(outputs[1])[1]
+        assert (resumed["event"], resumed["skipped"]) == ("resumed", 0)
+
+
+def test_numbers_of_a_table_are_known_after_a_restart(small, tmp_path):
+    rows = (small / "s.csv").read_text().splitlines()[1:401]
+    numbered = [f"{i},{row}\n" for i, row in enumerate(rows)]
+    recording = tmp_path / "s.csv"
+    common = [
+        small / "m.safetensors",
+        "--input",
+        recording,
+        "--state",
+        tmp_path / "state",
+        "--output",
+        "/dev/null",
+    ]
+    recording.write_text("".join(["seq,c0,c1\n", *numbered[:200]]))
+    assert start(*common).wait(60) == 0
+    recording.write_text("".join(["seq,c0,c1\n", *numbered[:200], *numbered[190:200], *numbered[250:]]))
+    run = start(*common)
+    _, said = run.communicate(timeout=60)
+    assert run.returncode == 0
+    assert "samples   400, gaps 50 lost" in said
+    assert "10 repeated" in said
+
+
+def test_a_table_that_is_added_to_has_one_header(small, tmp_path):
+    out = tmp_path / "out.csv"
+    for _ in range(2):
+        run = start(small / "m.safetensors", "--input", small / "s.csv", "--append", "--output", out)
+        assert run.wait(60) == 0
+    assert out.read_text().count("index,") == 1
+    assert len(out.read_text().splitlines()) == 4001
+
+
+def test_what_is_wrong_is_said_before_the_output_is_emptied(small, tmp_path):
+    out = tmp_path / "out"
+    out.write_text("kept\n")
+    for flags in (["--chunk", "auto"], ["--member", "nope"], ["--latency-budget", "1"], ["--listen", ":1x"]):
+        run = start(small / "m.safetensors", "--input", small / "s.csv", "--output", out, *flags)
+        run.communicate(timeout=60)
+        assert run.returncode == 2
+        assert out.read_text() == "kept\n"
+
+
+def test_the_rate_is_of_this_run_alone():
+    stream = Stream(random_network(window=10), 10)
+    stream.feed(samples_for(stream.loop.engine.network, 0, 30))
+    again = Stream(random_network(window=10), 10)
+    again.loop.restore(*stream.loop.state())
+    again.feed(samples_for(stream.loop.engine.network, 0, 20))
+    account = again.loop.account
+    assert account.samples - account.earlier == 20
+
+
 def test_a_damaged_snapshot_is_set_aside_and_said(small, tmp_path):
     (tmp_path / "snapshot").write_bytes(b"EDGESSM\x01" + bytes(100))
     run = start(small / "m.safetensors", "--input", small / "s.csv", "--state", tmp_path, "--output", tmp_path / "o")

@@ -87,9 +87,24 @@ def test_a_file_s_position_is_taken_up_only_by_the_same_file(tmp_path, stop):
     assert content([again.read(stop, 0)]) == b"456789"
     other = opened(str(path))
     other.seek({**position, "inode": 1})
-    other.seek({"offset": 1 << 40, "inode": position["inode"]})
+    other.seek({**position, "offset": 1 << 40})
+    other.seek({**position, "read": 1 << 70})
     other.seek({})
     assert content([other.read(stop, 0)]) == b"0123456789"
+
+
+def test_another_file_of_the_same_inode_is_another_one(tmp_path, stop):
+    path = tmp_path / "f"
+    path.write_bytes(b"0123456789")
+    first = opened(str(path))
+    first.read(stop, 0)
+    position = first.position()
+    path.write_bytes(b"0123456780, and more")  # in place; an inode that is free again is given out again, too
+    other = opened(str(path))
+    assert not other.seek(position)
+    path.write_bytes(b"0123456789, and more")
+    assert other.seek(position)
+    assert content([other.read(stop, 0)]) == b", and more"
 
 
 def test_a_followed_pipe_outlives_its_writers(tmp_path, stop):

@@ -13,10 +13,11 @@ from networks import random_network, samples_for
 from edge_ssm.engines import create
 from edge_ssm.errors import RunFailed, UsageError
 from edge_ssm.monitor.latency import LatencyHistogram
+from edge_ssm.stream.decisions import decide
 from edge_ssm.stream.frames import Frame, Malformed
 from edge_ssm.stream.loop import Loop
-from edge_ssm.stream.sinks import NdjsonSink
-from edge_ssm.stream.windows import Windows
+from edge_ssm.stream.sinks import CsvSink, NdjsonSink
+from edge_ssm.stream.windows import Closed, Windows
 
 
 class Stream:
@@ -304,3 +305,16 @@ def test_percentiles_are_off_by_a_sixty_fourth_at_most(durations, percent):
     assert histogram.max_ns == max(durations)
     if exact < 1 << 41:
         assert exact <= found <= exact * (1 + 1 / 64) + 1
+
+
+def test_a_table_has_another_header_where_another_network_has_other_columns():
+    first, second = random_network(window=10), random_network(1, window=10, d_output=2)
+    file = io.StringIO()
+    sink = CsvSink(file, first, logits=True, truth=False)
+    for network in (first, first, second, second):
+        sink.adopt(network)
+        outputs = np.zeros(network.d_output)
+        sink.decision(decide(network, 0, Closed(0, 10, outputs, 0, None), outputs, None))
+    widths = [len(line.split(",")) for line in file.getvalue().splitlines()]
+    assert widths == [6 + first.d_output + 1] * 3 + [6 + second.d_output + 1] * 3
+    assert [line.startswith("index") for line in file.getvalue().splitlines()] == [True, False, False] * 2

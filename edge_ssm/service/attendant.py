@@ -127,7 +127,7 @@ class Attendant(stream.Attendant):
             return
         if isinstance(result, str):
             self._refused(result)
-        elif result.digest == self.running.digest:
+        elif result.digest == (self._adaptive.members[0] if self._adaptive else self.running).digest:
             self._notifier.ready("the model is the same")
             self._loop.note("reloaded", model=result.path, digest=result.digest[:12], changed=False)
         else:

@@ -187,10 +187,11 @@ class Keeper:
             source.acknowledge(taken.token)
 
     def finish(self, loop: Loop, source: Source, limit_s: float = 5.0) -> str:
-        """At the end of a run: the last snapshot, once all that was decided is out."""
+        """At the end of a run: the last snapshot, once all that was decided is out. None is taken of a run that ended
+        within a block or lost a decision: the next one goes on from the last snapshot, and makes both again."""
         end = time.monotonic() + limit_s
         self._drain(loop, source, end)
-        if self._taken is None:
+        if self._taken is None and loop.whole:
             self._take(loop, source, time.monotonic())
             self._drain(loop, source, end)
         return self._problem

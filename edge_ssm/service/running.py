@@ -10,6 +10,7 @@ from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from edge_ssm import models, profiles
 from edge_ssm.engines import Engine, create
@@ -27,7 +28,9 @@ from edge_ssm.stream.live import Facts, Live
 from edge_ssm.stream.loop import Account, Loop
 from edge_ssm.stream.outlets import open_outlet
 from edge_ssm.stream.outlets.base import Outlet
+from edge_ssm.stream.outlets.files import FileOptions
 from edge_ssm.stream.outlets.queued import Overflow
+from edge_ssm.stream.sinks import SinkClosed
 from edge_ssm.stream.sources import open_source
 from edge_ssm.stream.sources.base import Source
 from edge_ssm.stream.stop import Stop
@@ -102,17 +105,16 @@ def _run(settings: Settings, say: Say, stack: ExitStack) -> Outcome:
     engine = running.engine
     if model.exported is not None:
         candidates.check_outputs(running, lambda: stop.requested)
-    overflow: Overflow = settings.overflow or ("drop-oldest" if source.live else "wait")
-    outlet = open_outlet(
-        settings.output,
-        settings.append or settings.state is not None or settings.rotate_bytes > 0,
-        settings.rotate_bytes,
-        settings.rotate_keep,
-        settings.queue,
-        overflow,
-    )
-    sink = sinks.make(_sink_format(settings), outlet or sinks.stdout(), network, settings.logits, settings.truth)
     chunk = _chunk(settings, str(named.profile.runtime.chunk) if named else "1", engine, windows)
+    adaptive = _adaptive(settings, running, windows, named, say)
+    if settings.listen is not None:
+        from edge_ssm.service import web
+
+        web.parse_listen(settings.listen)
+    # What is there is emptied only once nothing can be wrong with what was asked for.
+    overflow: Overflow = settings.overflow or ("drop-oldest" if source.live else "wait")
+    outlet = open_outlet(settings.output, _file_options(settings), settings.queue, overflow)
+    sink = sinks.make(_sink_format(settings), outlet or sinks.stdout(), network, settings.logits, settings.truth)
     facts = Facts(settings.model, model.digest, engine.name, pace, named.name if named else None, source.name)
     live = Live(sink, facts)
     closing = stack.enter_context(ExitStack())
@@ -136,7 +138,6 @@ def _run(settings: Settings, say: Say, stack: ExitStack) -> Outcome:
     notifier = Notifier()
     if outlet is not None:
         outlet.while_waiting = lambda: _waits(notifier, stop)
-    adaptive = _adaptive(settings, running, windows, named, say)
     attendant = Attendant(
         loop,
         live,
@@ -154,8 +155,6 @@ def _run(settings: Settings, say: Say, stack: ExitStack) -> Outcome:
         live.power = _power()
     live.watch(loop.account)
     if settings.listen is not None:
-        from edge_ssm.service import web
-
         page = web.serve(live, settings.listen, settings.prometheus)
         stack.callback(page.close)
         say(f"status page at http://{page.address}/")
@@ -171,8 +170,11 @@ def _run(settings: Settings, say: Say, stack: ExitStack) -> Outcome:
     except RunFailed as error:
         account.ended_by, failure = "failure", str(error)
     notifier.stopping()
-    if problem := keeper.finish(loop, source):
-        say(problem)
+    try:
+        if problem := keeper.finish(loop, source):
+            say(problem)
+    except (SinkClosed, RunFailed) as error:  # of what waited for its chunk
+        failure = failure or str(error)
     closing.close()
     failure = failure or _undelivered(account, outlet)
     engine = loop.engine
@@ -213,6 +215,12 @@ def _sink_format(settings: Settings) -> str:
     if settings.output == "-":
         return sinks.stdout_format()
     return "csv" if settings.output.endswith(".csv") else "ndjson"
+
+
+def _file_options(settings: Settings) -> FileOptions:
+    append = settings.append or settings.state is not None or settings.rotate_bytes > 0
+    torn: Literal["cut", "end"] = "cut" if settings.state is not None else "end"
+    return FileOptions(append, torn, settings.rotate_bytes, settings.rotate_keep)
 
 
 def _state_folder(settings: Settings) -> Path | None:

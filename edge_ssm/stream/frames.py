@@ -215,16 +215,17 @@ class CsvDecoder(_LineDecoder):
     def state(self) -> dict[str, Any]:
         if self._columns is None:
             return {}
-        return {"columns": self._columns, "width": self._width, "label": self._label, "time": self._time}
+        places = {"label": self._label, "time": self._time, "sequence": self._sequence}
+        return {"columns": self._columns, "width": self._width, **places}
 
     def resume(self, state: dict[str, Any]) -> None:
         columns, width = state.get("columns"), state.get("width")
         if not isinstance(columns, list) or len(columns) != len(self.channels) or not isinstance(width, int):
             return
-        spare = [place for place in (state.get("label"), state.get("time")) if place is not None]
-        if all(isinstance(place, int) and 0 <= place < width for place in [*columns, *spare]):
+        spare = [state.get(name) for name in ("label", "time", "sequence")]
+        if all(isinstance(place, int) and 0 <= place < width for place in [*columns, *spare] if place is not None):
             self._columns, self._width = columns, width
-            self._label, self._time = state.get("label"), state.get("time")
+            self._label, self._time, self._sequence = spare
 
     def _read_header(self, text: str, header: list[str]) -> Malformed | None:
         named = set(re.split(r"[,;\s]+", text)) & set(self.channels)

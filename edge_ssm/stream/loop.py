@@ -66,6 +66,8 @@ class Account:
     """Decisions with a true label, and those of them that are right."""
     unfinished: int = 0
     """Samples of the window that was open at the end."""
+    earlier: int = 0
+    """Samples of earlier runs, whose state this one took over."""
     seconds: float = 0.0
     latency: LatencyHistogram = field(default_factory=LatencyHistogram)
     """Of the engine, one entry a step, or a chunk."""
@@ -186,6 +188,8 @@ class Loop:
         self._next_round = 0.0
         self._attendant = Attendant()
         self.stale = False
+        self.whole = True
+        """All that was read was taken in, and all that was decided went out: what may be kept as a snapshot."""
         self._at_rest: Callable[[], None] | None = None
 
     @property
@@ -210,8 +214,8 @@ class Loop:
     ) -> Account:
         """Until the source ends, a signal comes, or the reader of the output goes away.
 
-        ``pace_hz`` holds a recording back to that many samples a second. Raises RunFailed for a malformed row
-        when ``strict``.
+        ``pace_hz`` holds a recording back to that many samples a second, until a stop is asked for: what was read is
+        decided. Raises RunFailed for a malformed row when ``strict``.
         """
         account = self.account
         self._attendant = attendant = attendant or Attendant()
@@ -224,7 +228,9 @@ class Loop:
         unread = account.dropped["unread"]
         try:
             while not stop.requested and not source.ended:
+                self.whole = True
                 received = source.read(stop, ROUND_S)
+                self.whole = False
                 if isinstance(received, Data):
                     self._came()
                     if source.unread:
@@ -241,20 +247,17 @@ class Loop:
                     attendant.between_blocks(source, token)
                     continue
                 for item in items:
-                    if pace_hz is not None:
+                    if pace_hz is not None and not stop.requested:
                         paced += 1
-                        if not self._wait_until(began + paced / pace_hz, stop, attendant):
-                            break
-                    # Without pacing a stop ends after the block at hand: what was read is decided.
+                        self._wait_until(began + paced / pace_hz, stop, attendant)
                     self._item(item)
                     if clock.monotonic() >= self._next_round:
                         self._overdue()
                         self._round()
-                else:
-                    if source.datagrams and isinstance(received, Data):
-                        for item in decoder.finish():
-                            self._item(item)
-                    attendant.between_blocks(source, token)
+                if source.datagrams and isinstance(received, Data):
+                    for item in decoder.finish():
+                        self._item(item)
+                attendant.between_blocks(source, token)
             if stop.requested:
                 account.ended_by = "signal"
             else:
@@ -264,8 +267,8 @@ class Loop:
                 for frame in self._ordering.release():
                     self._frame(frame)
             self._flush()
-            if not stop.requested or pace_hz is None:
-                attendant.between_blocks(source, token)
+            attendant.between_blocks(source, token)
+            self.whole = True
         except SinkClosed:
             account.ended_by = "closed output"
         finally:
@@ -279,13 +282,11 @@ class Loop:
             self._next_round = clock.monotonic() + ROUND_S
             self._attendant.between_samples()
 
-    def _wait_until(self, due: float, stop: Stop, attendant: Attendant) -> bool:
-        """False: a stop was asked for."""
+    def _wait_until(self, due: float, stop: Stop, attendant: Attendant) -> None:
         while (ahead := due - clock.monotonic()) > 0 and not stop.requested:
             stop.wait(seconds=min(ahead, ROUND_S))
             attendant.between_samples()
         self._came_at = max(due, self._came_at)
-        return not stop.requested
 
     def _came(self) -> None:
         self._came_at = clock.monotonic()
@@ -472,11 +473,11 @@ class Loop:
             self._restart("reset", reason="outputs are not finite")
             return
         decision = decide(engine.network, account.decisions, closed, closed.outputs, frame.time)
+        self._sink.decision(decision)  # One that could not go out does not count.
         account.decisions += 1
         if decision.truth is not None and decision.label is not None:
             account.labelled += 1
             account.correct += decision.label == decision.truth
-        self._sink.decision(decision)
         if self._deadline_s is not None and clock.monotonic() - self._came_at > self._deadline_s:
             account.deadline_misses += 1
         if self._at_rest is not None and windows.resting:
@@ -560,6 +561,7 @@ class Loop:
         self._ordering.go_on(self._sequence, early)
         for name in _COUNTS:
             setattr(self.account, name, state.counts.get(name, 0))
+        self.account.earlier = self.account.samples
         for kind, counter in (("gap.", self.account.gaps), ("dropped.", self.account.dropped)):
             counter.update({name[len(kind) :]: n for name, n in state.counts.items() if name.startswith(kind)})
 

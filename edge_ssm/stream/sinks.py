@@ -8,6 +8,7 @@ import json
 import os
 import sys
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from typing import Any, TextIO
 
 from edge_ssm.errors import RunFailed
@@ -93,9 +94,9 @@ class NdjsonSink(Sink):
 
 
 class CsvSink(Sink):
-    """Events have no place in a table of decisions and go to stderr."""
+    """Events have no place in a table of decisions and go to stderr. The header comes again where columns change."""
 
-    _header_written = False
+    _header = ""
 
     def _decision(self, d: Decision) -> str:
         row: dict[str, Any] = {"index": d.index, "start": d.start, "end": d.end, "time": d.time}
@@ -107,17 +108,25 @@ class CsvSink(Sink):
         if self._logits or self._regression:
             prefix = "" if self._regression else "logit_"
             row |= {f"{prefix}{name}": float(v) for name, v in zip(self._names, d.outputs, strict=True)}
-        text = io.StringIO()
-        writer = csv.DictWriter(text, list(row), lineterminator="\n")
-        if not self._header_written:
-            writer.writeheader()
-            self._header_written = True
-        writer.writerow(row)
-        return text.getvalue()
+        header, line = _csv_line(row.keys()), _csv_line(row.values())
+        if header == self._header:
+            return line
+        first, self._header = not self._header, header
+        outlet = self.outlet
+        if outlet is None or not outlet.heads_files:
+            return header + line
+        outlet.heading = header
+        return line if first else header + line
 
     def _event(self, e: Event) -> str:
         print(_in_words(e), file=sys.stderr)
         return ""
+
+
+def _csv_line(fields: Iterable[object]) -> str:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerow(fields)
+    return text.getvalue()
 
 
 class TextSink(Sink):

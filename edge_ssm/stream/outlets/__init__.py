@@ -5,7 +5,9 @@ from __future__ import annotations
 from urllib.parse import parse_qsl
 
 from edge_ssm.errors import UsageError
+from edge_ssm.stream.outlets import files
 from edge_ssm.stream.outlets.base import Outlet, Wire
+from edge_ssm.stream.outlets.files import REPLACED, FileOptions
 from edge_ssm.stream.outlets.queued import Overflow
 from edge_ssm.stream.places import Place, place
 
@@ -14,26 +16,23 @@ SCHEMES = ("tcp", "udp", "unix", "mqtt", "mqtts", "http", "https")
 
 def open_outlet(
     text: str,
-    append: bool = False,
-    rotate_bytes: int = 0,
-    rotate_keep: int = 5,
+    file: FileOptions = REPLACED,
     queue: int = 1024,
     overflow: Overflow = "wait",
 ) -> Outlet | None:
-    """The outlet that ``text`` names: a file or SCHEME://... (docs/service.md); None for standard output that the
-    loop may wait for. Raises UsageError."""
-    from edge_ssm.stream.outlets import files
+    """The outlet that ``text`` names: a file or SCHEME://... (docs/service.md); None for a standard output that is
+    Python's alone. Raises UsageError."""
     from edge_ssm.stream.outlets.queued import Queued
 
     found = place(text, SCHEMES)
     if found.scheme == "std":
         if overflow == "wait":
-            return None
+            return files.standard()
         return Queued(files.DescriptorWire(1, "stdout"), queue, overflow)
     if found.scheme == "file":
         if overflow == "wait":
-            return files.FileOutlet(text, append, rotate_bytes, rotate_keep)
-        return Queued(files.FileWire(text, append, rotate_bytes, rotate_keep), queue, overflow)
+            return files.FileOutlet(text, file)
+        return Queued(files.FileWire(text, file), queue, overflow)
     return Queued(_wire(text), queue, overflow)
 
 

@@ -24,6 +24,9 @@ class Outlet(ABC):
     settled: int = 0
     problem: str = ""
     """Why nothing gets out at the moment; empty while it does."""
+    heads_files: bool = False
+    """Whether ``heading`` is written at the beginning of each file that is new or empty."""
+    heading: str = ""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -48,6 +51,9 @@ class Wire(ABC):
     """What a ``queued.Queued`` outlet feeds from a thread of its own: a connection that can be lost and made anew."""
 
     name: str
+    heads_files: bool = False
+    heading: str = ""
+    """As ``Outlet``'s."""
     final: bool = False
     """A reader that went away (BrokenPipeError) never comes back: standard output's."""
 

@@ -28,6 +28,7 @@ class Queued(Outlet):
         super().__init__(wire.name)
         self.size = size
         self._wire, self._overflow = wire, overflow
+        self.heads_files = wire.heads_files
         self._lines: deque[tuple[int, str]] = deque()
         self._sending: list[tuple[int, str]] = []
         self._changed = threading.Condition()
@@ -81,6 +82,7 @@ class Queued(Outlet):
                     if not connected:
                         self._wire.connect()
                         connected = True
+                    self._wire.heading = self.heading
                     self._wire.send(lines)
                     break
                 except OSError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
+import zlib
 from contextlib import suppress
 
 from edge_ssm.errors import RunFailed, UsageError
@@ -12,6 +13,8 @@ from edge_ssm.stream.stop import Stop
 
 FOLLOW_S = 0.2
 """How often a followed file is looked at."""
+KNOWN_BY = 4096
+"""A file is known again by so many bytes before the place where it was left: another one may get the same inode."""
 
 
 class FileSource(Source):
@@ -90,27 +93,34 @@ class FileSource(Source):
         return None
 
     def position(self) -> dict[str, int]:
-        return {"offset": self._offset, "inode": os.fstat(self._fd).st_ino} if self._regular else {}
+        if not self._regular:
+            return {}
+        inode, before = os.fstat(self._fd).st_ino, _before(self._fd, self._offset)
+        return {"offset": self._offset, "inode": inode, "read": self._offset, "before": before}
 
     def seek(self, position: dict[str, int]) -> bool:
-        offset, inode = position.get("offset", -1), position.get("inode")
-        if not self._regular or offset < 0:
+        offset, inode, read, before = (position.get(name, -1) for name in ("offset", "inode", "read", "before"))
+        if not self._regular or not 0 <= offset <= read or before < 0:
             return False
-        if inode != os.fstat(self._fd).st_ino and (not self._follow or not self._go_back_to(inode)):
-            return False
-        if offset > os.fstat(self._fd).st_size:
+        if inode != os.fstat(self._fd).st_ino:
+            if not self._follow or not self._go_back_to(inode, read, before):
+                return False
+        elif _before(self._fd, read) != before:
             return False
         os.lseek(self._fd, offset, os.SEEK_SET)
         self._offset = offset
         return True
 
-    def _go_back_to(self, inode: int | None) -> bool:
+    def _go_back_to(self, inode: int, read: int, before: int) -> bool:
         """The file was rotated while nobody read: its rest comes first, under whatever name it has now."""
         folder, name = os.path.split(os.path.abspath(self._path))
         with suppress(OSError):
             for entry in os.scandir(folder):
                 if entry.inode() == inode and entry.name.startswith(name) and entry.is_file(follow_symlinks=False):
                     old = os.open(entry.path, os.O_RDONLY)
+                    if _before(old, read) != before:
+                        os.close(old)
+                        return False
                     os.close(self._fd)
                     self._fd = old
                     return True
@@ -119,3 +129,11 @@ class FileSource(Source):
     def close(self) -> None:
         if self._fd:
             os.close(self._fd)
+
+
+def _before(fd: int, end: int) -> int:
+    """A checksum of what stands before byte ``end``; -1 where the file does not reach so far."""
+    if end > os.fstat(fd).st_size:
+        return -1
+    begin = max(0, end - KNOWN_BY)
+    return zlib.crc32(os.pread(fd, end - begin, begin))
