@@ -130,6 +130,20 @@ def test_a_check_opens_nothing(models):
         checking.check(configured(models, f"[source]\ninput = 'tcp-listen://127.0.0.1:{port}'\n"))
 
 
+@pytest.mark.parametrize("key", ["model.path", "adaptive.members", "security.require_signature"])
+def test_a_named_pipe_for_a_file_does_not_hold_the_check_up(tmp_path, models, key):
+    """``run`` refuses it at once."""
+    os.mkfifo(tmp_path / "fifo")
+    section, name = key.split(".")
+    value = '"fifo"' if name == "path" else '["fifo"]'
+    model = "" if name == "path" else f'[model]\npath = "{models}/m.safetensors"\n'
+    (tmp_path / "a.toml").write_text(f"{model}[{section}]\n{name} = {value}\n")
+    command = [*COMMAND, "service", "check", tmp_path / "a.toml"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert re.search(rf"line \d: {key}: .*fifo: not a regular file; expected ", done.stderr)
+
+
 @pytest.mark.parametrize(
     ("text", "flags", "problem"),
     [

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from edge_ssm import profiles
+from edge_ssm import profiles, signatures
 from edge_ssm.engines import ENGINES, missing
 from edge_ssm.errors import EdgeSSMError, UsageError
 from edge_ssm.network import Network
@@ -93,9 +93,8 @@ class _Check:
         settings = self._settings
         with self._at("require_signature"):
             for key in settings.require_signature:
-                _readable(key)
+                signatures.load_key(Path(key))
         with self._at("model"):
-            _readable(settings.model)
             model, network = candidates.load(settings.model, settings.sample_rate, settings.require_signature)
         self._asked = model.engine
         signed = ", signed" if settings.require_signature else ""
@@ -114,7 +113,6 @@ class _Check:
         settings = self._settings
         for path in settings.member:
             with self._at("member"):
-                _readable(path)
                 model, member = candidates.load(path, settings.sample_rate, settings.require_signature)
                 candidates.check_channels(path, member, network)
                 if not candidates.same_windows(member, network):
@@ -236,11 +234,3 @@ def loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
-
-
-def _readable(path: str) -> None:
-    try:
-        with open(path, "rb"):
-            pass
-    except OSError as error:
-        raise UsageError(f"{path}: can't be read ({error.strerror})") from None
