@@ -442,6 +442,7 @@ def test_addresses():
         ("mqtt://h/a#", "topic 'a#': expected"),
         ("mqtt://h/#/a", "topic '#/a': expected"),
         ("mqtt://h/a\0", "NUL"),
+        ("mqtt://a..b/t", r"mqtt://a\.\.b/t: 'a\.\.b' can't be a host"),
     ],
 )
 def test_addresses_that_can_not_be(url, problem):

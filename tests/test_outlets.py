@@ -1,6 +1,7 @@
 """Outlets: whole lines, in order, each once or at least once; a slow reader costs decisions only as stated, counted."""
 
 import os
+import re
 import socket
 import threading
 import time
@@ -200,4 +201,19 @@ def test_udp_and_unix_lines_arrive(tmp_path):
 @pytest.mark.parametrize("text", ["tcp://host", "serial:///dev/x", "unix://", "/nowhere/at/all"])
 def test_a_place_that_is_none_is_refused(text):
     with pytest.raises(UsageError):
+        open_outlet(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("tcp://a..b:80", "tcp://a..b:80: 'a..b' can't be a host"),
+        ("udp://a..b:80", "'a..b' can't be a host"),
+        ("http://a..b/", "'a..b' can't be a host"),
+        ("mqtt://a..b/t", "'a..b' can't be a host"),
+        ("http://a/#token_file=a%00b", "http://a/: 'a\\x00b': has a zero byte"),
+    ],
+)
+def test_an_address_that_can_not_be_is_refused_before_its_thread_begins(text, problem):
+    with pytest.raises(UsageError, match=re.escape(problem)):
         open_outlet(text)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from edge_ssm.errors import UsageError
-from edge_ssm.stream.places import Place
+from edge_ssm.stream.places import Place, check_host
 
 PORTS = {"mqtt": 1883, "mqtts": 8883}
 
@@ -57,6 +57,7 @@ def parse(url: str, wildcards: bool) -> Address:
     scheme, host, port, topic = match.groups()
     if port is not None and not 0 < int(port) < 1 << 16:
         raise UsageError(f"{url}: port {port}: expected 1 to 65535")
+    check_host(host, shown)
     if "\0" in topic or len(topic.encode(errors="replace")) > 65535:
         raise UsageError(f"{url[:80]}: the topic is too long, or has a NUL")
     levels = topic.split("/")
