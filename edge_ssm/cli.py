@@ -27,7 +27,7 @@ from edge_ssm.errors import EdgeSSMError, RunFailed, UsageError
 from edge_ssm.network import Network
 from edge_ssm.options import Finite, NotEmpty, given
 from edge_ssm.printable import printable
-from edge_ssm.stream import frames, sinks
+from edge_ssm.stream import frames, places, sinks
 from edge_ssm.stream.loop import GAP_POLICIES, Account
 from edge_ssm.stream.outlets.queued import OVERFLOWS
 
@@ -167,6 +167,8 @@ def run(context: click.Context, /, config: str | None, stream: bool, **options: 
         if context.get_parameter_source(name) is not ParameterSource.DEFAULT
     }
     settings = configuration.settings(config, given)
+    if config is not None:
+        places.check_apart(settings.output, [config])
     if settings.input == "-" and sys.stdin is None:
         raise UsageError("standard input is closed; give --input")
     if settings.output == "-" and sys.stdout is None:

@@ -16,7 +16,7 @@ from edge_ssm import profiles, signatures
 from edge_ssm.engines import ENGINES, missing
 from edge_ssm.errors import EdgeSSMError, UsageError
 from edge_ssm.network import Network
-from edge_ssm.service import candidates, configuration, metrics, running, web
+from edge_ssm.service import apart, candidates, configuration, metrics, running, web
 from edge_ssm.service.configuration import Settings
 from edge_ssm.stream import frames, mqtt_broker, outlets, places, sources
 from edge_ssm.stream.places import Place
@@ -63,7 +63,8 @@ class _Check:
             source = sources.look_at(settings.input)
         with self._at("output"):
             sink = outlets.look_at(settings.output)
-            places.check_apart(settings.output, [settings.model, settings.input, *settings.member])
+            apart.check(settings)
+            places.check_apart(settings.output, [path])
         self.plan = Plan(settings, source, sink)
         network = self._model()
         windows = self._windows(network)

@@ -271,5 +271,9 @@ def check(made: Settings) -> None:
         raise UsageError("metrics.prometheus (--prometheus): needs metrics.listen (--listen HOST:PORT)")
     if made.follow and made.pace:
         raise UsageError("source.follow and source.pace (--follow, --pace): a file that grows sets the pace itself")
+    if made.pace and "://" in made.input:
+        raise UsageError(
+            f"source.pace (--pace): only for a recording, {made.input.partition('://')[0]}:// sets its own"
+        )
     if made.rotate_bytes and made.output == "-":
         raise UsageError("sink.rotate_bytes (--rotate-bytes): only for a file, see --output")

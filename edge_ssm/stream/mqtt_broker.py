@@ -70,6 +70,19 @@ def parse(url: str, wildcards: bool) -> Address:
     return Address(url, host.strip("[]"), int(port or PORTS[scheme]), topic, scheme == "mqtts")
 
 
+def comes_back(source: Address, sink: Address) -> bool:
+    """Whether what goes to ``sink`` is what ``source`` asks for, as far as addresses tell: a broker can have several
+    names. Raises ImportError without paho-mqtt."""
+    from paho.mqtt.client import topic_matches_sub
+
+    # A broker listens on both default ports, one with TLS; two brokers on one machine have others.
+    ports = {source.port, sink.port}
+    if source.host.lower() != sink.host.lower() or not (len(ports) == 1 or ports == set(PORTS.values())):
+        return False
+    shared = re.sub(r"^\$share/[^/]*/", "", source.topic)  # subscribers that share it: MQTT 5.0, section 4.8.2
+    return bool(topic_matches_sub(shared, sink.topic))
+
+
 def client(address: Address, access: Access, client_id: str, **options: Any) -> Any:
     """A ``paho.mqtt.client.Client`` for MQTT 5 that is not connected. Raises UsageError: no paho-mqtt, a file that
     can't be used."""
