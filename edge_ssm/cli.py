@@ -248,7 +248,7 @@ def verify_signature(model: str, keys: tuple[str, ...]) -> None:
     from edge_ssm import signatures
 
     loaded, key = signatures.load_and_tell(model, [Path(key) for key in keys])
-    click.echo(f"{model}: signed by key {key}, artifact digest {loaded.digest}")
+    click.echo(f"{printable(model)}: signed by key {key}, artifact digest {loaded.digest}")
 
 
 @cli.command()
@@ -535,7 +535,7 @@ def service_check(file: str) -> None:
 
     plan = checking.check(file)
     for warning in plan.warnings:
-        click.echo(f"edge-ssm: warning: {warning}", err=True)
+        click.echo(f"edge-ssm: warning: {printable(warning)}", err=True)
     click.echo(plan.render())
 
 
@@ -572,7 +572,11 @@ def service_install(
 
     openings = tuple(opening for opening in install.OPENINGS if flags[opening])
     request = install.Request(name, config, openings, socket, Path(root).absolute(), not no_start, force)
-    install.install(request, click.echo)
+    install.install(request, _say)
+
+
+def _say(line: str) -> None:
+    click.echo(printable(line))
 
 
 @service_.command("uninstall")
@@ -583,7 +587,7 @@ def service_uninstall(name: str, purge: bool, root: str) -> None:
     """Stop edge-ssm@NAME.service and take it away."""
     from edge_ssm.service import install
 
-    install.uninstall(name, purge, Path(root).absolute(), click.echo)
+    install.uninstall(name, purge, Path(root).absolute(), _say)
 
 
 @service_.command("status")

@@ -6,6 +6,7 @@ import shutil
 import socket
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,10 @@ from networks import random_network
 
 from edge_ssm import artifact
 from edge_ssm.errors import UsageError
-from edge_ssm.service import checking, configuration, install
+from edge_ssm.service import checking, configuration, install, instances
 from edge_ssm.service.configuration import SECTIONS, Settings
+from edge_ssm.stream import live, sinks
+from edge_ssm.stream.outlets.files import FileOutlet
 
 COMMAND = [sys.executable, "-c", "from edge_ssm.cli import main; main()"]
 EXAMPLE = install.folder() / "example.toml"
@@ -178,6 +181,38 @@ def test_a_named_pipe_for_a_file_does_not_hold_the_check_up(tmp_path, models, ke
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert re.search(rf"line \d: {key}: .*fifo: not a regular file; expected ", done.stderr)
+
+
+def on_a_terminal(*arguments):
+    """What a terminal gets, where click lets escape sequences through."""
+    terminal, end = os.openpty()
+    done = subprocess.Popen([*COMMAND, *arguments], stdin=end, stdout=end, stderr=end)
+    os.close(end)
+    parts = []
+    with suppress(OSError):  # EIO: nobody has the other end any more
+        while part := os.read(terminal, 1 << 16):
+            parts.append(part)
+    os.close(terminal)
+    return done.wait(60), b"".join(parts).decode()
+
+
+def test_names_can_not_move_the_terminals_cursor(models):
+    """As paths in a configuration that somebody else wrote."""
+    path = configured(models, '[source]\ninput = "a\\u001b[31mX\\nmodel"\n[sink]\noutput = "b\\u001b[31mX"\n')
+    status, shown = on_a_terminal("service", "check", path)
+    assert status == 0
+    assert "a?[31mX?model: not there now" in shown
+    assert "\nsink      b?[31mX" in shown
+    assert "\x1b" not in shown
+
+
+def test_what_a_run_tells_can_not_either(tmp_path):
+    facts = live.Facts("m\x1b[2J", "d", "cpu", 50.0, source="\x1b[31mX")
+    sink = sinks.make("ndjson", FileOutlet(str(tmp_path / "out")), random_network(), False, False)
+    told = live.Live(sink, facts).status()
+    shown = instances.in_words({"Id": "edge-ssm@x.service", "StatusText": "runs \x1b[2J"}, told)
+    assert "\x1b" not in shown
+    assert "  model     m?[2J, digest d" in shown
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from edge_ssm import profiles, signatures
 from edge_ssm.engines import ENGINES, missing
 from edge_ssm.errors import EdgeSSMError, UsageError
 from edge_ssm.network import Network
+from edge_ssm.printable import printable
 from edge_ssm.service import apart, candidates, configuration, metrics, running, web
 from edge_ssm.service.configuration import Settings
 from edge_ssm.stream import frames, mqtt_broker, outlets, places, sources
@@ -38,7 +39,8 @@ class Plan:
     """What must be opened for it (loopback, network, serial, iio, gpu), and the key that says so."""
 
     def render(self) -> str:
-        return "\n".join(f"{word:<9} {line}" for word, line in self.lines)
+        # A path or a label is somebody's text: a newline in one must not make a line of its own.
+        return "\n".join(printable(f"{word:<9} {line}") for word, line in self.lines)
 
 
 def check(path: str) -> Plan:
