@@ -217,3 +217,13 @@ def test_a_place_that_is_none_is_refused(text):
 def test_an_address_that_can_not_be_is_refused_before_its_thread_begins(text, problem):
     with pytest.raises(UsageError, match=re.escape(problem)):
         open_outlet(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["mqtt://h/t?username=u&password_file=", "mqtts://h/t?ca_file=", "http://h/#token_file=", "https://h/#ca_file="],
+)
+def test_a_named_pipe_for_a_secret_is_not_waited_for(tmp_path, text):
+    os.mkfifo(tmp_path / "fifo")
+    with pytest.raises(UsageError, match=r"_file /.*/fifo: not a regular file; expected one"):
+        open_outlet(f"{text}{tmp_path}/fifo")

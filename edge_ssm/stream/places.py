@@ -91,7 +91,8 @@ def place(text: str, schemes: tuple[str, ...]) -> Place:
         raise UsageError(f"{text}: not an address ({error})") from None
     if scheme != "iio":  # whose host is a name that the kernel gives
         check_host(found.host, found.shown)
-    check_texts([found.path, *options.values()], found.shown)
+    _check_text(found.path, found.shown)
+    check_options(options, found.shown)
     return found
 
 
@@ -102,7 +103,7 @@ def _mqtt(text: str, scheme: str) -> Place:
         options = dict(parse_qsl(query, keep_blank_values=True, strict_parsing=bool(query)))
     except ValueError as error:
         raise UsageError(f"{url}: not options ({error})") from None
-    check_texts(options.values(), url)
+    check_options(options, url)
     return Place(url, scheme, "", None, "", options)
 
 
@@ -115,11 +116,19 @@ def check_host(host: str, shown: str) -> None:
         raise UsageError(f"{shown}: {host[:80]!r} can't be a host; expected 1 to 63 characters between dots") from None
 
 
-def check_texts(texts: Iterable[str], shown: str) -> None:
+def _check_text(text: str, shown: str) -> None:
     """Raises UsageError for a zero byte, which %00 makes: the system would end a path there."""
-    for text in texts:
-        if "\0" in text:
-            raise UsageError(f"{shown}: {text[:60]!r}: has a zero byte; expected a text without one")
+    if "\0" in text:
+        raise UsageError(f"{shown}: {text[:60]!r}: has a zero byte; expected a text without one")
+
+
+def check_options(options: dict[str, str], shown: str) -> None:
+    """Raises UsageError for a value that can't be right whatever the option means, and for a named pipe in a file's
+    place, whose reader would wait for ever."""
+    for name, value in options.items():
+        _check_text(value, shown)
+        if name.endswith("_file") and os.path.exists(value) and not os.path.isfile(value):
+            raise UsageError(f"{shown}: {name} {value}: not a regular file; expected one")
 
 
 def check_apart(output: str, read: Iterable[str]) -> None:

@@ -7,7 +7,7 @@ from urllib.parse import parse_qsl
 from edge_ssm.errors import UsageError
 from edge_ssm.stream.outlets.base import Outlet, Wire
 from edge_ssm.stream.outlets.queued import Overflow
-from edge_ssm.stream.places import Place, check_texts, place
+from edge_ssm.stream.places import Place, check_options, place
 
 SCHEMES = ("tcp", "udp", "unix", "mqtt", "mqtts", "http", "https")
 
@@ -68,7 +68,7 @@ def _webhook(text: str) -> Wire:
     options = dict(parse_qsl(ours, keep_blank_values=True))
     if unknown := set(options) - {"token_file", "ca_file"}:
         raise UsageError(f"{url}: option {sorted(unknown)[0]!r} is unknown, expected token_file, ca_file after a #")
-    check_texts(options.values(), url)
+    check_options(options, url)
     return WebhookWire(url, token_file=options.get("token_file"), ca_file=options.get("ca_file"))
 
 
