@@ -27,7 +27,7 @@ from edge_ssm.errors import EdgeSSMError, RunFailed, UsageError
 from edge_ssm.network import Network
 from edge_ssm.options import Finite, NotEmpty, given
 from edge_ssm.printable import printable
-from edge_ssm.stream import frames, sinks
+from edge_ssm.stream import frames, places, sinks
 from edge_ssm.stream.loop import GAP_POLICIES, Account
 from edge_ssm.stream.outlets.queued import OVERFLOWS
 
@@ -167,6 +167,8 @@ def run(context: click.Context, /, config: str | None, stream: bool, **options: 
         if context.get_parameter_source(name) is not ParameterSource.DEFAULT
     }
     settings = configuration.settings(config, given)
+    if config is not None:
+        places.check_apart(settings.output, [config])
     if settings.input == "-" and sys.stdin is None:
         raise UsageError("standard input is closed; give --input")
     if settings.output == "-" and sys.stdout is None:
@@ -246,7 +248,7 @@ def verify_signature(model: str, keys: tuple[str, ...]) -> None:
     from edge_ssm import signatures
 
     loaded, key = signatures.load_and_tell(model, [Path(key) for key in keys])
-    click.echo(f"{model}: signed by key {key}, artifact digest {loaded.digest}")
+    click.echo(f"{printable(model)}: signed by key {key}, artifact digest {loaded.digest}")
 
 
 @cli.command()
@@ -533,7 +535,7 @@ def service_check(file: str) -> None:
 
     plan = checking.check(file)
     for warning in plan.warnings:
-        click.echo(f"edge-ssm: warning: {warning}", err=True)
+        click.echo(f"edge-ssm: warning: {printable(warning)}", err=True)
     click.echo(plan.render())
 
 
@@ -570,7 +572,11 @@ def service_install(
 
     openings = tuple(opening for opening in install.OPENINGS if flags[opening])
     request = install.Request(name, config, openings, socket, Path(root).absolute(), not no_start, force)
-    install.install(request, click.echo)
+    install.install(request, _say)
+
+
+def _say(line: str) -> None:
+    click.echo(printable(line))
 
 
 @service_.command("uninstall")
@@ -581,7 +587,7 @@ def service_uninstall(name: str, purge: bool, root: str) -> None:
     """Stop edge-ssm@NAME.service and take it away."""
     from edge_ssm.service import install
 
-    install.uninstall(name, purge, Path(root).absolute(), click.echo)
+    install.uninstall(name, purge, Path(root).absolute(), _say)
 
 
 @service_.command("status")

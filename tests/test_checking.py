@@ -6,6 +6,7 @@ import shutil
 import socket
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,10 @@ from networks import random_network
 
 from edge_ssm import artifact
 from edge_ssm.errors import UsageError
-from edge_ssm.service import checking, configuration, install
+from edge_ssm.service import checking, configuration, install, instances
 from edge_ssm.service.configuration import SECTIONS, Settings
+from edge_ssm.stream import live, sinks
+from edge_ssm.stream.outlets.files import FileOutlet
 
 COMMAND = [sys.executable, "-c", "from edge_ssm.cli import main; main()"]
 EXAMPLE = install.folder() / "example.toml"
@@ -50,6 +53,8 @@ def models(tmp_path_factory):
     artifact.save(folder / "small.safetensors", random_network(window=10, h=8), {"data": "random"})
     artifact.save(folder / "other.safetensors", random_network(window=20, h=8), {"data": "random"})
     (folder / "damaged.safetensors").write_bytes(b"\xff" * 100)
+    for name in ("small.safetensors.sig", "k.pem"):
+        (folder / name).write_text("a key")
     return folder
 
 
@@ -78,17 +83,51 @@ def configured(models, text):
         ("[engine]\naffinity = [99999]", "line 4: engine.affinity: [99999]: no such core"),
         ("[adaptive]\nmembers = ['damaged.safetensors']", "line 4: adaptive.members: "),
         ("[adaptive]\nmembers = ['other.safetensors']", "its windows or labels are not those of "),
+        ("[adaptive]\nmembers = ['m.safetensors']", "m.safetensors, or there twice; expected a smaller model"),
+        ("[adaptive]\nmembers = ['small.safetensors', 'small.safetensors']", "or there twice; expected a"),
+        ("[engine]\nthreads = 4", "line 4: engine.threads: 4: not for the engine auto; only onnx or tflite take"),
+        ("[engine]\nname = 'cpu'\nthreads = 4", "line 5: engine.threads: 4: not for the engine cpu; only onnx or"),
+        (
+            "[source]\ninput = 'tcp://h:1'\npace = true",
+            "line 5: source.pace (--pace): only for a recording, tcp:// sets",
+        ),
+        ("[sink]\noutput = '{folder}/a.toml'", "line 4: sink.output: --output {folder}/a.toml: the run reads it"),
+        (
+            "[sink]\noutput = '{folder}/small.safetensors.sig'\n[adaptive]\nmembers = ['small.safetensors']",
+            "the run reads",
+        ),
+        ("[sink]\noutput = '{folder}/k.pem'\n[security]\nrequire_signature = ['k.pem']", "k.pem: the run reads it"),
+        (
+            "[source]\ninput = 'mqtt://h/a?username=u&password_file={folder}/k.pem'\n[sink]\noutput = '{folder}/k.pem'",
+            "k.pem: the run reads it",
+        ),
+        (
+            "[source]\ninput = 'mqtt://h/a/#'\n[sink]\noutput = 'mqtt://h/a/b'",
+            "line 6: sink.output: --output mqtt://h/a/b: the run reads it (mqtt://h/a/#)",
+        ),
+        ("[sink]\noutput = '/tmp'", "line 4: sink.output: /tmp: a directory; expected a file"),
+        ("[sink]\noutput = '/proc/x'", "line 4: sink.output: /proc/x: can't be written (no new files in /proc)"),
+        ("[state]\nfolder = '/proc/x'", "line 4: state.folder: /proc/x: snapshots can't be kept there"),
         ("[adaptive]\nmembers = ['none.safetensors']", "none.safetensors: can't be read (No such file or directory)"),
         ("[security]\nrequire_signature = ['no.pem']", "line 4: security.require_signature: "),
         ("[state]\nfolder = '/etc/passwd/s'", "line 4: state.folder: /etc/passwd/s: snapshots can't be kept there"),
         ("[metrics]\nlisten = 'here'", "line 4: metrics.listen: listen 'here': expected HOST:PORT"),
         ("[metrics]\nprometheus = true", "line 4: metrics.prometheus (--prometheus): needs metrics.listen"),
         ("[gap]\npolicy = 'guess'", "line 4: gap.policy: 'guess', "),
+        ('[source]\ninput = "a\\u0000b"', "line 4: source.input: 'a\\x00b': has a zero byte; expected a text"),
+        ('[sink]\noutput = "a\\u0000b"', "line 4: sink.output: 'a\\x00b': has a zero byte"),
+        ('[state]\nfolder = "a\\u0000b"', "line 4: state.folder: 'a\\x00b': has a zero byte"),
+        ('[adaptive]\nmembers = ["a\\u0000b"]', "line 4: adaptive.members: 'a\\x00b': has a zero byte"),
+        ("[source]\ninput = 'serial:///dev/a%00b'", "line 4: source.input: serial:///dev/a%00b: '/dev/a\\x00b': has a"),
+        ("[sink]\noutput = 'tcp://a..b:80'", "line 4: sink.output: tcp://a..b:80: 'a..b' can't be a host"),
+        ("[metrics]\nlisten = 'a..b:80'", "line 4: metrics.listen: listen 'a..b:80': 'a..b' can't be a host"),
     ],
 )
 def test_what_can_not_run_says_where(models, text, problem):
-    path = configured(models, text)
-    with pytest.raises(UsageError, match=re.escape(problem)) as caught:
+    if "mqtt" in text:
+        pytest.importorskip("paho")
+    path = configured(models, text.replace("{folder}", str(models)))
+    with pytest.raises(UsageError, match=re.escape(problem.replace("{folder}", str(models)))) as caught:
         checking.check(path)
     assert str(caught.value).startswith(path)
 
@@ -128,6 +167,52 @@ def test_a_check_opens_nothing(models):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         checking.check(configured(models, f"[source]\ninput = 'tcp-listen://127.0.0.1:{port}'\n"))
+
+
+@pytest.mark.parametrize("key", ["model.path", "adaptive.members", "security.require_signature"])
+def test_a_named_pipe_for_a_file_does_not_hold_the_check_up(tmp_path, models, key):
+    """``run`` refuses it at once."""
+    os.mkfifo(tmp_path / "fifo")
+    section, name = key.split(".")
+    value = '"fifo"' if name == "path" else '["fifo"]'
+    model = "" if name == "path" else f'[model]\npath = "{models}/m.safetensors"\n'
+    (tmp_path / "a.toml").write_text(f"{model}[{section}]\n{name} = {value}\n")
+    command = [*COMMAND, "service", "check", tmp_path / "a.toml"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert re.search(rf"line \d: {key}: .*fifo: not a regular file; expected ", done.stderr)
+
+
+def on_a_terminal(*arguments):
+    """What a terminal gets, where click lets escape sequences through."""
+    terminal, end = os.openpty()
+    done = subprocess.Popen([*COMMAND, *arguments], stdin=end, stdout=end, stderr=end)
+    os.close(end)
+    parts = []
+    with suppress(OSError):  # EIO: nobody has the other end any more
+        while part := os.read(terminal, 1 << 16):
+            parts.append(part)
+    os.close(terminal)
+    return done.wait(60), b"".join(parts).decode()
+
+
+def test_names_can_not_move_the_terminals_cursor(models):
+    """As paths in a configuration that somebody else wrote."""
+    path = configured(models, '[source]\ninput = "a\\u001b[31mX\\nmodel"\n[sink]\noutput = "b\\u001b[31mX"\n')
+    status, shown = on_a_terminal("service", "check", path)
+    assert status == 0
+    assert "a?[31mX?model: not there now" in shown
+    assert "\nsink      b?[31mX" in shown
+    assert "\x1b" not in shown
+
+
+def test_what_a_run_tells_can_not_either(tmp_path):
+    facts = live.Facts("m\x1b[2J", "d", "cpu", 50.0, source="\x1b[31mX")
+    sink = sinks.make("ndjson", FileOutlet(str(tmp_path / "out")), random_network(), False, False)
+    told = live.Live(sink, facts).status()
+    shown = instances.in_words({"Id": "edge-ssm@x.service", "StatusText": "runs \x1b[2J"}, told)
+    assert "\x1b" not in shown
+    assert "  model     m?[2J, digest d" in shown
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ import pytest
 from mosquitto import Broker
 
 from edge_ssm.errors import UsageError
-from edge_ssm.stream.mqtt_broker import Access, Address, parse
+from edge_ssm.stream.mqtt_broker import Access, Address, comes_back, parse
 from edge_ssm.stream.outlets.mqtt import MqttWire
 from edge_ssm.stream.sources.base import BackOff, Data, Seam
 from edge_ssm.stream.sources.mqtt import MqttSource
@@ -442,12 +442,30 @@ def test_addresses():
         ("mqtt://h/a#", "topic 'a#': expected"),
         ("mqtt://h/#/a", "topic '#/a': expected"),
         ("mqtt://h/a\0", "NUL"),
+        ("mqtt://a..b/t", r"mqtt://a\.\.b/t: 'a\.\.b' can't be a host"),
     ],
 )
 def test_addresses_that_can_not_be(url, problem):
     with pytest.raises(UsageError, match=problem) as caught:
         parse(url, True)
     assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("source", "sink", "expected"),
+    [
+        ("mqtt://h/a/#", "mqtt://h/a/b", True),
+        ("mqtt://h/a/#", "mqtt://H:1883/a", True),
+        ("mqtt://h/+/b", "mqtts://h/a/b", True),
+        ("mqtt://h/$share/g/a/#", "mqtt://h/a/b", True),
+        ("mqtt://h/a/b", "mqtt://h/a/b", True),
+        ("mqtt://h/a/+", "mqtt://h/a/b/c", False),
+        ("mqtt://h/#", "mqtt://other/a", False),
+        ("mqtt://h/#", "mqtt://h:1884/a", False),
+    ],
+)
+def test_a_sink_that_its_own_source_would_hear(source, sink, expected):
+    assert comes_back(parse(source, True), parse(sink, False)) is expected
 
 
 @pytest.mark.parametrize(

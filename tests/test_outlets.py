@@ -1,6 +1,7 @@
 """Outlets: whole lines, in order, each once or at least once; a slow reader costs decisions only as stated, counted."""
 
 import os
+import re
 import socket
 import threading
 import time
@@ -256,3 +257,28 @@ def test_udp_and_unix_lines_arrive(tmp_path):
 def test_a_place_that_is_none_is_refused(text):
     with pytest.raises(UsageError):
         open_outlet(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("tcp://a..b:80", "tcp://a..b:80: 'a..b' can't be a host"),
+        ("udp://a..b:80", "'a..b' can't be a host"),
+        ("http://a..b/", "'a..b' can't be a host"),
+        ("mqtt://a..b/t", "'a..b' can't be a host"),
+        ("http://a/#token_file=a%00b", "http://a/: 'a\\x00b': has a zero byte"),
+    ],
+)
+def test_an_address_that_can_not_be_is_refused_before_its_thread_begins(text, problem):
+    with pytest.raises(UsageError, match=re.escape(problem)):
+        open_outlet(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["mqtt://h/t?username=u&password_file=", "mqtts://h/t?ca_file=", "http://h/#token_file=", "https://h/#ca_file="],
+)
+def test_a_named_pipe_for_a_secret_is_not_waited_for(tmp_path, text):
+    os.mkfifo(tmp_path / "fifo")
+    with pytest.raises(UsageError, match=r"_file /.*/fifo: not a regular file; expected one"):
+        open_outlet(f"{text}{tmp_path}/fifo")

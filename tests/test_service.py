@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -600,6 +601,20 @@ def test_the_run_does_not_write_over_what_it_reads(small, tmp_path):
         assert run.returncode == 2
         assert "the run reads it" in said
         assert (tmp_path / name).read_bytes() == content
+
+
+def test_the_run_does_not_write_over_its_configuration_and_signatures(small, tmp_path):
+    shutil.copy(small / "m.safetensors", tmp_path)
+    (tmp_path / "m.safetensors.sig").write_text("signed")
+    own = tmp_path / "own.toml"
+    own.write_text('[model]\npath = "m.safetensors"\n')
+    for path in (own, tmp_path / "m.safetensors.sig"):
+        content = path.read_bytes()
+        run = start("--config", own, "--input", small / "s.csv", "--output", path)
+        _, said = run.communicate(timeout=60)
+        assert (run.returncode, said.count("\n")) == (2, 1)
+        assert f"--output {path}: the run reads it" in said
+        assert path.read_bytes() == content
 
 
 def test_two_runs_share_neither_state_nor_output(small, tmp_path):

@@ -65,6 +65,28 @@ def test_a_file_speaks_for_the_process_that_it_is_named_after(teller, place):
     assert json.loads(shown("--json")) == []
 
 
+def test_a_dead_runs_number_that_is_another_processs_now(teller, place):
+    """Process 1 of a container, say: each run there has the same number."""
+    status = teller.status()
+    assert status.process_started > 0
+    dead = msgspec.structs.replace(status, process_started=status.process_started - 1)
+    place.write_bytes(msgspec.json.encode(dead))
+    assert json.loads(shown("--json")) == []
+
+
+def test_a_run_removes_what_killed_ones_left(teller, place):
+    with subprocess.Popen([sys.executable, "-c", ""]) as gone:
+        gone.wait()
+    kill = [place.with_name(f"{gone.pid}.status"), place.with_name(f".{gone.pid}.status.abcd1234")]
+    keep = [place.with_name("mine.status"), place.with_name(f".{os.getppid()}.status.abcd1234")]
+    for path in (*kill, *keep):
+        path.write_bytes(msgspec.json.encode(msgspec.structs.replace(teller.status(), pid=gone.pid)))
+    os.utime(kill[1], (0, 0))
+    place.write_bytes(msgspec.json.encode(teller.status()))
+    teller.watch(Account())
+    assert sorted(place.parent.iterdir()) == sorted([*keep, place])
+
+
 @pytest.mark.parametrize(
     "change",
     [

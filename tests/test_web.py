@@ -244,6 +244,12 @@ def test_an_address_that_is_none_is_refused_in_one_line(listen):
     assert "\n" not in str(refused.value)
 
 
+@pytest.mark.parametrize("host", ["a..b", "a" * 64])
+def test_a_host_that_no_resolver_takes_is_refused_before_it_is_asked(host):
+    with pytest.raises(UsageError, match="can't be a host; expected 1 to 63 characters between dots"):
+        parse_listen(f"{host}:80")
+
+
 @given(st.one_of(st.text(), st.from_regex(r"\[?[\w:.%]*\]?:[0-9]*")))
 def test_any_text_is_an_address_or_refused(listen):
     try:

@@ -12,11 +12,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from edge_ssm import profiles
+from edge_ssm import profiles, signatures
 from edge_ssm.engines import ENGINES, missing
 from edge_ssm.errors import EdgeSSMError, UsageError
 from edge_ssm.network import Network
-from edge_ssm.service import candidates, configuration, metrics, running, web
+from edge_ssm.printable import printable
+from edge_ssm.service import apart, candidates, configuration, metrics, running, web
 from edge_ssm.service.configuration import Settings
 from edge_ssm.stream import frames, mqtt_broker, outlets, places, sources
 from edge_ssm.stream.places import Place
@@ -38,7 +39,8 @@ class Plan:
     """What must be opened for it (loopback, network, serial, iio, gpu), and the key that says so."""
 
     def render(self) -> str:
-        return "\n".join(f"{word:<9} {line}" for word, line in self.lines)
+        # A path or a label is somebody's text: a newline in one must not make a line of its own.
+        return "\n".join(printable(f"{word:<9} {line}") for word, line in self.lines)
 
 
 def check(path: str) -> Plan:
@@ -63,7 +65,8 @@ class _Check:
             source = sources.look_at(settings.input)
         with self._at("output"):
             sink = outlets.look_at(settings.output)
-            places.check_apart(settings.output, [settings.model, settings.input, *settings.member])
+            apart.check(settings)
+            places.check_apart(settings.output, [path])
         self.plan = Plan(settings, source, sink)
         network = self._model()
         windows = self._windows(network)
@@ -93,11 +96,11 @@ class _Check:
         settings = self._settings
         with self._at("require_signature"):
             for key in settings.require_signature:
-                _readable(key)
+                signatures.load_key(Path(key))
         with self._at("model"):
-            _readable(settings.model)
             model, network = candidates.load(settings.model, settings.sample_rate, settings.require_signature)
         self._asked = model.engine
+        self._digest = model.digest
         signed = ", signed" if settings.require_signature else ""
         kept = ", reloaded when it changes" if settings.reload else ""
         self._say("model", f"{settings.model}, digest {model.digest[:12]}{signed}{kept}")
@@ -112,13 +115,17 @@ class _Check:
 
     def _members(self, network: Network) -> None:
         settings = self._settings
+        loaded = {self._digest: settings.model}
         for path in settings.member:
             with self._at("member"):
-                _readable(path)
                 model, member = candidates.load(path, settings.sample_rate, settings.require_signature)
                 candidates.check_channels(path, member, network)
                 if not candidates.same_windows(member, network):
                     raise UsageError(f"{path}: its windows or labels are not those of {settings.model}")
+                if model.digest in loaded:
+                    raise UsageError(f"{path}: is {loaded[model.digest]}, or there twice; expected a smaller model")
+            loaded[model.digest] = path
+            self._threads(model.engine(settings.engine))
             self._say("member", f"{path}, digest {model.digest[:12]}")
 
     def _source(self, network: Network) -> None:
@@ -165,6 +172,7 @@ class _Check:
                 raise UsageError(why)
         if settings.engine in ENGINES and ENGINES[settings.engine].nodes:
             self.plan.needs["gpu"] = "engine"
+        self._threads(name)
         named = None
         with self._at("profile"):
             if settings.profile != "none":
@@ -184,15 +192,36 @@ class _Check:
             + (f"; real-time priority {settings.fifo}" if settings.fifo else ""),
         )
 
+    def _threads(self, name: str) -> None:
+        """For a model on the engine ``name``."""
+        threads = self._settings.threads
+        with self._at("threads"):
+            if threads is not None and not (name in ENGINES and ENGINES[name].graphs):
+                takes = " or ".join(known for known, entry in ENGINES.items() if entry.graphs)
+                raise UsageError(f"{threads}: not for the engine {name}; only {takes} take a number of threads")
+
     def _sink(self) -> None:
         settings, found = self._settings, self.plan.sink
         if found.scheme == "file":
-            folder = Path(found.path).parent
-            if not folder.is_dir():
-                self._warn("output", f"{folder}: not there now; the run ends with status 2 until it is")
+            self._sink_file(found.path)
         self._needs("output", found)
         rotated = f", rotated at {settings.rotate_bytes} bytes" if settings.rotate_bytes else ""
         self._say("sink", f"{'stdout' if found.scheme == 'std' else found.shown}{rotated}")
+
+    def _sink_file(self, path: str) -> None:
+        with self._at("output"):
+            if path.endswith("/") or os.path.isdir(path):
+                raise UsageError(f"{path}: a directory; expected a file")
+            if os.path.exists(path):
+                if not os.access(path, os.W_OK):
+                    raise UsageError(f"{path}: can't be written (no permission); give another file")
+                return
+            folder = os.path.dirname(os.path.realpath(path))  # a link may lead to what is not there yet
+            if os.path.isdir(folder):
+                if not _takes_files(folder):
+                    raise UsageError(f"{path}: can't be written (no new files in {folder}); give another file")
+                return
+        self._warn("output", f"{folder}: not there now; the run ends with status 2 until it is")
 
     def _state(self) -> None:
         settings = self._settings
@@ -201,8 +230,8 @@ class _Check:
             return
         with self._at("state"):
             folder = Path(settings.state)
-            there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
-            if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+            there = next(place for place in (folder, *folder.absolute().parents) if os.path.lexists(place))
+            if not os.path.isdir(there) or not _takes_files(there):
                 raise UsageError(f"{folder}: snapshots can't be kept there ({there}: no permission, or no folder)")
         self._say("state", f"{folder}, every {settings.snapshot_interval:g} s")
 
@@ -238,9 +267,8 @@ def loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def _readable(path: str) -> None:
-    try:
-        with open(path, "rb"):
-            pass
-    except OSError as error:
-        raise UsageError(f"{path}: can't be read ({error.strerror})") from None
+def _takes_files(folder: str | Path) -> bool:
+    """Whether a new file could be made there, without trying. Root is let by os.access where /proc and /sys let
+    nobody."""
+    kernel = [os.stat(place).st_dev for place in ("/proc", "/sys") if os.path.ismount(place)]
+    return os.access(folder, os.W_OK | os.X_OK) and os.stat(folder).st_dev not in kernel

@@ -234,12 +234,17 @@ def _converted(field: str, value: Any, where: str) -> Any:
     if isinstance(value, float) and value != value:
         raise UsageError(f"{where}: nan; expected a number")
     try:
-        return msgspec.convert(value, _TYPES[field], strict=True)
+        converted = msgspec.convert(value, _TYPES[field], strict=True)
     except msgspec.ValidationError as error:
         allowed = _choices(_TYPES[field])
         said = " ".join(str(error).split()).replace("Expected", "expected").replace("`", "")
         expected = f"expected {', '.join(allowed)}" if allowed else said
         raise UsageError(f"{where}: {str(value)[:60]!r}, {expected}") from None
+    # TOML can write one, and the system would end a path there.
+    for text in converted if isinstance(converted, list) else [converted]:
+        if isinstance(text, str) and "\0" in text:
+            raise UsageError(f"{where}: {text[:60]!r}: has a zero byte; expected a text without one")
+    return converted
 
 
 def _choices(kind: Any) -> list[str]:
@@ -266,5 +271,9 @@ def check(made: Settings) -> None:
         raise UsageError("metrics.prometheus (--prometheus): needs metrics.listen (--listen HOST:PORT)")
     if made.follow and made.pace:
         raise UsageError("source.follow and source.pace (--follow, --pace): a file that grows sets the pace itself")
+    if made.pace and "://" in made.input:
+        raise UsageError(
+            f"source.pace (--pace): only for a recording, {made.input.partition('://')[0]}:// sets its own"
+        )
     if made.rotate_bytes and made.output == "-":
         raise UsageError("sink.rotate_bytes (--rotate-bytes): only for a file, see --output")

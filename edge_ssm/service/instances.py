@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 
 from edge_ssm.errors import RunFailed, UsageError
+from edge_ssm.printable import printable
 from edge_ssm.service.install import unit
 from edge_ssm.stream import live
 
@@ -77,7 +78,8 @@ def in_words(found: dict[str, str], told: live.Status | None) -> str:
         if told.output_problem:
             lines.append(f"  output    {told.output_problem}")
         lines += [f"  event     {event}" for event in told.events[-3:]]
-    return "\n".join(lines)
+    # What a run tells holds names from files and addresses, which are other people's text.
+    return "\n".join(printable(line) for line in lines)
 
 
 def _all() -> list[str]:

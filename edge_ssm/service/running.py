@@ -16,14 +16,14 @@ from edge_ssm import models, profiles
 from edge_ssm.engines import Engine, create
 from edge_ssm.errors import ArtifactError, EngineUnavailable, RunFailed, SnapshotError, UsageError
 from edge_ssm.network import Network
-from edge_ssm.service import candidates
+from edge_ssm.service import apart, candidates
 from edge_ssm.service.attendant import Adaptive, Attendant
 from edge_ssm.service.budgets import Ladder, Limits
 from edge_ssm.service.candidates import Candidate
 from edge_ssm.service.configuration import Settings
 from edge_ssm.service.keeper import Keeper
 from edge_ssm.service.notify import Notifier
-from edge_ssm.stream import frames, places, sinks
+from edge_ssm.stream import frames, sinks
 from edge_ssm.stream.live import Facts, Live
 from edge_ssm.stream.loop import Account, Loop
 from edge_ssm.stream.outlets import open_outlet
@@ -86,7 +86,7 @@ def run(settings: Settings, say: Say) -> Outcome:
 def _run(settings: Settings, say: Say, stack: ExitStack) -> Outcome:
     # The first to come and the last to go: a signal ends whatever waits here in good order, with an account.
     stop = stack.enter_context(Stop(hangups=settings.reload))
-    places.check_apart(settings.output, [settings.model, settings.input, *settings.member])
+    apart.check(settings)
     model, network = candidates.load(settings.model, settings.sample_rate, settings.require_signature)
     pace = network.input.sample_rate_hz
     check_rate(settings, network)

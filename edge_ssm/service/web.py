@@ -28,6 +28,7 @@ from edge_ssm.errors import UsageError
 from edge_ssm.service import journal
 from edge_ssm.service.metrics import CONTENT_TYPE, Metrics
 from edge_ssm.service.status import document, unhealthy, unready
+from edge_ssm.stream import places
 from edge_ssm.stream.live import Live
 
 PAGE = Path(__file__).with_name("status_page.html")
@@ -57,7 +58,9 @@ def parse_listen(listen: str) -> tuple[str, int]:
         raise UsageError(
             f"listen {listen[:100]!r}: expected HOST:PORT, :PORT or [IPV6-ADDRESS]:PORT, as 127.0.0.1:9464"
         )
-    return found[1] or found[2] or "127.0.0.1", int(found[3])
+    host = found[1] or found[2] or places.LOOPBACK
+    places.check_host(host, f"listen {listen[:100]!r}")
+    return host, int(found[3])
 
 
 class Web:

@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import stat
 import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import gettempdir
@@ -36,6 +38,8 @@ FOLDER_VARIABLE = "EDGE_SSM_RUN"
 SYSTEM_FOLDER = Path("/run/edge-ssm")
 SUFFIX = ".status"
 LARGEST = 1 << 16
+TEMPORARY_S = 60.0
+"""No renewal takes so long."""
 RATE_S = 60.0
 """That the rate of decisions is taken over: one may fall due in many seconds only."""
 
@@ -101,6 +105,9 @@ class Status(msgspec.Struct, frozen=True):
     """The last ones, oldest first."""
     step_p99_recent_us: float = 0.0
     """Over the last interval; 0 if there was no step."""
+    process_started: Count = 0
+    """When ``pid`` began, in clock ticks since the machine's start: its number is given to another process one day.
+    0: not known."""
 
 
 @dataclass(frozen=True)
@@ -171,6 +178,7 @@ class Live:
         self._rates = (0.0, 0.0)
         self._recent_p99_us = 0.0
         self._started = time.time()
+        self._process_started = _ticks(os.getpid())
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
         self._path: Path | None = None
@@ -203,6 +211,8 @@ class Live:
         """Tell of ``account`` from now on; in a file too, where a folder can be written to."""
         self._account = account
         folder = next((folder for folder in folders() if _own(folder)), None)
+        if folder is not None:
+            _clear(folder)
         self._path = folder / f"{os.getpid()}{SUFFIX}" if folder else None
         self._thread = threading.Thread(target=self._tell, name="status", daemon=True)
         self._thread.start()
@@ -282,6 +292,7 @@ class Live:
             ready=facts.ready,
             events=[text for _, text in list(self._events)],
             step_p99_recent_us=self._recent_p99_us,
+            process_started=self._process_started,
         )
 
     def recent(self) -> list[Decision]:
@@ -342,6 +353,31 @@ def _read(path: Path) -> Status | None:
             return None
         if os.stat(f"/proc/{status.pid}").st_uid != about.st_uid:  # Nobody speaks for another's process.
             return None
+        if status.process_started not in (0, _ticks(status.pid)):
+            return None
     except (OSError, msgspec.MsgspecError, UnicodeError, RecursionError):
         return None
     return status
+
+
+def _ticks(pid: int) -> int:
+    """When a process began: field 22 of proc_pid_stat(5); 0 where that can't be known."""
+    try:
+        told = Path(f"/proc/{pid}/stat").read_bytes()
+    except OSError:
+        return 0
+    return int(told.rpartition(b")")[2].split()[19])  # the second field, a name, may hold spaces and brackets
+
+
+def _clear(folder: Path) -> None:
+    """Away with what killed runs left in a folder of our own. What is taken from a run that lives, one of another
+    version or in another container, is there again with its next renewal."""
+    with suppress(OSError):
+        for path in list(folder.iterdir()):
+            if re.fullmatch(r"\d+" + re.escape(SUFFIX), path.name):
+                left = _read(path) is None
+            else:  # A kill in the midst of a renewal leaves its temporary file (edge_ssm.atomic).
+                half_written = re.fullmatch(r"\.\d+" + re.escape(SUFFIX) + r"\..+", path.name)
+                left = half_written is not None and path.stat().st_mtime < time.time() - TEMPORARY_S
+            if left:
+                path.unlink(missing_ok=True)

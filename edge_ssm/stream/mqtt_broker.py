@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from edge_ssm.errors import UsageError
-from edge_ssm.stream.places import Place
+from edge_ssm.stream.places import Place, check_host
 
 PORTS = {"mqtt": 1883, "mqtts": 8883}
 
@@ -57,6 +57,7 @@ def parse(url: str, wildcards: bool) -> Address:
     scheme, host, port, topic = match.groups()
     if port is not None and not 0 < int(port) < 1 << 16:
         raise UsageError(f"{url}: port {port}: expected 1 to 65535")
+    check_host(host, shown)
     if "\0" in topic or len(topic.encode(errors="replace")) > 65535:
         raise UsageError(f"{url[:80]}: the topic is too long, or has a NUL")
     levels = topic.split("/")
@@ -67,6 +68,19 @@ def parse(url: str, wildcards: bool) -> Address:
         expected = "+ for one level, # for the last ones" if wildcards else "a topic without + and #"
         raise UsageError(f"{url}: topic {topic!r}: expected {expected}")
     return Address(url, host.strip("[]"), int(port or PORTS[scheme]), topic, scheme == "mqtts")
+
+
+def comes_back(source: Address, sink: Address) -> bool:
+    """Whether what goes to ``sink`` is what ``source`` asks for, as far as addresses tell: a broker can have several
+    names. Raises ImportError without paho-mqtt."""
+    from paho.mqtt.client import topic_matches_sub
+
+    # A broker listens on both default ports, one with TLS; two brokers on one machine have others.
+    ports = {source.port, sink.port}
+    if source.host.lower() != sink.host.lower() or not (len(ports) == 1 or ports == set(PORTS.values())):
+        return False
+    shared = re.sub(r"^\$share/[^/]*/", "", source.topic)  # subscribers that share it: MQTT 5.0, section 4.8.2
+    return bool(topic_matches_sub(shared, sink.topic))
 
 
 def client(address: Address, access: Access, client_id: str, **options: Any) -> Any:

@@ -40,8 +40,8 @@ class Place:
         """Of a Unix socket. Raises UsageError where none is given, or a host."""
         if self.host or len(self.path) < 2:
             raise UsageError(f"{self.shown}: expected {self.scheme}:///PATH of a Unix socket")
-        if len(os.fsencode(self.path)) > 107 or "\0" in self.path:
-            raise UsageError(f"{self.shown}: a Unix socket's path has at most 107 bytes, and no zero byte")
+        if len(os.fsencode(self.path)) > 107:
+            raise UsageError(f"{self.shown}: a Unix socket's path has at most 107 bytes")
         return self.path
 
     def known_options(self, *names: str) -> dict[str, str]:
@@ -78,7 +78,7 @@ def place(text: str, schemes: tuple[str, ...]) -> Place:
     try:
         parts = urlsplit(text)
         options = dict(parse_qsl(parts.query, keep_blank_values=True, strict_parsing=bool(parts.query)))
-        return Place(
+        found = Place(
             text,
             scheme,
             parts.hostname or "",
@@ -89,6 +89,11 @@ def place(text: str, schemes: tuple[str, ...]) -> Place:
         )
     except ValueError as error:
         raise UsageError(f"{text}: not an address ({error})") from None
+    if scheme != "iio":  # whose host is a name that the kernel gives
+        check_host(found.host, found.shown)
+    _check_text(found.path, found.shown)
+    check_options(options, found.shown)
+    return found
 
 
 def _mqtt(text: str, scheme: str) -> Place:
@@ -98,7 +103,32 @@ def _mqtt(text: str, scheme: str) -> Place:
         options = dict(parse_qsl(query, keep_blank_values=True, strict_parsing=bool(query)))
     except ValueError as error:
         raise UsageError(f"{url}: not options ({error})") from None
+    check_options(options, url)
     return Place(url, scheme, "", None, "", options)
+
+
+def check_host(host: str, shown: str) -> None:
+    """Raises UsageError for a host that no resolver can be asked for: Python encodes each as IDNA (RFC 3490) when it
+    connects or binds, which is in a thread or in the midst of a run, and raises no OSError."""
+    try:
+        host.encode("idna")
+    except UnicodeError:
+        raise UsageError(f"{shown}: {host[:80]!r} can't be a host; expected 1 to 63 characters between dots") from None
+
+
+def _check_text(text: str, shown: str) -> None:
+    """Raises UsageError for a zero byte, which %00 makes: the system would end a path there."""
+    if "\0" in text:
+        raise UsageError(f"{shown}: {text[:60]!r}: has a zero byte; expected a text without one")
+
+
+def check_options(options: dict[str, str], shown: str) -> None:
+    """Raises UsageError for a value that can't be right whatever the option means, and for a named pipe in a file's
+    place, whose reader would wait for ever."""
+    for name, value in options.items():
+        _check_text(value, shown)
+        if name.endswith("_file") and os.path.exists(value) and not os.path.isfile(value):
+            raise UsageError(f"{shown}: {name} {value}: not a regular file; expected one")
 
 
 def check_apart(output: str, read: Iterable[str]) -> None:

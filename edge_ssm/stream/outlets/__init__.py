@@ -9,7 +9,7 @@ from edge_ssm.stream.outlets import files
 from edge_ssm.stream.outlets.base import Outlet, Wire
 from edge_ssm.stream.outlets.files import REPLACED, FileOptions
 from edge_ssm.stream.outlets.queued import Overflow
-from edge_ssm.stream.places import Place, place
+from edge_ssm.stream.places import Place, check_options, place
 
 SCHEMES = ("tcp", "udp", "unix", "mqtt", "mqtts", "http", "https")
 
@@ -67,6 +67,7 @@ def _webhook(text: str) -> Wire:
     options = dict(parse_qsl(ours, keep_blank_values=True))
     if unknown := set(options) - {"token_file", "ca_file"}:
         raise UsageError(f"{url}: option {sorted(unknown)[0]!r} is unknown, expected token_file, ca_file after a #")
+    check_options(options, url)
     return WebhookWire(url, token_file=options.get("token_file"), ca_file=options.get("ca_file"))
 
 

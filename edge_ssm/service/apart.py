@@ -1,0 +1,29 @@
+"""What a run must not write: what it reads. Opening a file for decisions empties it, and decisions that come back from
+a broker as samples beget decisions for ever."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+
+from edge_ssm import signatures
+from edge_ssm.errors import UsageError
+from edge_ssm.service.configuration import Settings
+from edge_ssm.stream import mqtt_broker, outlets, places, sources
+
+
+def check(settings: Settings) -> None:
+    """Raises UsageError."""
+    models = [settings.model, *settings.member]
+    signed = [str(signatures.signature_path(model)) for model in models]
+    source = places.place(settings.input, sources.SCHEMES)
+    secrets = [path for option, path in source.options.items() if option.endswith("_file")]
+    places.check_apart(settings.output, [*models, *signed, *settings.require_signature, settings.input, *secrets])
+    sink = places.place(settings.output, outlets.SCHEMES)
+    if {source.scheme, sink.scheme} <= set(mqtt_broker.PORTS):
+        from_, to = mqtt_broker.parse(source.text, wildcards=True), mqtt_broker.parse(sink.text, wildcards=False)
+        with suppress(ImportError):  # paho-mqtt is missing, says whoever opens either
+            if mqtt_broker.comes_back(from_, to):
+                raise UsageError(
+                    f"--output {sink.shown}: the run reads it ({source.shown}), and would take its own decisions for "
+                    "samples; give another topic"
+                )
