@@ -11,7 +11,7 @@ import numpy as np
 from edge_ssm import artifact, atomic, models
 from edge_ssm.engines import Engine, create
 from edge_ssm.engines.reference import ReferenceEngine
-from edge_ssm.errors import InputRefused, RunFailed, UsageError
+from edge_ssm.errors import InputRefused, RunFailed
 from edge_ssm.graphs import files
 from edge_ssm.graphs.container import Kind
 from edge_ssm.graphs.files import Measured
@@ -139,14 +139,6 @@ def write(path: Path, made: Made) -> None:
     except OSError as error:
         raise InputRefused(f"{path}: can't be written ({error.strerror})") from None
     models.load(path)
-
-
-def check_place(path: Path, kind: Kind) -> None:
-    """Before work is done for it: a model is known by its suffix."""
-    if path.suffix != f".{kind}":
-        raise UsageError(f"--output {path}: expected a name that ends in .{kind}")
-    if not path.parent.is_dir():
-        raise UsageError(f"--output {path}: {path.parent} is no folder")
 
 
 def _streamed(engine: Engine, samples: Array) -> Array:

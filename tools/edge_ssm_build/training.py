@@ -127,7 +127,8 @@ def write_torch(path: Path, content: Any) -> None:
 def read_torch(path: Path) -> Any:
     """A file of tensors and plain values. Raises InputRefused for any other: no pickled code is ever run."""
     try:
-        return torch.load(path, weights_only=True)
+        with path.open("rb") as file:  # of a path torch goes by the name's ending
+            return torch.load(file, weights_only=True)
     except FileNotFoundError:
         raise InputRefused(f"{path}: no such file") from None
     except OSError as error:
