@@ -22,7 +22,7 @@ from click.core import ParameterSource
 import edge_ssm
 from edge_ssm import models as model_files
 from edge_ssm import profiles
-from edge_ssm.engines import ENGINES
+from edge_ssm.engines import ENGINES, selftest
 from edge_ssm.errors import EdgeSSMError, RunFailed, UsageError
 from edge_ssm.network import Network
 from edge_ssm.options import Finite, NotEmpty, given
@@ -649,4 +649,8 @@ def _give_up_output() -> None:
 
 
 def main() -> None:
-    sys.exit(run_command(cli, "edge-ssm"))
+    status = run_command(cli, "edge-ssm")
+    if selftest.left_running():
+        _give_up_output()
+        os._exit(status)  # The interpreter's end under a graph that still runs would abort the process.
+    sys.exit(status)

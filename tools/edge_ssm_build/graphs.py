@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from edge_ssm import artifact, atomic, models
-from edge_ssm.engines import Engine, create
+from edge_ssm.engines import Engine, choice, create
 from edge_ssm.engines.reference import ReferenceEngine
 from edge_ssm.errors import InputRefused, RunFailed
 from edge_ssm.graphs import files
@@ -100,7 +100,8 @@ def make(
     ONNX graph quantises the mixing's inputs by the largest of theirs.
 
     Raises RunFailed if the outputs are off by more than the network's tolerance in the artifact's own weights or in
-    float32, or by more than ``error_bound``; EngineUnavailable if a package is missing.
+    float32, by more than ``error_bound``, or by more than a run believes (``choice.self_test``); EngineUnavailable if a
+    package is missing.
     """
     try:
         content = source.read_bytes()
@@ -117,18 +118,26 @@ def make(
     found = _streamed(create(kind, network, graph=graph), samples)
     off = float(np.abs(found - exact).max())
     bound = error_bound
-    if bound is None and chosen == "float32":
-        bound = network.tolerance * max(1.0, float(np.abs(exact).max()) / ORDINARY)
+    if chosen == "float32":  # A run holds it to that, whatever was allowed here.
+        bound = min(bound or np.inf, network.tolerance * max(1.0, float(np.abs(exact).max()) / ORDINARY))
     if not (np.isfinite(off) and (bound is None or off <= bound)):
+        advice = "run the artifact itself" if chosen == "float32" else "take larger weights, or a larger --error-bound"
         raise RunFailed(
             f"export: the {kind} graph with {chosen} weights is off by up to {off:.1e} from the reference, more than "
-            f"{bound or np.inf:g}; nothing was written: take larger weights, or allow more by --error-bound"
+            f"{bound or np.inf:g}; nothing was written: {advice}"
         )
     measured = Measured(off, len(samples), samples_from)
     made = files.seal(graph, network, content, loaded.digest, measured)
     again = files.read(made, kind)
-    if not np.array_equal(_streamed(create(kind, again.source.network, graph=again.graph), samples), found):
+    engine = create(kind, again.source.network, graph=again.graph)
+    if not np.array_equal(_streamed(engine, samples), found):
         raise RunFailed(f"export: the {kind} file steps otherwise than the graph in it; nothing was written")
+    engine.reset()
+    if problem := choice.self_test(engine, off):
+        raise RunFailed(
+            f"export: the {kind} graph with {chosen} weights fails the self-test of a run, {problem}; nothing was "
+            "written: take larger weights"
+        )
     return Made(made, chosen, measured, *_decisions(network, exact, found))
 
 
