@@ -80,6 +80,8 @@ def _content(path: Path) -> bytes:
             status = os.fstat(file.fileno())
             if not stat.S_ISREG(status.st_mode):
                 raise ArtifactError("not a regular file")
+            if not status.st_size:
+                raise ArtifactError("is empty; copy it again")
             if status.st_size > MAX_BYTES:
                 raise ArtifactError(f"{status.st_size} bytes, the limit is {MAX_BYTES}")
             return file.read()

@@ -279,7 +279,45 @@ def test_a_document_that_contradicts_the_file_is_refused():
     refused(lambda d: d["form"]["states"][0][0].update(pairs=1), "form.states.0: 1 pairs, expected 2 or more")
     refused(lambda d: d["form"]["states"][0][0]["channels"].pop(), "each of the 12 channels must be there once")
     refused(lambda d: d["form"].update(chunk=-1), "chunk")
+    refused(lambda d: d["measured"].update(max_error=-1.0), r"measured\.max_error")
+    refused(lambda d: d["measured"].update(samples=-1), r"measured\.samples")
     refused(lambda d: d.update(format_version=9), "format_version 9 of an exported file is unknown, expected 1; update")
+
+
+@pytest.mark.parametrize(
+    ("measured", "problem"),
+    [
+        (files.Measured(0.0, 1, "x" * 201), r"measured\.samples_from"),
+        (files.Measured(0.0, 1, "walk.csv)\n  signature   by key 1"), "samples_from: is not one line of text; export"),
+        (files.Measured(-0.5, 1, ""), r"measured\.max_error"),
+        (files.Measured(0.5, -1, ""), r"measured\.samples"),
+    ],
+)
+def test_what_a_file_says_of_its_measurement_can_forge_no_line(measured, problem):
+    network = random_network(h=4, pairs=2, layers=1)
+    content, digest = artifact.to_bytes(network, {})
+    sealed_so = files.seal(files.build("tflite", network), network, content, digest, measured)
+    with pytest.raises(ArtifactError, match=problem):
+        files.read(sealed_so, "tflite")
+
+
+def test_an_error_that_no_float_holds_is_refused():
+    content = sealed(random_network(h=4, pairs=2, layers=1), "tflite")
+    begin, end = container.metadata(content, "tflite")["edge_ssm"]
+    huge = content[begin:end].replace(b'"max_error":0.0', b'"max_error":1e999').replace(b'"nothing"', b'"nothi"')
+    changed = content[:begin] + huge + content[end:]
+    place = changed.index(json.loads(huge)["digest"].encode())
+    changed = changed[:place] + files.ZEROS.encode() + changed[place + 64 :]
+    changed = changed[:place] + hashlib.sha256(changed).hexdigest().encode() + changed[place + 64 :]
+    with pytest.raises(ArtifactError, match=r"max_error|out of range"):
+        files.read(changed, "tflite")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_empty_file_is_called_empty(kind, tmp_path):
+    (tmp_path / f"m.{kind}").touch()
+    with pytest.raises(ArtifactError, match=rf"m\.{kind}: is empty; copy it again"):
+        models.load(tmp_path / f"m.{kind}")
 
 
 @pytest.mark.parametrize("kind", KINDS)

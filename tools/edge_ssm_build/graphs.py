@@ -16,6 +16,7 @@ from edge_ssm.graphs import files
 from edge_ssm.graphs.container import Kind
 from edge_ssm.graphs.files import Measured
 from edge_ssm.network import Array, Mixing, MixingDtype, Network, TokenEncoder
+from edge_ssm.printable import printable
 from edge_ssm.stream import recording
 
 SAMPLES = 2048
@@ -71,7 +72,7 @@ def reach_of(network: Network, samples: Array) -> list[float]:
 def samples_of(network: Network, path: str | None) -> tuple[Array, str]:
     """(n, d_input) in the sensor's units that the graph is tried on, and where they are from."""
     if path is not None:
-        return recording.read(path, network), os.path.basename(path)
+        return recording.read(path, network), printable(os.path.basename(path), files.LONGEST_NAME)
     rng = np.random.default_rng(0)
     if isinstance(network.encoder, TokenEncoder):
         tokens = rng.integers(0, len(network.encoder.embedding), (SAMPLES, 1))
