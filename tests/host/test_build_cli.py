@@ -146,3 +146,34 @@ def test_a_checkpoint_is_known_by_its_content(tmp_path, fresh):
         training.save_checkpoint(tmp_path / name, fresh())
         assert "every label equal" in build("export", tmp_path / name, "--output", tmp_path / "out.safetensors")
         assert build("evaluate", tmp_path / name).startswith("test: ")
+
+
+def test_a_training_costs_none_of_other_settings(tmp_path, recordings, capsys, monkeypatch):
+    train = ["train", "--data", recordings, "--window", 50, "--output", tmp_path, "--batch", 16]
+    small = ["--d-model", 8, "--d-state", 4, "--epochs", 1]
+
+    def status(*more):
+        monkeypatch.setattr(sys, "argv", ["edge-ssm-build", *map(str, [*train, *small, *more])])
+        return run_command(cli, "edge-ssm-build"), capsys.readouterr().err
+
+    place = tmp_path / "checkpoint.pt"
+    assert status()[0] == 0
+    before = place.read_bytes()
+    refused = "was trained with other settings or data; use another --output or delete it\n"
+    for more in (["--seed", 1], ["--d-model", 4], ["--prenorm"], ["--epochs", 2]):
+        assert status(*more) == (2, f"edge-ssm-build: error: {place}: {refused}")
+        assert place.read_bytes() == before
+    assert status()[0] == 0  # the same again gives the same
+    assert training.load_checkpoint(place).history == training.parse_checkpoint(before, "before").history
+    place.unlink()
+    original = training.save_checkpoint
+    monkeypatch.setattr(training, "save_checkpoint", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        status()
+    monkeypatch.setattr(training, "save_checkpoint", original)
+    assert (tmp_path / "resume.pt").exists()
+    code, said = status("--prenorm")  # weights of the same shapes, another network
+    assert code == 2
+    assert "resume.pt: left by a run with other settings" in said
+    assert status()[0] == 0
+    assert place.exists()

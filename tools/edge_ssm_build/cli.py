@@ -185,6 +185,7 @@ def train(name: str, output: str, **options: Any) -> None:
     )
     recipe = training.Recipe(**{key: value for key, value in options.items() if key in recipe_names})
     checkpoint = training.new_checkpoint(dataset, name, config, recipe)
+    training.check_place(folder / "checkpoint.pt", checkpoint)
     reached = training.fit(checkpoint, dataset, recipe, folder / "resume.pt", progress="training")
     checkpoint.history.append(
         {"stage": "train", "seed": recipe.seed, "epochs": recipe.epochs, "validation": asdict(reached)}
