@@ -22,7 +22,7 @@ from click.core import ParameterSource
 import edge_ssm
 from edge_ssm import models as model_files
 from edge_ssm import profiles
-from edge_ssm.engines import ENGINES
+from edge_ssm.engines import ENGINES, cuda_store, image, selftest
 from edge_ssm.errors import EdgeSSMError, RunFailed, UsageError
 from edge_ssm.network import Network
 from edge_ssm.options import Finite, NotEmpty, given
@@ -473,7 +473,10 @@ def profiles_detect() -> None:
 
 @cli.command("compile")
 @click.option(
-    "--target", default="host", show_default=True, help="host, the processor of another device, or a GPU: sm_87."
+    "--target",
+    default="host",
+    show_default=True,
+    help=f"host; another device's processor: {', '.join(image.TARGETS)}; a GPU: {', '.join(cuda_store.TARGETS)}.",
 )
 @click.option(
     "--output",
@@ -485,9 +488,11 @@ def profiles_detect() -> None:
 @click.option("--if-missing", is_flag=True, help="Only if no kernel that is kept runs here.")
 def compile_(target: str, output: str | None, assembly: str | None, if_missing: bool) -> None:
     """Compile an engine's kernels ahead of their first use, here or for a device that shall need no compiler."""
-    from edge_ssm.engines import compiled, cuda_store
+    from edge_ssm.engines import compiled
     from edge_ssm.monitor import report
 
+    if target not in (known := ("host", *image.TARGETS, *cuda_store.TARGETS)):
+        raise UsageError(f"--target {target!r}: unknown, expected {', '.join(known)}")
     if if_missing:
         if target != "host" or output is not None or assembly is not None:
             raise UsageError("--if-missing: only for this machine's own kernel, without another option")
@@ -505,10 +510,13 @@ def compile_(target: str, output: str | None, assembly: str | None, if_missing: 
         return
     places = {name: Path(text) for name, text in (("--output", output), ("--assembly", assembly)) if text is not None}
     report.check_places(places, {})
+    for option, written, what in (("--output", image.MAGIC, "kernel"), ("--assembly", compiled.LISTING, "assembly")):
+        if option in places:
+            compiled.check_replaced(option, places[option], written, what)
     with interruption.termination_raises():
-        kept, image = compiled.compile_and_keep(target, places.get("--output"), places.get("--assembly"))
-    click.echo(f"{kept}: kernel for {image.header.target}, {len(image.code)} bytes of code")
-    if image.header.target == target:
+        kept, kernel = compiled.compile_and_keep(target, places.get("--output"), places.get("--assembly"))
+    click.echo(f"{kept}: kernel for {kernel.header.target}, {len(kernel.code)} bytes of code")
+    if kernel.header.target == target:
         click.echo(f"copy it to the device, into {compiled.USER_FOLDER} there (or $EDGE_SSM_CACHE)")
 
 
@@ -655,4 +663,8 @@ def _give_up_output() -> None:
 
 
 def main() -> None:
-    sys.exit(run_command(cli, "edge-ssm"))
+    status = run_command(cli, "edge-ssm")
+    if selftest.left_running():
+        _give_up_output()
+        os._exit(status)  # The interpreter's end under a graph that still runs would abort the process.
+    sys.exit(status)

@@ -44,7 +44,7 @@ class Model:
 
 def load(path: str | os.PathLike[str]) -> Model:
     """Read and check a model. Raises ArtifactError, naming file and place, for whatever is wrong with it."""
-    kind = _kind(Path(path))
+    kind = kind_of(Path(path))
     if kind is None:
         return Model(artifact.load(path))
     try:
@@ -54,7 +54,7 @@ def load(path: str | os.PathLike[str]) -> Model:
     return Model(exported.source, exported)
 
 
-def _kind(path: Path) -> Kind | None:
+def kind_of(path: Path) -> Kind | None:
     """By what it begins with, whatever its name; by the name where that tells nothing. None: an artifact."""
     try:
         with open(path, "rb", opener=_without_waiting) as file:
@@ -80,6 +80,8 @@ def _content(path: Path) -> bytes:
             status = os.fstat(file.fileno())
             if not stat.S_ISREG(status.st_mode):
                 raise ArtifactError("not a regular file")
+            if not status.st_size:
+                raise ArtifactError("is empty; copy it again")
             if status.st_size > MAX_BYTES:
                 raise ArtifactError(f"{status.st_size} bytes, the limit is {MAX_BYTES}")
             return file.read()

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_ssm.engines import compiled, image
+from edge_ssm.engines import compiled, cuda_store, image
 from edge_ssm.errors import EdgeSSMError, EngineUnavailable, InputRefused, UsageError
 
 ROOT = Path(__file__).parent.parent
@@ -174,6 +174,52 @@ def test_what_can_not_be_compiled_or_kept_says_so(tmp_path, monkeypatch):
         with pytest.raises(EngineUnavailable, match="the kernel could not be compiled"):
             compiled.compile_and_keep(GENERIC, tmp_path / "x", None)
     assert not (tmp_path / "x").exists()
+
+
+MAIN = "from edge_ssm.cli import main; main()"
+
+
+def edge_ssm(*arguments, before=""):
+    command = [sys.executable, "-c", before + MAIN, "compile", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.parametrize(("option", "what"), [("--output", "kernel"), ("--assembly", "assembly")])
+def test_a_kernel_replaces_no_model(option, what, tmp_path):
+    model = tmp_path / "m.safetensors"
+    model.write_bytes((ROOT / "examples" / "demo.safetensors").read_bytes())
+    places = {"--output": tmp_path / "x.kernel", "--assembly": tmp_path / "x.s"}
+    places[option] = model
+    arguments = [word for pair in places.items() for word in pair]
+    done = edge_ssm("--target", GENERIC, *arguments)
+    assert done.returncode == 2
+    said = f"{option} {model}: is there and is no {what}, it would be lost; name another file"
+    assert done.stderr == f"edge-ssm: error: {said}\n"
+    assert model.read_bytes() == (ROOT / "examples" / "demo.safetensors").read_bytes()
+
+
+def test_a_kernel_replaces_a_kernel(tmp_path):
+    for _ in range(2):
+        done = edge_ssm("--target", GENERIC, "--output", tmp_path / "x.kernel", "--assembly", tmp_path / "x.s")
+        assert done.returncode == 0, done.stderr
+
+
+def test_all_targets_are_named():
+    done = edge_ssm("--target", "bogus")
+    assert done.returncode == 2
+    shown = edge_ssm("--help").stdout
+    for target in (*image.TARGETS, *cuda_store.TARGETS):
+        assert f"{target}" in done.stderr
+        assert target in shown
+
+
+def test_compiling_for_another_target_says_that_it_needs_numba():
+    hidden = "import importlib.util as u; find = u.find_spec\n"
+    hidden += "u.find_spec = lambda name: None if name == 'numba' else find(name)\n"
+    done = edge_ssm("--target", "x86_64-v3", before=hidden)
+    assert done.returncode == 1
+    said = "--target x86_64-v3: compiling needs numba, which is missing; pip install numba"
+    assert done.stderr == f"edge-ssm: error: {said}\n"
 
 
 def test_an_object_that_needs_a_library_is_refused():

@@ -279,7 +279,45 @@ def test_a_document_that_contradicts_the_file_is_refused():
     refused(lambda d: d["form"]["states"][0][0].update(pairs=1), "form.states.0: 1 pairs, expected 2 or more")
     refused(lambda d: d["form"]["states"][0][0]["channels"].pop(), "each of the 12 channels must be there once")
     refused(lambda d: d["form"].update(chunk=-1), "chunk")
+    refused(lambda d: d["measured"].update(max_error=-1.0), r"measured\.max_error")
+    refused(lambda d: d["measured"].update(samples=-1), r"measured\.samples")
     refused(lambda d: d.update(format_version=9), "format_version 9 of an exported file is unknown, expected 1; update")
+
+
+@pytest.mark.parametrize(
+    ("measured", "problem"),
+    [
+        (files.Measured(0.0, 1, "x" * 201), r"measured\.samples_from"),
+        (files.Measured(0.0, 1, "walk.csv)\n  signature   by key 1"), "samples_from: is not one line of text; export"),
+        (files.Measured(-0.5, 1, ""), r"measured\.max_error"),
+        (files.Measured(0.5, -1, ""), r"measured\.samples"),
+    ],
+)
+def test_what_a_file_says_of_its_measurement_can_forge_no_line(measured, problem):
+    network = random_network(h=4, pairs=2, layers=1)
+    content, digest = artifact.to_bytes(network, {})
+    sealed_so = files.seal(files.build("tflite", network), network, content, digest, measured)
+    with pytest.raises(ArtifactError, match=problem):
+        files.read(sealed_so, "tflite")
+
+
+def test_an_error_that_no_float_holds_is_refused():
+    content = sealed(random_network(h=4, pairs=2, layers=1), "tflite")
+    begin, end = container.metadata(content, "tflite")["edge_ssm"]
+    huge = content[begin:end].replace(b'"max_error":0.0', b'"max_error":1e999').replace(b'"nothing"', b'"nothi"')
+    changed = content[:begin] + huge + content[end:]
+    place = changed.index(json.loads(huge)["digest"].encode())
+    changed = changed[:place] + files.ZEROS.encode() + changed[place + 64 :]
+    changed = changed[:place] + hashlib.sha256(changed).hexdigest().encode() + changed[place + 64 :]
+    with pytest.raises(ArtifactError, match=r"max_error|out of range"):
+        files.read(changed, "tflite")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_empty_file_is_called_empty(kind, tmp_path):
+    (tmp_path / f"m.{kind}").touch()
+    with pytest.raises(ArtifactError, match=rf"m\.{kind}: is empty; copy it again"):
+        models.load(tmp_path / f"m.{kind}")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -402,25 +440,69 @@ def test_a_snapshot_goes_from_an_artifact_to_its_exports_and_back(demo_files, de
     assert [(d["start"], d["label"]) for d in made] == [(d["start"], d["label"]) for d in expected]
 
 
-def test_a_graph_that_was_exchanged_is_refused(demo_files, demo_stream, tmp_path):
-    """The digest can be computed by anybody; what the graph computes can't be made up."""
+def resealed(model, claims=None):
+    """The changed ONNX model's file, its document with other claims, its digest computed anew, as anybody can."""
+    (entry,) = [entry for entry in model.metadata_props if entry.key == files.DOCUMENT]
+    document = json.loads(entry.value)
+    document["measured"].update(claims or {})
+    document["digest"] = files.ZEROS
+    entry.value = msgspec.json.encode(document).decode()
+    content = model.SerializeToString()
+    place = content.index(files.ZEROS.encode(), container.metadata(content, "onnx")[files.DOCUMENT][0])
+    return content[:place] + hashlib.sha256(content).hexdigest().encode() + content[place + 64 :]
+
+
+@pytest.mark.parametrize("claims", [{}, {"max_error": 1e9}])
+@pytest.mark.parametrize("weights", ["float32", "float16", "int8"])
+def test_a_graph_that_was_exchanged_is_refused(demo_files, demo_stream, tmp_path, weights, claims):
+    """The digest can be computed by anybody, and an error be claimed; what the graph computes can't be made up."""
     import onnx
     from onnx import numpy_helper
 
-    model = onnx.load(demo_files / "m.onnx")
-    largest = max(model.graph.initializer, key=lambda tensor: numpy_helper.to_array(tensor).size)
-    changed = numpy_helper.from_array(1.5 * numpy_helper.to_array(largest), largest.name)
-    largest.CopyFrom(changed)
-    content = bytearray(model.SerializeToString())
-    first, last = container.metadata(bytes(content), "onnx")[files.DOCUMENT]
-    document = json.loads(content[first:last])
-    place = content.index(document["digest"].encode(), first)
-    content[place : place + 64] = files.ZEROS.encode()
-    content[place : place + 64] = hashlib.sha256(content).hexdigest().encode()
-    (tmp_path / "x.onnx").write_bytes(content)
-    done = streams(tmp_path / "x.onnx", "--input", demo_stream)
+    build = [
+        sys.executable,
+        "-c",
+        "from edge_ssm_build.cli import main; main()",
+        "export",
+        demo_files / "m.safetensors",
+    ]
+    path = tmp_path / "x.onnx"
+    command = [*build, "--to", "onnx", "--weights", weights, "--output", path]
+    subprocess.run(command, check=True, capture_output=True, timeout=120)
+    assert streams(path, "--input", demo_stream).returncode == 0
+    model = onnx.load(path)
+    tensors = [t for t in model.graph.initializer if numpy_helper.to_array(t).dtype == np.float32]
+    largest = max(tensors, key=lambda tensor: numpy_helper.to_array(tensor).size)
+    largest.CopyFrom(numpy_helper.from_array(np.float32(5) * numpy_helper.to_array(largest), largest.name))
+    path.write_bytes(resealed(model, claims))
+    done = streams(path, "--input", demo_stream)
     assert done.returncode == 2
     assert "self-test failed, its outputs are off by" in done.stderr
+
+
+@pytest.mark.parametrize("command", [["run", "--stream"], ["profile", "--quick"]])
+def test_a_graph_that_never_ends_is_refused_and_the_command_ends(demo_files, demo_stream, tmp_path, command):
+    import onnx
+    from onnx import TensorProto, helper, numpy_helper
+
+    model = onnx.load(demo_files / "m.onnx")
+    for node in model.graph.node:
+        node.output[:] = ["before" if name == "output" else name for name in node.output]
+    shapes = [("c", TensorProto.BOOL, []), ("v", TensorProto.FLOAT, [1, 7])]
+    inputs = [helper.make_tensor_value_info(*of) for of in [("i", TensorProto.INT64, []), *shapes]]
+    outputs = [helper.make_tensor_value_info(f"{name} out", *of) for name, *of in shapes]
+    body = [helper.make_node("Identity", [name], [f"{name} out"]) for name in ("c", "v")]
+    constants = {"trips": np.array(2**62), "on": np.array(True)}
+    model.graph.initializer.extend([numpy_helper.from_array(value, name) for name, value in constants.items()])
+    loop = helper.make_graph(body, "body", inputs, outputs)
+    model.graph.node.append(helper.make_node("Loop", ["trips", "on", "before"], ["output"], body=loop))
+    path = tmp_path / "endless.onnx"
+    path.write_bytes(resealed(model))
+    soon = "from edge_ssm.engines import selftest; selftest.LIMIT_S = 0.5; from edge_ssm.cli import main; main()"
+    arguments = [*command, path, "--input", demo_stream]
+    done = subprocess.run([sys.executable, "-c", soon, *arguments], capture_output=True, text=True, timeout=60)
+    said = f"edge-ssm: error: {path}: self-test failed, no answer within 0.5 s; export it again\n"
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", said)
 
 
 @pytest.mark.parametrize("kind", ["onnx", "tflite"])

@@ -334,6 +334,19 @@ def test_only_what_a_device_would_load_is_signed(signed):
     assert not signed.sig.exists()
 
 
+def test_a_signature_costs_neither_key_nor_model(signed):
+    signed.sig.unlink()
+    key = signed.private.rename(signed.sig)
+    before = key.read_bytes()
+    with pytest.raises(InputRefused, match=r"m\.safetensors\.sig: is --key .*m\.safetensors\.sig too, which would be"):
+        signing.sign(signed.model, [key])
+    assert key.read_bytes() == before
+    signed.sig.unlink()
+    signed.sig.symlink_to(signed.model)
+    with pytest.raises(InputRefused, match=r"m\.safetensors\.sig: is MODEL too, which would be lost"):
+        signing.sign(signed.model, [signed.other_private])
+
+
 def test_keys_are_private_and_never_replaced(tmp_path):
     old = os.umask(0)
     try:

@@ -20,6 +20,8 @@ from edge_ssm.engines.image import TARGETS, Image, Kernel, decode, processor_fea
 from edge_ssm.errors import EngineUnavailable, InputRefused, RunFailed, UsageError
 
 SUFFIX = ".kernel"
+LISTING = b"\t."
+"""What an assembly of LLVM begins with, its first directive."""
 USER_FOLDER = "~/.cache/edge-ssm"
 _LIMIT = 1 << 20
 """No image comes near this size."""
@@ -108,6 +110,13 @@ def compile_and_keep(
 
     if target not in ("host", *TARGETS):
         raise UsageError(f"--target {target!r}: unknown, expected host, {', '.join(TARGETS)}")
+    if find_spec("numba") is None:
+        if must_keep:
+            raise EngineUnavailable(f"--target {target}: compiling needs numba, which is missing; pip install numba")
+        raise EngineUnavailable(
+            f"engine 'cpu': no compiled kernel for this processor in {folder()}, and numba is missing; pip install "
+            "numba, or make one elsewhere with edge-ssm compile --target and copy it there"
+        )
     with tempfile.TemporaryDirectory(prefix="edge-ssm-") as temporary:
         made, text = Path(temporary) / "image", Path(temporary) / "assembly"
         _compile(target, made, text)
@@ -127,6 +136,20 @@ def compile_and_keep(
     return path, image
 
 
+def check_replaced(option: str, path: Path, written: bytes, what: str) -> None:
+    """Raises InputRefused where ``path`` holds what does not begin with ``written``, as all that compiling writes there
+    does: a slip of the finger must not cost a model."""
+    try:
+        if not path.is_file():
+            return
+        with path.open("rb") as file:
+            start = file.read(len(written))
+    except OSError as error:
+        raise InputRefused(f"{option} {path}: cannot be read ({error.strerror})") from None
+    if start and start != written:
+        raise InputRefused(f"{option} {path}: is there and is no {what}, it would be lost; name another file")
+
+
 def identity(features: Iterable[str]) -> str:
     return hashlib.sha256(" ".join(sorted(features)).encode()).hexdigest()[:12]
 
@@ -134,11 +157,6 @@ def identity(features: Iterable[str]) -> str:
 def _compile(target: str, output: Path, assembly: Path) -> None:
     import subprocess
 
-    if find_spec("numba") is None:
-        raise EngineUnavailable(
-            f"engine 'cpu': no compiled kernel for this processor in {folder()}, and numba is missing; pip install "
-            "numba, or make one elsewhere with edge-ssm compile --target and copy it there"
-        )
     # This process's own modules must be the ones that the other one sees, however they got on the path.
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(entry or os.getcwd() for entry in sys.path)}
     command = [sys.executable, "-m", "edge_ssm.engines.compiler", target, str(output), str(assembly)]

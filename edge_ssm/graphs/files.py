@@ -23,12 +23,14 @@ from edge_ssm.graphs import container
 from edge_ssm.graphs.container import Kind
 from edge_ssm.graphs.parts import Parts, parts_of
 from edge_ssm.network import Array, MixingDtype, Network, Pooling, Task, TokenEncoder, fingerprint
+from edge_ssm.printable import printable
 
 VERSION = 1
 DOCUMENT, SOURCE = "edge_ssm", "edge_ssm.artifact"
 ANY = 0
 """``Form.chunk`` of a graph that takes any number of samples a call."""
 ZEROS = "0" * 64
+LONGEST_NAME = 200
 
 Digest = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
 Number = Annotated[int, msgspec.Meta(ge=0, le=artifact.MAX_SIZE)]
@@ -86,9 +88,10 @@ class Stream(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Measured(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How far the graph's outputs were from the float64 reference engine's when it was exported."""
 
-    max_error: float
-    samples: int
-    samples_from: str
+    max_error: Annotated[float, msgspec.Meta(ge=0)]
+    samples: Annotated[int, msgspec.Meta(ge=0, le=1 << 53)]
+    samples_from: Annotated[str, msgspec.Meta(max_length=LONGEST_NAME)]
+    """On one line: it is shown."""
 
 
 class Document(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -228,6 +231,9 @@ def read(content: bytes, kind: Kind) -> Exported:
     )
     _expect(document.stream == stream_of(network), "stream: says something else than the artifact in the file")
     _check_form(document.form, network)
+    measured = document.measured
+    _expect(np.isfinite(measured.max_error), "measured.max_error: is not finite")
+    _expect(printable(measured.samples_from) == measured.samples_from, "measured.samples_from: is not one line of text")
     return Exported(Graph(kind, content, document.form), document, source)
 
 

@@ -19,6 +19,14 @@ Find = Iterator[tuple[str, str]]
 """(field, what is wrong with it)."""
 
 
+def shown(number: float) -> str:
+    """Short, for a whole number of any length too, which no float need hold."""
+    try:
+        return f"{number:g}"
+    except OverflowError:
+        return f"a number of {len(str(number).lstrip('-'))} digits"
+
+
 def problem(report: Report) -> str:
     """The first field that can't be, and why; empty if there is none."""
     for check in _CHECKS:
@@ -40,7 +48,7 @@ def _numbers(report: Report) -> Find:
 
     for at, number in walk(msgspec.to_builtins(report), ""):
         if at != "seed" and not abs(number) <= LARGEST:
-            yield at, f"{number:g} is beyond any machine"
+            yield at, f"{shown(number)} is beyond any machine"
 
 
 def _head(report: Report) -> Find:

@@ -276,7 +276,8 @@ def load(path: Path) -> Report:
     except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
         raise InputRefused(f"{path}: not a report of edge-ssm profile --json ({error})") from None
     if found.version not in (1, VERSION):
-        raise InputRefused(f"{path}: report version {found.version}, expected {VERSION}; measure again")
+        version = plausible.shown(found.version)
+        raise InputRefused(f"{path}: report version {version}, expected {VERSION}; measure again")
     if found.version == 1:
         found = _of_version_1(found)
     if problem := plausible.problem(found):

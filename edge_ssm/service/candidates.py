@@ -10,14 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edge_ssm import models
-from edge_ssm.engines import Engine, choice
+from edge_ssm.engines import Engine, selftest
 from edge_ssm.errors import EdgeSSMError, InputRefused
 from edge_ssm.network import Network, at_sample_rate
 
 LOOK_S = 1.0
-TRIAL_S = 30.0
-OTHER_SAMPLES = 4.0
-"""The self-test's samples are not the exporter's."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +29,7 @@ class Candidate:
     why: str
     """Of the engine: its name, and the trial that chose it."""
     off_by: float = 0.0
-    """What an output may be off by, as an exported file's exporter measured it; 0: as its network allows."""
+    """What an exported file's exporter says that its outputs were off by; the self-test believes little of it."""
 
 
 def load(path: str, sample_rate: float | None, keys: list[str]) -> tuple[models.Model, Network]:
@@ -69,27 +66,8 @@ def check_beside(candidate: Candidate, running: Network) -> None:
 
 
 def check_outputs(candidate: Candidate, stopped: Callable[[], bool] = lambda: False) -> None:
-    """Raises InputRefused unless the engine computes what the artifact says, within reasonable time.
-
-    A graph is somebody's program, which may never end: it is tried in a thread that can be left behind.
-    """
-    outcome: list[str] = []
-
-    def test() -> None:
-        try:
-            outcome.append(choice.self_test(candidate.engine, OTHER_SAMPLES * candidate.off_by))
-        except EdgeSSMError as error:
-            outcome.append(str(error))
-
-    thread = threading.Thread(target=test, name="self-test", daemon=True)
-    thread.start()
-    end = time.monotonic() + TRIAL_S
-    while thread.is_alive() and time.monotonic() < end and not stopped():
-        thread.join(0.05)
-    if not outcome:
-        raise InputRefused(f"{candidate.path}: self-test failed, no answer within {TRIAL_S:g} s; export it again")
-    if outcome[0]:
-        raise InputRefused(f"{candidate.path}: self-test failed, {outcome[0]}")
+    """Raises InputRefused unless the engine computes what the artifact says, within reasonable time."""
+    selftest.hold(candidate.path, candidate.engine, candidate.off_by, stopped)
 
 
 class Reloader:

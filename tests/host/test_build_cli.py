@@ -64,10 +64,10 @@ def test_train_prune_export_record_and_stream(recordings, tmp_path):
     assert 0 < small["rounding_error"] < 1
     assert small["provenance"]["history"][-1]["mixing_dtype"] == "int8"
     strict = ["--weights", "int8", "--error-bound", "1e-9"]
-    refused = call(BUILD, "export", start, "--output", tmp_path / "no", *strict)
+    refused = call(BUILD, "export", start, "--output", tmp_path / "no.safetensors", *strict)
     assert refused.returncode == 1
     assert "nothing was written" in refused.stderr
-    assert not (tmp_path / "no").exists()
+    assert not (tmp_path / "no.safetensors").exists()
     build("record", "--data", recordings, "--output", tmp_path / "s.csv", "--window", 50)
     done = call(RUN, "run", model, "--stream", "--input", tmp_path / "s.csv", "--truth")
     decisions = [json.loads(line) for line in done.stdout.splitlines()]
@@ -110,3 +110,70 @@ def test_refusals_are_one_line(tmp_path, recordings, fresh, demo_model, capsys, 
         assert text in line
     assert not (tmp_path / "m").exists()
     assert not (tmp_path / "q" / "family.json").exists()
+
+
+def test_no_command_writes_over_what_it_reads(tmp_path, recordings, fresh, capsys, monkeypatch):
+    start, arch = tmp_path / "rate-0.5.pt", tmp_path / "arch.safetensors"
+    odd, data = tmp_path / "m.safetensors", tmp_path / "d.npz"
+    training.save_checkpoint(start, fresh())
+    odd.write_bytes(start.read_bytes())
+    arch.touch()
+    data.write_bytes(Path(recordings).read_bytes())
+    link = tmp_path / "link.safetensors"
+    link.symlink_to(start)
+    kept = {path: path.read_bytes() for path in (start, odd, arch, data)}
+    lost = "too, which would be lost; name another file"
+    for arguments, text in (
+        (["export", start, "--output", start], "expected a name that ends in .safetensors"),
+        (["export", start, "--output", tmp_path / "new.onnx"], "expected a name that ends in .safetensors"),
+        (["export", odd, "--output", odd], f"--output {odd}: is CHECKPOINT {odd} {lost}"),
+        (["export", start, "--output", link], f"--output {link}: is CHECKPOINT {start} {lost}"),
+        (["import", odd, "--arch", arch, "--output", odd], f"is CHECKPOINT {odd} {lost}"),
+        (["import", odd, "--arch", arch, "--output", arch], f"is --arch {arch} {lost}"),
+        (["record", "--data", data, "--window", 5, "--output", data], f"is --data {data} {lost}"),
+        (["prune", start, "--output", tmp_path, "--rates", "0.5"], f"--output {start}: is CHECKPOINT {start} {lost}"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["edge-ssm-build", *map(str, arguments)])
+        assert run_command(cli, "edge-ssm-build") == 2, arguments
+        (line,) = capsys.readouterr().err.splitlines()
+        assert text in line
+        assert {path: path.read_bytes() for path in kept} == kept
+    assert not (tmp_path / "new.onnx").exists()
+
+
+def test_a_checkpoint_is_known_by_its_content(tmp_path, fresh):
+    for name in ("ck.safetensors", "ck.onnx"):
+        training.save_checkpoint(tmp_path / name, fresh())
+        assert "every label equal" in build("export", tmp_path / name, "--output", tmp_path / "out.safetensors")
+        assert build("evaluate", tmp_path / name).startswith("test: ")
+
+
+def test_a_training_costs_none_of_other_settings(tmp_path, recordings, capsys, monkeypatch):
+    train = ["train", "--data", recordings, "--window", 50, "--output", tmp_path, "--batch", 16]
+    small = ["--d-model", 8, "--d-state", 4, "--epochs", 1]
+
+    def status(*more):
+        monkeypatch.setattr(sys, "argv", ["edge-ssm-build", *map(str, [*train, *small, *more])])
+        return run_command(cli, "edge-ssm-build"), capsys.readouterr().err
+
+    place = tmp_path / "checkpoint.pt"
+    assert status()[0] == 0
+    before = place.read_bytes()
+    refused = "was trained with other settings or data; use another --output or delete it\n"
+    for more in (["--seed", 1], ["--d-model", 4], ["--prenorm"], ["--epochs", 2]):
+        assert status(*more) == (2, f"edge-ssm-build: error: {place}: {refused}")
+        assert place.read_bytes() == before
+    assert status()[0] == 0  # the same again gives the same
+    assert training.load_checkpoint(place).history == training.parse_checkpoint(before, "before").history
+    place.unlink()
+    original = training.save_checkpoint
+    monkeypatch.setattr(training, "save_checkpoint", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        status()
+    monkeypatch.setattr(training, "save_checkpoint", original)
+    assert (tmp_path / "resume.pt").exists()
+    code, said = status("--prenorm")  # weights of the same shapes, another network
+    assert code == 2
+    assert "resume.pt: left by a run with other settings" in said
+    assert status()[0] == 0
+    assert place.exists()

@@ -99,7 +99,7 @@ def test_the_same_export_gives_the_same_bytes(demo_model):
     ("arguments", "said"),
     [
         (["--to", "onnx", "--output", "x.tflite"], "--output x.tflite: expected a name that ends in .onnx"),
-        (["--to", "onnx", "--output", "no/x.onnx"], "no is no folder"),
+        (["--to", "onnx", "--output", "no/x.onnx"], "no/x.onnx: its folder is missing"),
         (["--to", "onnx", "--chunk", "8", "--output", "x.onnx"], "an onnx graph takes any number of samples; give any"),
         (["--to", "tflite", "--chunk", "any", "--output", "x.tflite"], "expected 2 to 256 samples"),
         (["--to", "tflite", "--weights", "auto", "--output", "x.tflite"], "--weights auto: for a checkpoint only"),
@@ -114,6 +114,34 @@ def test_wrong_use_is_one_line(arguments, said, demo_model, tmp_path):
     assert said in done.stderr
     assert len(done.stderr.splitlines()) == 1
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("link", [False, True])
+def test_an_export_costs_none_of_its_inputs(link, demo_model, demo_stream, tmp_path):
+    model, heard = tmp_path / "m.safetensors", tmp_path / "heard.onnx"
+    model.write_bytes(demo_model.read_bytes())
+    heard.write_bytes(demo_stream.read_bytes())
+    output = heard
+    if link:
+        output = tmp_path / "link.onnx"
+        output.symlink_to(model)
+    done = build("export", model, "--to", "onnx", "--input", heard, "--output", output)
+    assert done.returncode == 2
+    lost = f"ARTIFACT {model}" if link else f"--input {heard}"
+    assert f"--output {output}: is {lost} too, which would be lost; name another file" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert model.read_bytes() == demo_model.read_bytes()
+    assert heard.read_bytes() == demo_stream.read_bytes()
+
+
+def test_an_artifact_is_known_by_its_content(demo_model, tmp_path):
+    odd = tmp_path / "m.onnx"
+    odd.write_bytes(demo_model.read_bytes())
+    done = build("export", odd, "--to", "tflite", "--output", tmp_path / "x.tflite")
+    assert done.returncode == 0, done.stderr
+    (tmp_path / "exported.safetensors").write_bytes((tmp_path / "x.tflite").read_bytes())
+    done = build("export", tmp_path / "exported.safetensors", "--to", "onnx", "--output", tmp_path / "y.onnx")
+    assert "exported.safetensors: is an exported file already" in done.stderr
 
 
 def test_what_is_off_by_too_much_is_not_written(demo_model, tmp_path):

@@ -17,11 +17,13 @@ from typing import Any
 import click
 
 import edge_ssm
-from edge_ssm import artifact, atomic, signatures
+from edge_ssm import artifact, atomic, models, signatures
 from edge_ssm.cli import run_command, verify_signature
 from edge_ssm.errors import RunFailed, UsageError
 from edge_ssm.options import Finite
 
+ZIP = b"PK\x03\x04"
+"""What torch's files begin with."""
 OUT_OF_PACKAGE = "watch, digits, forda, ecg5000, or a .npz file of your own (docs/build.md)"
 
 
@@ -50,6 +52,30 @@ def _numbers(text: str, kind: type[int] | type[float], option: str) -> list[Any]
     if not found or any(isinstance(v, float) and not math.isfinite(v) for v in found):
         raise UsageError(f"{option} {text!r}: expected numbers separated by commas")
     return found
+
+
+def _kind_of(model: str) -> str:
+    """What a model is, by its content, whatever its name; by the name where that tells nothing."""
+    try:
+        with open(model, "rb") as file:
+            start = file.read(9)
+    except OSError:
+        start = b""  # said by whoever reads it
+    if start.startswith(ZIP):
+        return "checkpoint"
+    if models.kind_of(Path(model)) is not None:
+        return "exported"
+    return "artifact" if start[8:] == b"{" or model.endswith(".safetensors") else "checkpoint"
+
+
+def _check_output(output: str, ending: str, inputs: dict[str, str | None]) -> None:
+    """Before work is done for it, and before it can cost one of ``inputs``. Raises UsageError, InputRefused."""
+    from edge_ssm.monitor import report
+
+    if Path(output).suffix != ending:
+        raise UsageError(f"--output {output}: expected a name that ends in {ending}")
+    read = {name: Path(path) for name, path in inputs.items() if path is not None}
+    report.check_places({"--output": Path(output)}, read)
 
 
 def _folder(path: str) -> Path:
@@ -159,6 +185,7 @@ def train(name: str, output: str, **options: Any) -> None:
     )
     recipe = training.Recipe(**{key: value for key, value in options.items() if key in recipe_names})
     checkpoint = training.new_checkpoint(dataset, name, config, recipe)
+    training.check_place(folder / "checkpoint.pt", checkpoint)
     reached = training.fit(checkpoint, dataset, recipe, folder / "resume.pt", progress="training")
     checkpoint.history.append(
         {"stage": "train", "seed": recipe.seed, "epochs": recipe.epochs, "validation": asdict(reached)}
@@ -185,7 +212,7 @@ def evaluate(model: str, name: str | None, split: Any, engine: str | None) -> No
 
     from edge_ssm_build import convert, datasets, exporting, training
 
-    if model.endswith(".safetensors"):
+    if _kind_of(model) == "artifact":
         loaded = artifact.load(model)
         network, known = loaded.network, loaded.provenance.get("data", {}).get("name")
         network_model, window = convert.to_model(network), network.window
@@ -281,6 +308,10 @@ def prune(checkpoint: str, output: str, method: str, **options: Any) -> None:
     todo = pruning.check_plan(start, todo)
     table = steptime.load_table(Path(options["step_table"])) if options["step_table"] else None
     data, folder = datasets.load(start.data), _folder(output)
+    read = {f"CHECKPOINT {checkpoint}": Path(checkpoint)}
+    if options["step_table"]:
+        read["--step-table"] = Path(options["step_table"])
+    search.check_places(folder, todo, read)
     # One thread a candidate, here as in workers: sums come out the same wherever it runs.
     executors.prepare_process()
     workers = options["workers"] or len(os.sched_getaffinity(0))
@@ -379,9 +410,10 @@ def export(model: str, output: str, to: Any, weights: Any, error_bound: float | 
     """
     if not Path(model).is_file():
         raise UsageError(f"{model}: {'not a regular file' if Path(model).exists() else 'no such file'}")
-    if Path(model).suffix.lower() in (".onnx", ".tflite"):
+    kind = _kind_of(model)
+    if kind == "exported":
         raise UsageError(f"{model}: is an exported file already; give the artifact or checkpoint it came from")
-    from_artifact = model.endswith(".safetensors")
+    from_artifact = kind == "artifact"
     chunk, recording = options["chunk"], options["recording"]
     if error_bound is not None and weights is None:
         raise UsageError("--error-bound: goes with --weights")
@@ -390,12 +422,13 @@ def export(model: str, output: str, to: Any, weights: Any, error_bound: float | 
             raise UsageError(f"{model}: is an artifact already; give --to onnx or tflite, or a checkpoint")
         if chunk or recording:
             raise UsageError(f"--{'chunk' if chunk else 'input'}: goes with --to onnx or tflite")
+        _check_output(output, ".safetensors", {f"CHECKPOINT {model}": model})
         _export_checkpoint(model, Path(output), weights, error_bound)
         return
     from edge_ssm_build import graphs
 
     size = _chunk_size(chunk, to)
-    graphs.check_place(Path(output), to)
+    _check_output(output, f".{to}", {f"{kind.upper()} {model}": model, f"--input {recording}": recording})
     if from_artifact:
         if weights == "auto":
             raise UsageError("--weights auto: for a checkpoint only; give float32, float16 or int8")
@@ -472,6 +505,8 @@ def import_(checkpoint: str, form: str, arch: str, output: str, recording: str |
     _need_torch()
     from edge_ssm_build import foreign, importing
 
+    inputs = {f"CHECKPOINT {checkpoint}": checkpoint, f"--arch {arch}": arch, f"--input {recording}": recording}
+    _check_output(output, ".safetensors", inputs)
     read = foreign.read(Path(checkpoint), form, foreign.read_arch(Path(arch)))
     heard = None if recording is None else Path(recording)
     network, agreements = importing.write(read, Path(checkpoint), Path(output), heard)
@@ -535,8 +570,11 @@ def verify(model: str, checkpoint: str | None, form: str, arch: str | None, step
 @click.option("--decimals", type=click.IntRange(0, 12), help="Round values.  [default: as they are]")
 def record(name: str, output: str, split: Any, window: int, windows_each: int | None, decimals: int | None) -> None:
     """Write a split as a CSV stream with a label column, for edge-ssm run."""
+    from edge_ssm.monitor import report
     from edge_ssm_build import datasets, recording
 
+    read = {} if name in datasets.BUILTIN else {f"--data {name}": Path(name)}
+    report.check_places({"--output": Path(output)}, read)
     samples = recording.record(datasets.load(name), split, Path(output), window, windows_each, decimals)
     click.echo(f"{output}: {samples} samples, {Path(output).stat().st_size:,} bytes")
 

@@ -9,13 +9,14 @@ from pathlib import Path
 import numpy as np
 
 from edge_ssm import artifact, atomic, models
-from edge_ssm.engines import Engine, create
+from edge_ssm.engines import Engine, choice, create
 from edge_ssm.engines.reference import ReferenceEngine
-from edge_ssm.errors import InputRefused, RunFailed, UsageError
+from edge_ssm.errors import InputRefused, RunFailed
 from edge_ssm.graphs import files
 from edge_ssm.graphs.container import Kind
 from edge_ssm.graphs.files import Measured
 from edge_ssm.network import Array, Mixing, MixingDtype, Network, TokenEncoder
+from edge_ssm.printable import printable
 from edge_ssm.stream import recording
 
 SAMPLES = 2048
@@ -71,7 +72,7 @@ def reach_of(network: Network, samples: Array) -> list[float]:
 def samples_of(network: Network, path: str | None) -> tuple[Array, str]:
     """(n, d_input) in the sensor's units that the graph is tried on, and where they are from."""
     if path is not None:
-        return recording.read(path, network), os.path.basename(path)
+        return recording.read(path, network), printable(os.path.basename(path), files.LONGEST_NAME)
     rng = np.random.default_rng(0)
     if isinstance(network.encoder, TokenEncoder):
         tokens = rng.integers(0, len(network.encoder.embedding), (SAMPLES, 1))
@@ -100,7 +101,8 @@ def make(
     ONNX graph quantises the mixing's inputs by the largest of theirs.
 
     Raises RunFailed if the outputs are off by more than the network's tolerance in the artifact's own weights or in
-    float32, or by more than ``error_bound``; EngineUnavailable if a package is missing.
+    float32, by more than ``error_bound``, or by more than a run believes (``choice.self_test``); EngineUnavailable if a
+    package is missing.
     """
     try:
         content = source.read_bytes()
@@ -117,18 +119,26 @@ def make(
     found = _streamed(create(kind, network, graph=graph), samples)
     off = float(np.abs(found - exact).max())
     bound = error_bound
-    if bound is None and chosen == "float32":
-        bound = network.tolerance * max(1.0, float(np.abs(exact).max()) / ORDINARY)
+    if chosen == "float32":  # A run holds it to that, whatever was allowed here.
+        bound = min(bound or np.inf, network.tolerance * max(1.0, float(np.abs(exact).max()) / ORDINARY))
     if not (np.isfinite(off) and (bound is None or off <= bound)):
+        advice = "run the artifact itself" if chosen == "float32" else "take larger weights, or a larger --error-bound"
         raise RunFailed(
             f"export: the {kind} graph with {chosen} weights is off by up to {off:.1e} from the reference, more than "
-            f"{bound or np.inf:g}; nothing was written: take larger weights, or allow more by --error-bound"
+            f"{bound or np.inf:g}; nothing was written: {advice}"
         )
     measured = Measured(off, len(samples), samples_from)
     made = files.seal(graph, network, content, loaded.digest, measured)
     again = files.read(made, kind)
-    if not np.array_equal(_streamed(create(kind, again.source.network, graph=again.graph), samples), found):
+    engine = create(kind, again.source.network, graph=again.graph)
+    if not np.array_equal(_streamed(engine, samples), found):
         raise RunFailed(f"export: the {kind} file steps otherwise than the graph in it; nothing was written")
+    engine.reset()
+    if problem := choice.self_test(engine, off):
+        raise RunFailed(
+            f"export: the {kind} graph with {chosen} weights fails the self-test of a run, {problem}; nothing was "
+            "written: take larger weights"
+        )
     return Made(made, chosen, measured, *_decisions(network, exact, found))
 
 
@@ -139,14 +149,6 @@ def write(path: Path, made: Made) -> None:
     except OSError as error:
         raise InputRefused(f"{path}: can't be written ({error.strerror})") from None
     models.load(path)
-
-
-def check_place(path: Path, kind: Kind) -> None:
-    """Before work is done for it: a model is known by its suffix."""
-    if path.suffix != f".{kind}":
-        raise UsageError(f"--output {path}: expected a name that ends in .{kind}")
-    if not path.parent.is_dir():
-        raise UsageError(f"--output {path}: {path.parent} is no folder")
 
 
 def _streamed(engine: Engine, samples: Array) -> Array:

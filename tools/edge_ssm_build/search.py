@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
@@ -21,6 +21,7 @@ from tqdm import tqdm
 from edge_ssm import artifact, atomic
 from edge_ssm.engines import create
 from edge_ssm.errors import RunFailed, UsageError
+from edge_ssm.monitor import report
 from edge_ssm.monitor.steptime import StepTable, measure
 from edge_ssm.network import Network, cost
 from edge_ssm_build import datasets
@@ -257,6 +258,13 @@ def search(
     if target.given() and chosen is None:
         raise RunFailed(f"{_nearest(members, target)}; {output / 'family.json'} has all that were made")
     return family
+
+
+def check_places(output: Path, todo: Plan, inputs: Mapping[str, Path]) -> None:
+    """Before the search. Raises InputRefused where a file that it writes is one of ``inputs``, which would be lost."""
+    names = [f"rate-{rate:g}.{ending}" for rate in (0.0, *todo.rates) for ending in ("pt", "safetensors")]
+    for name in (*names, "chosen.safetensors", "family.json", "plan.json"):
+        report.check_places({"--output": output / name}, inputs)
 
 
 def _timed_together(members: Sequence[Member], checkpoints: Sequence[Checkpoint], timer: StepTimer) -> list[Member]:

@@ -20,6 +20,7 @@ from cryptography.hazmat.primitives.serialization import (
 
 from edge_ssm import atomic, models, signatures
 from edge_ssm.errors import RunFailed, SignatureRefused, UsageError
+from edge_ssm.monitor import report
 
 
 def _write_new(path: Path, content: bytes, mode: int) -> None:
@@ -98,13 +99,14 @@ def envelope(payload: bytes, keys: Sequence[Ed25519PrivateKey]) -> bytes:
 def sign(model: Path, keys: Sequence[Path]) -> tuple[Path, list[str]]:
     """Write MODEL.sig, whole or not at all, with one signature a key file; it, and the ids of the keys.
 
-    Raises UsageError for too many keys, SignatureRefused for a file without a private key, ArtifactError for a model
-    that a device would refuse.
+    Raises UsageError for too many keys, SignatureRefused for a file without a private key, InputRefused where MODEL.sig
+    is the model or a key, ArtifactError for a model that a device would refuse.
     """
     if not 1 <= len(keys) <= signatures.MAX_SIGNATURES:
         raise UsageError(f"--key: {len(keys)} given, expected 1 to {signatures.MAX_SIGNATURES}")
     private = [load_private_key(key) for key in keys]
     target = signatures.signature_path(model)
+    report.check_places({"signature": target}, {"MODEL": model} | {f"--key {key}": key for key in keys})
     content = envelope(msgspec.json.encode(statement(model)), private)
     try:
         atomic.write(target, content)

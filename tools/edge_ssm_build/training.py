@@ -127,7 +127,8 @@ def write_torch(path: Path, content: Any) -> None:
 def read_torch(path: Path) -> Any:
     """A file of tensors and plain values. Raises InputRefused for any other: no pickled code is ever run."""
     try:
-        return torch.load(path, weights_only=True)
+        with path.open("rb") as file:  # of a path torch goes by the name's ending
+            return torch.load(file, weights_only=True)
     except FileNotFoundError:
         raise InputRefused(f"{path}: no such file") from None
     except OSError as error:
@@ -287,7 +288,8 @@ def fit(
     first, best, best_state = 0, None, copy.deepcopy(model.state_dict())
     if resume is not None and resume.exists():
         raw = read_torch(resume)
-        if raw.get("recipe") != asdict(recipe):
+        settings = {"recipe": asdict(recipe), "config": asdict(model.present_config())}
+        if {name: raw.get(name) for name in settings} != settings:
             raise InputRefused(f"{resume}: left by a run with other settings; use another output folder or delete it")
         model.load_state_dict(raw["model"])
         optimizer.load_state_dict(raw["optimizer"])
@@ -326,6 +328,7 @@ def fit(
                 resume,
                 {
                     "recipe": asdict(recipe),
+                    "config": asdict(model.present_config()),
                     "epoch": epoch,
                     "model": model.state_dict(),
                     "optimizer": optimizer.state_dict(),
@@ -342,3 +345,17 @@ def new_checkpoint(data: Dataset, name: str, config: Config, recipe: Recipe) -> 
     """An untrained network for a data set; its weights depend on the recipe's seed alone."""
     torch.manual_seed(recipe.seed)
     return Checkpoint(SSMNetwork(config), recipe, input_spec(data), name, data.labels, data.source)
+
+
+def check_place(path: Path, made: Checkpoint) -> None:
+    """Before ``made`` is trained. Raises UsageError where a checkpoint is at ``path`` that other settings or data made:
+    it would be lost; InputRefused for one that can't be read."""
+    if not path.exists():
+        return
+
+    def settings(of: Checkpoint) -> tuple[Any, ...]:
+        spec = of.spec
+        return of.model.present_config(), of.recipe, of.labels, spec.channels, spec.mean.tolist(), spec.std.tolist()
+
+    if settings(load_checkpoint(path)) != settings(made):
+        raise UsageError(f"{path}: was trained with other settings or data; use another --output or delete it")
