@@ -162,9 +162,9 @@ class Keeper:
         )
 
     def _settled(self, taken: _Taken, source: Source) -> bool:
-        if self._outlet is None or (taken.token is None and not source.position()):
-            return True
-        return self._outlet.settled >= taken.mark
+        # The position last: a file is read for it, and this is asked again and again.
+        out = self._outlet is None or self._outlet.settled >= taken.mark
+        return out or (taken.token is None and not source.position())
 
     def _write(self) -> None:
         """In a thread: a flash card takes its time to flush, and the loop must not."""

@@ -8,7 +8,7 @@ import json
 import os
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, TextIO
 
 from edge_ssm.errors import RunFailed
@@ -96,7 +96,7 @@ class NdjsonSink(Sink):
 class CsvSink(Sink):
     """Events have no place in a table of decisions and go to stderr. The header comes again where columns change."""
 
-    _header = ""
+    _columns: Sequence[str] = ()
 
     def _decision(self, d: Decision) -> str:
         row: dict[str, Any] = {"index": d.index, "start": d.start, "end": d.end, "time": d.time}
@@ -108,11 +108,11 @@ class CsvSink(Sink):
         if self._logits or self._regression:
             prefix = "" if self._regression else "logit_"
             row |= {f"{prefix}{name}": float(v) for name, v in zip(self._names, d.outputs, strict=True)}
-        header, line = _csv_line(row.keys()), _csv_line(row.values())
-        if header == self._header:
+        line, columns = _csv_line(row.values()), list(row)
+        if columns == self._columns:
             return line
-        first, self._header = not self._header, header
-        outlet = self.outlet
+        first, self._columns = not self._columns, columns
+        header, outlet = _csv_line(columns), self.outlet
         if outlet is None or not outlet.heads_files:
             return header + line
         outlet.heading = header

@@ -35,12 +35,16 @@ class FileOptions:
 REPLACED = FileOptions()
 
 
+def _encoded(text: str) -> bytes:
+    return text.encode("utf-8", "backslashreplace")
+
+
 class _LineFile:
     """An open file that ends with a whole line, whatever happens: what a full disk cut off is taken back."""
 
     def __init__(self, path: str, options: FileOptions) -> None:
         self._path, self._rotate_bytes, self._keep = path, options.rotate_bytes, options.keep
-        self.heading = b""
+        self.heading = ""
         # Truncated only once it is ours alone. A pipe without a reader is no file to wait for: ENXIO.
         self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NONBLOCK, 0o644)
         os.set_blocking(self._fd, True)
@@ -82,7 +86,7 @@ class _LineFile:
         if self._regular and self._rotate_bytes and self._size and self._size + len(content) > self._rotate_bytes:
             self._rotate()
         if not self._size:
-            content = self.heading + content
+            content = _encoded(self.heading) + content
         sent = 0
         try:
             while sent < len(content):
@@ -140,8 +144,8 @@ class FileOutlet(Outlet):
 
     def write(self, text: str) -> None:
         file = self._opened()
-        file.heading = self.heading.encode("utf-8", "backslashreplace")
-        file.write(text.encode("utf-8", "backslashreplace"))
+        file.heading = self.heading
+        file.write(_encoded(text))
         self.accepted += 1
         self.settled += 1
 
@@ -172,8 +176,8 @@ class FileWire(Wire):
 
     def send(self, lines: list[str]) -> None:
         assert self._file is not None
-        self._file.heading = self.heading.encode("utf-8", "backslashreplace")
-        self._file.write("".join(lines).encode("utf-8", "backslashreplace"))
+        self._file.heading = self.heading
+        self._file.write(_encoded("".join(lines)))
 
     def close(self) -> None:
         """Nothing: the file stays open across a full disk, and is closed with the process."""
