@@ -30,6 +30,22 @@ def data(recordings):
 
 
 @pytest.fixture
+def move_poles():
+    """A function that gives every operator a slow state, as training does: float32 then loses exp(dt A) - 1."""
+    import torch
+
+    def move(model):
+        with torch.no_grad():
+            for ssm in model.ssms():
+                ssm.log_dt.fill_(-6.9)
+                ssm.log_A_real[:, 0] = -6.0
+                ssm.A_imag[:, 0] = 0.0
+                ssm.C[:, 0] *= 30.0
+
+    return move
+
+
+@pytest.fixture
 def fresh(data, recordings):
     """A function that makes an untrained checkpoint of any form."""
 

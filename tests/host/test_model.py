@@ -1,5 +1,6 @@
 """The torch network, its form as plain arrays, and the stream of the artifact say the same."""
 
+import copy
 from dataclasses import replace
 
 import convolution
@@ -13,7 +14,7 @@ from edge_ssm.network import fingerprint, quantised
 torch = pytest.importorskip("torch", reason="the host tool needs torch: pip install 'edge-ssm[host]'")
 
 from edge_ssm_build import convert, exporting, rounding, training  # noqa: E402
-from edge_ssm_build.kernels import initial_A, initial_low_rank  # noqa: E402
+from edge_ssm_build.kernels import diagonal_kernel, initial_A, initial_low_rank  # noqa: E402
 from edge_ssm_build.rotation import rotate  # noqa: E402
 
 SPLITS = ("train", "test")
@@ -48,8 +49,12 @@ def test_torch_equals_the_independent_convolution_and_every_engine(fresh, data, 
     network = network_of(checkpoint)
     x, _ = training.split_windows(data, "test", 50)
     x = x[:6]
-    expected = training.predict(checkpoint.model, training.as_input(x, checkpoint.spec)).numpy()
-    assert np.allclose([convolution.pooled(network, window) for window in x], expected, atol=2e-5)
+    expected = exporting.convolve_windows(checkpoint.model, checkpoint.spec, x)
+    # Norms, D and mixing are float32 in a network; the rest is the same to float64's last digits.
+    assert np.allclose([convolution.pooled(network, window) for window in x], expected, atol=2e-6)
+    in_float32 = training.predict(checkpoint.model, training.as_input(x, checkpoint.spec)).numpy()
+    assert np.allclose(in_float32, expected, atol=2e-5)
+    assert {p.dtype for p in checkpoint.model.parameters()} == {torch.float32}
     for engine in ("reference", "cpu"):
         agreement = exporting.compare(checkpoint.model, network, engine, x)
         assert agreement.labels_differing == 0
@@ -57,8 +62,8 @@ def test_torch_equals_the_independent_convolution_and_every_engine(fresh, data, 
         if pruned:
             assert {len(b.mixing.columns) for b in network.blocks} == {network.d_model - 1}
             assert {len(b.mixing.rows) for b in network.blocks} == {network.d_model - 2}
-    rebuilt = convert.to_model(network)
-    assert np.allclose(training.predict(rebuilt, training.as_input(x, checkpoint.spec)).numpy(), expected, atol=2e-5)
+    rebuilt = convert.to_model(network, torch.float64)
+    assert np.allclose(exporting.convolve_windows(rebuilt, checkpoint.spec, x), expected, atol=2e-6)
 
 
 def test_a_bypassed_channel_passes_its_input(fresh):
@@ -112,12 +117,12 @@ def test_small_mixing_weights_are_what_torch_scores_and_the_engines_run(fresh, d
 def test_rounding_by_the_inputs_changes_less_than_rounding_each_weight(fresh, data):
     checkpoint = fresh()
     windows = [training.as_input(training.split_windows(data, split, 50)[0], checkpoint.spec) for split in SPLITS]
-    before = training.predict(checkpoint.model, windows[1])
+    before = training.predict_exactly(checkpoint.model, windows[1])
     plain = convert.to_network(checkpoint.model, checkpoint.spec, 50, checkpoint.labels)
     plain = replace(plain, blocks=tuple(replace(b, mixing=quantised(b.mixing, "int8")) for b in plain.blocks))
-    each = (training.predict(convert.to_model(plain), windows[1]) - before).abs()
+    each = (training.predict_exactly(convert.to_model(plain), windows[1]) - before).abs()
     rounding.round_mixing(checkpoint.model, "int8", *windows)
-    together = (training.predict(checkpoint.model, windows[1]) - before).abs()
+    together = (training.predict_exactly(checkpoint.model, windows[1]) - before).abs()
     assert together.median() < 0.7 * each.median()
     assert checkpoint.model.rounding_error == pytest.approx(float(together.max()))
 
@@ -174,6 +179,76 @@ def test_an_artifact_that_disagrees_is_not_written(fresh, data, tmp_path, monkey
     again = tmp_path / "again.safetensors"
     exporting.export(checkpoint, data, again)
     assert again.read_bytes() == path.read_bytes()
+
+
+def test_poles_that_moved_far_cost_torch_no_digits(fresh, data, move_poles):
+    checkpoint = fresh(d_state=8)
+    move_poles(checkpoint.model)
+    x, _ = training.split_windows(data, "test", 50)
+    for ssm in checkpoint.model.ssms():
+        exact = copy.deepcopy(ssm).double().kernel(50)
+        A = torch.complex(-torch.exp(ssm.log_A_real), ssm.A_imag)
+        dt_A = torch.exp(ssm.log_dt)[:, None] * A
+        narrow = diagonal_kernel(dt_A, torch.view_as_complex(ssm.C) * (torch.exp(dt_A) - 1) / A, 50)
+        assert (narrow - exact).abs().max() > 1e-3 * exact.abs().max()  # what a kernel in float32 would be off by
+        assert (ssm.kernel(50) - exact).abs().max() < 1e-6 * exact.abs().max()
+    for engine in ("reference", "cpu"):
+        agreement = exporting.compare(checkpoint.model, network_of(checkpoint), engine, x)
+        assert agreement.labels_differing == 0
+        assert agreement.max_error < 2e-5
+
+
+def test_float64_is_the_same_however_it_is_cut_into_batches(fresh, data, monkeypatch):
+    checkpoint = fresh()
+    x = training.as_input(training.split_windows(data, "test", 50)[0], checkpoint.spec)
+    whole = training.predict_exactly(checkpoint.model, x)
+    for values in (1, 3 * 50 * 8):
+        monkeypatch.setattr(training, "BATCH_VALUES", values)
+        assert torch.allclose(training.predict_exactly(checkpoint.model, x), whole, atol=1e-12)
+
+
+BOUND = 1e-4
+
+
+@pytest.mark.parametrize(
+    ("expected", "found", "ties", "ties_differing", "labels_differing", "passes"),
+    [
+        ([1.0, 0.0, 0.5], [1.0, 0.0, 0.5], 0, 0, 0, True),
+        ([1.0, 1.0, 0.5], [1.0, 1.0 + 1e-12, 0.5], 1, 1, 0, True),  # an exact tie
+        ([1.0, 1.0 - 2e-5, 0.5], [1.0, 1.0 + 1e-5, 0.5], 1, 1, 0, True),
+        ([1.0, 1.0 - 2e-5, 0.5], [1.0, 1.0 - 3e-5, 0.5], 1, 0, 0, True),
+        ([1.0, 1.0 - 1.9e-4, 0.5], [1.0 - 9.9e-5, 1.0 - 9.5e-5, 0.5], 1, 1, 0, True),
+        ([1.0, 1.0 - 3e-4, 0.5], [1.0, 1.0 + 1e-5, 0.5], 0, 0, 1, False),
+        ([1.0, 1.0 - 2e-5, 0.5], [1.0, 1.0, 1.1], 1, 0, 1, False),  # not one of the two that tie
+        ([1.0, 0.0, 0.5], [1.0, 2e-4, 0.5], 0, 0, 0, False),
+        ([1.0, 0.0, 0.5], [1.0, 0.0, np.nan], 0, 0, 1, False),
+        ([np.nan, 0.0, 0.5], [1.0, 0.0, 0.5], 0, 0, 0, False),
+        ([1.0], [1.0], 0, 0, 0, True),
+    ],
+)
+def test_a_tie_is_no_difference_and_a_difference_is_no_tie(
+    expected, found, ties, ties_differing, labels_differing, passes
+):
+    agreement = exporting.agreement_of(np.array([expected]), np.array([found]), BOUND)
+    assert (agreement.ties, agreement.ties_differing) == (ties, ties_differing)
+    assert agreement.labels_differing == labels_differing
+    assert agreement.passes() == passes
+
+
+def test_two_classes_that_always_tie_are_counted_and_exported(fresh, data, tmp_path):
+    checkpoint = fresh()
+    with torch.no_grad():
+        checkpoint.model.decoder.weight[1] = checkpoint.model.decoder.weight[0]
+        checkpoint.model.decoder.bias[:2] = 5.0
+    agreements, made_by = exporting.export(checkpoint, data, tmp_path / "m.safetensors")
+    for agreement in agreements.values():
+        assert agreement.ties == agreement.windows
+        assert agreement.labels_differing == 0
+        assert f"{agreement.ties} ties (two largest logits within 2.0e-04)" in agreement.line()
+    # The scores are those of the stream, whichever way it decides a tie.
+    x, y = training.split_windows(data, "test", 50)
+    streamed = exporting.stream_windows(artifact.load(tmp_path / "m.safetensors").network, "cpu", x)
+    assert made_by["scores"]["test"]["accuracy"] == pytest.approx((streamed.argmax(axis=1) == y).mean())
 
 
 def test_a_rotation_keeps_lengths_and_needs_vectors_of_three():

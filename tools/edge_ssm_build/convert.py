@@ -125,15 +125,17 @@ def to_network(model: SSMNetwork, spec: InputSpec, window: int, labels: tuple[st
     )
 
 
-def to_model(network: Network) -> SSMNetwork:
-    """A shipped network in torch convolution mode, in evaluation mode.
+def to_model(network: Network, dtype: torch.dtype = torch.float32) -> SSMNetwork:
+    """A shipped network in torch convolution mode, in evaluation mode, with parameters of type ``dtype``.
 
-    Raises UsageError for what this network class has no form for: tokens, mixed block forms, blocks without a norm.
+    In float32 the poles and step sizes, which an artifact holds in float64, are rounded; a stream is compared with
+    float64. Raises UsageError for what this network class has no form for: tokens, mixed block forms, blocks without a
+    norm.
     """
     forms = {(b.mixing.kind, b.norm and b.norm.kind, b.mixing.dtype) for b in network.blocks}
     if not isinstance(network.encoder, LinearEncoder) or len(forms) != 1:
         raise UsageError("torch: only networks with a linear encoder and blocks of one form can be rebuilt")
-    mixing, norm, dtype = forms.pop()
+    mixing, norm, mixing_dtype = forms.pop()
     if norm is None:
         raise UsageError("torch: a network without norms can't be rebuilt")
     shapes = []
@@ -158,7 +160,7 @@ def to_model(network: Network) -> SSMNetwork:
         l_kernel=network.window if low_rank else 0,
         layers=tuple(shapes),
     )
-    model = SSMNetwork(config, dtype, network.rounding_error)
+    model = SSMNetwork(config, mixing_dtype, network.rounding_error).to(dtype)
     with torch.no_grad():
         _fill(model, network)
     return model.eval()

@@ -17,7 +17,7 @@ from edge_ssm.network import MixingDtype, quantised
 from edge_ssm_build.calibration import BATCH
 from edge_ssm_build.convert import mixing_of
 from edge_ssm_build.model import Mixing, SSMNetwork
-from edge_ssm_build.training import predict
+from edge_ssm_build.training import predict_exactly
 
 RIDGE = 1e-4
 DAMPING = 1e-2
@@ -76,7 +76,8 @@ def round_mixing(model: SSMNetwork, dtype: MixingDtype, x: Tensor, shown: Tensor
         if mixing.weight.numel():
             _round(mixing, dtype, gram / count, cross / count)
         u = [block(now) for now in u]
-    model.rounding_error = float((predict(model, shown) - predict(original, shown)).abs().max())
+    difference = predict_exactly(model, shown) - predict_exactly(original, shown)
+    model.rounding_error = float(difference.abs().max())
 
 
 def _round(mixing: Mixing, dtype: MixingDtype, gram: Tensor, cross: Tensor) -> None:
