@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from edge_ssm.cli import run_command
+from edge_ssm.monitor import steptime
 
 torch = pytest.importorskip("torch", reason="the host tool needs torch: pip install 'edge-ssm[host]'")
 
@@ -47,12 +48,12 @@ def test_train_prune_export_record_and_stream(recordings, tmp_path):
     assert described["provenance"]["history"][-1]["mixing_dtype"] == "int8"
     assert sum(layer["active"] for layer in described["layers"]) == 8
     found = build("evaluate", tmp_path / "c" / "rate-0.5.safetensors", "--data", recordings, "--engine", "cpu")
-    assert "0 labels differ" in found
+    assert "every label equal" in found
     model = tmp_path / "m.safetensors"
     assert "every label equal" in build("export", tmp_path / "p" / "rate-0.5.pt", "--output", model)
     exported = build("evaluate", model, "--data", recordings)
     assert exported == build("evaluate", tmp_path / "p" / "rate-0.5.pt")
-    assert "0 labels differ" in build(
+    assert "every label equal" in build(
         "evaluate", model, "--data", recordings, "--engine", "cpu", "--split", "validation"
     )
     said = build("export", start, "--output", tmp_path / "auto.safetensors", "--weights", "auto", "--error-bound", "9")
@@ -73,6 +74,53 @@ def test_train_prune_export_record_and_stream(recordings, tmp_path):
     decisions = [json.loads(line) for line in done.stdout.splitlines()]
     right = sum(d["label"] == d["truth"] for d in decisions)
     assert f"test: {len(decisions)} windows, accuracy {right / len(decisions):.4f}" in exported
+
+
+def test_prune_writes_every_member_that_is_right(recordings, fresh, move_poles, tmp_path, capsys, monkeypatch):
+    """In float32, with poles moved as far as training moves them, two classes that tie and a wrong member."""
+    start, output, table = fresh(epochs=8, d_state=8), tmp_path / "f", tmp_path / "steps.json"
+    rows = []  # a device whose step takes a microsecond a pair of states: the largest rate is the fastest
+    for k in (1, 2, 4, 8, 16):
+        features = steptime.features(steptime.synthetic(16, 1, k, 2, 16, "float32", False))
+        rows.append(steptime.Row({"states": features["states"]}, float(2 * k)))
+    steptime.save_table(table, steptime.StepTable(1, "cpu", "test", rows))
+    move_poles(start.model)
+    with torch.no_grad():
+        start.model.decoder.weight[1] = start.model.decoder.weight[0]
+        start.model.decoder.bias[:2] = 20.0
+    training.save_checkpoint(tmp_path / "start.pt", start)
+
+    def prune():
+        prune = ["prune", tmp_path / "start.pt", "--output", output, "--method", "compact", "--rates", "0.25,0.5"]
+        prune += ["--max-accuracy-loss", 100, "--workers", 1, "--step-table", table]
+        monkeypatch.setattr(sys, "argv", ["edge-ssm-build", *map(str, prune)])
+        status, said = run_command(cli, "edge-ssm-build"), capsys.readouterr()
+        return status, said, json.loads((output / "family.json").read_text())
+
+    status, said, family = prune()
+    assert status == 0, said.err
+    members = {m["rate"]: m for m in family["members"]}
+    assert members[0]["agreement"]["cpu"]["ties"] == members[0]["test"]["windows"]
+    assert f"{members[0]['test']['windows']} ties, " in said.out
+    assert all(m["agreement"][engine]["max_error"] < 1e-4 for m in members.values() for engine in ("cpu", "reference"))
+    assert all(m["agreement"]["cpu"]["bound"] == 1e-4 for m in members.values())
+    assert family["chosen"] == 0.5
+    broken = output / "candidates" / "rate-0.5-seed-0.pt"
+    wrong = training.load_checkpoint(broken)
+    with torch.no_grad():
+        wrong.model.decoder.weight *= 1e5
+        wrong.model.decoder.bias *= 1e5
+    training.save_checkpoint(broken, wrong)
+    status, said, family = prune()
+    assert status == 1
+    line = said.err.splitlines()[-1]
+    assert "edge-ssm-build: error: rate 0.5 was not written: the " in line
+    assert "bound 1.0e-04" in line
+    assert sorted(p.name for p in output.glob("rate-*.safetensors")) == ["rate-0.25.safetensors", "rate-0.safetensors"]
+    assert [m["rate"] for m in family["members"] if m["failure"]] == [0.5]
+    assert family["chosen"] == 0.25
+    assert "in place of rate 0.5, which was not written" in said.out
+    assert (output / "chosen.safetensors").read_bytes() == (output / "rate-0.25.safetensors").read_bytes()
 
 
 def test_refusals_are_one_line(tmp_path, recordings, fresh, demo_model, capsys, monkeypatch):

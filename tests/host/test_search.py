@@ -48,7 +48,12 @@ def timeless(found):
 def test_the_family_is_nested_and_its_winners_are_the_best_by_validation(start, data, tmp_path):
     said = []
     found = family(start, data, tmp_path, say=said.append)
-    assert json.loads((tmp_path / "family.json").read_text())["members"] == json.loads(json.dumps(found["members"]))
+    written = json.loads((tmp_path / "family.json").read_text())
+    assert written["members"] == json.loads(json.dumps(found["members"], default=training.asdict))
+    for member in written["members"]:
+        assert member["failure"] is None
+        assert member["agreement"]["cpu"]["max_error"] < 1e-4
+        assert member["agreement"]["cpu"]["labels_differing"] == 0
     assert [m["rate"] for m in found["members"]] == [0, *RATES]
     active = [set(range(8)) for _ in range(2)]
     for member in found["members"]:
@@ -70,8 +75,8 @@ def test_the_family_is_nested_and_its_winners_are_the_best_by_validation(start, 
         assert member["step_us"] > 0
     parameters = [m["parameters"] for m in found["members"]]
     assert parameters == sorted(parameters, reverse=True)
-    assert len(said) == 4
-    assert "step" in said[-1]
+    assert [line.split()[1].rstrip(":") for line in said if "step" in line] == ["0", "0.25", "0.5", "0.75"]
+    assert said[-4].startswith("  rate 0: ")
 
 
 def test_a_killed_search_goes_on_to_the_same_family(start, data, tmp_path, monkeypatch):
@@ -251,6 +256,90 @@ def test_a_target_that_nothing_meets_says_how_near_it_came(start, data, tmp_path
     assert not (tmp_path / "f" / "chosen.safetensors").exists()
 
 
+# --- members that fail -----------------------------------------------------------------------------------------
+
+
+def spoil(folder, rate, seed=0):
+    """A finished candidate gets logits so large that float32 can't hold them to 1e-4; its labels stay as they are."""
+    path = folder / "candidates" / f"rate-{rate:g}-seed-{seed}.pt"
+    checkpoint = training.load_checkpoint(path)
+    with torch.no_grad():
+        checkpoint.model.decoder.weight *= 1e5
+        checkpoint.model.decoder.bias *= 1e5
+    training.save_checkpoint(path, checkpoint)
+
+
+@pytest.fixture
+def finished(start, data, tmp_path):
+    """A folder with the candidates of every rate, one a rate."""
+    family(start, data, tmp_path / "f", seeds=(0,))
+    return tmp_path / "f"
+
+
+def test_a_member_that_fails_costs_no_other_one(start, data, finished):
+    spoil(finished, 0.5)
+    with pytest.raises(
+        RunFailed, match=r"^rate 0\.5 was not written: the .* engine's stream differs .*family\.json has"
+    ):
+        family(start, data, finished, seeds=(0,))
+    members = {m["rate"]: m for m in json.loads((finished / "family.json").read_text())["members"]}
+    assert sorted(members) == [0, *RATES]
+    assert "largest error of a logit" in members[0.5]["failure"]
+    assert (members[0.5]["artifact"], members[0.5]["test"], members[0.5]["agreement"]) == (None, None, None)
+    assert not (finished / "rate-0.5.safetensors").exists()  # that of the first search is gone
+    for rate in (0, 0.25, 0.75):
+        assert members[rate]["failure"] is None
+        shipped = artifact.load(finished / members[rate]["artifact"])
+        assert shipped.provenance["scores"]["test"] == members[rate]["test"]
+
+
+def test_the_next_best_member_stands_in_for_a_chosen_one_that_fails(start, data, finished, tmp_path):
+    table, said = table_of_states(tmp_path / "t.json"), []
+    spoil(finished, 0.75)
+    target = search.Target(accuracy_loss=100.0)
+    with pytest.raises(RunFailed, match=r"^rate 0\.75 was not written: [^;]*; [^;]*family\.json has"):
+        family(start, data, finished, seeds=(0,), target=target, table=table, say=said.append)
+    assert json.loads((finished / "family.json").read_text())["chosen"] == 0.5
+    assert (finished / "chosen.safetensors").read_bytes() == (finished / "rate-0.5.safetensors").read_bytes()
+    assert said[-1].endswith("chosen.safetensors, in place of rate 0.75, which was not written")
+
+
+def test_a_search_goes_on_past_a_member_that_meets_the_target_and_fails(start, data, finished, tmp_path):
+    table = table_of_states(tmp_path / "t.json")
+    spoil(finished, 0.5)
+    with pytest.raises(RunFailed, match=r"^rate 0\.5 was not written"):
+        family(start, data, finished, seeds=(0,), target=search.Target(latency_us=17.0), table=table)
+    found = json.loads((finished / "family.json").read_text())
+    assert [m["rate"] for m in found["members"]] == [0, *RATES]
+    assert found["chosen"] == 0.75
+
+
+def test_where_every_member_fails_nothing_is_chosen(start, data, finished, tmp_path):
+    table = table_of_states(tmp_path / "t.json")
+    family(start, data, finished, seeds=(0,), target=search.Target(accuracy_loss=100.0), table=table)
+    assert (finished / "chosen.safetensors").exists()
+    for rate in RATES:
+        spoil(finished, rate)
+    with pytest.raises(RunFailed, match=r"no member meets it; the smallest, rate 0, has step 32\.00 us"):
+        family(start, data, finished, seeds=(0,), target=search.Target(latency_us=17.0), table=table)
+    assert not (finished / "chosen.safetensors").exists()
+    assert [p.name for p in finished.glob("*.safetensors")] == ["rate-0.safetensors"]
+
+
+def test_a_rate_that_fails_ends_the_search_but_costs_none_before_it(start, data, finished):
+    damaged = finished / "candidates" / "rate-0.5-seed-0.pt"
+    content = damaged.read_bytes()
+    damaged.write_bytes(b"")
+    (finished / "family.json").unlink()
+    with pytest.raises(RunFailed, match=r"^rate 0\.5 could not be made: .*rate-0\.5-seed-0\.pt: damaged"):
+        family(start, data, finished, seeds=(0,))
+    found = json.loads((finished / "family.json").read_text())
+    assert [m["rate"] for m in found["members"]] == [0, 0.25]
+    assert found["failed_rate"]["rate"] == 0.5
+    damaged.write_bytes(content)
+    assert family(start, data, finished, seeds=(0,))["failed_rate"] is None
+
+
 # --- report ----------------------------------------------------------------------------------------------------
 
 
@@ -275,9 +364,23 @@ def test_the_report_holds_every_member_and_is_self_contained(start, data, tmp_pa
     assert 'class="chosen"' in page
     for name in ("tradeoff.png", "layers.png"):
         assert (output / name).read_bytes().startswith(b"\x89PNG")
+    assert {r["failure"] for r in rows} == {None}
+    assert all(r["max_error"] < 1e-4 for r in rows)
     before = {p: p.read_bytes() for p in written}
     reporting.write(runs, output)
     assert {p: p.read_bytes() for p in written} == before
+
+
+def test_the_report_names_a_member_that_failed(start, data, finished, tmp_path):
+    pytest.importorskip("matplotlib")
+    spoil(finished, 0.5)
+    with pytest.raises(RunFailed):
+        family(start, data, finished, seeds=(0,))
+    reporting.write([finished], tmp_path)
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("<td>not written</td>") == 1
+    assert "rate 0.5: not written. the " in page
+    assert [r["rate"] for r in json.loads((tmp_path / "report.json").read_text()) if r["failure"]] == [0.5]
 
 
 @pytest.mark.parametrize("content", [None, b"", b"{}", b'{"version": 1}', b"\xff\xfe"])

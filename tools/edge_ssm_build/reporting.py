@@ -23,10 +23,16 @@ class _Score(msgspec.Struct):
     balanced_accuracy: float
 
 
+class _Agreement(msgspec.Struct):
+    ties: int
+    ties_differing: int
+    max_error: float
+
+
 class _Member(msgspec.Struct):
     rate: float
     seed: int | None
-    artifact: str
+    artifact: str | None
     active: list[int]
     states: int
     columns: list[int]
@@ -39,6 +45,8 @@ class _Member(msgspec.Struct):
     step_us: float
     base_step_us: float
     test: _Score | None
+    agreement: dict[str, _Agreement] | None = None
+    failure: str | None = None
 
 
 class _Family(msgspec.Struct):
@@ -78,6 +86,9 @@ def rows_of(runs: Sequence[Path]) -> list[Row]:
             row |= {"parameters": m.parameters, "weight_bytes": m.weight_bytes, "file_bytes": m.file_bytes}
             row |= {"multiply_adds": m.multiply_adds, "states": m.states, "active": m.active}
             row |= {"columns": m.columns, "rows": m.rows, "artifact": m.artifact, "latency": family.latency}
+            cpu = (m.agreement or {}).get("cpu")
+            row |= {"max_error": cpu and cpu.max_error, "ties": cpu and cpu.ties}
+            row |= {"ties_differing": cpu and cpu.ties_differing, "failure": m.failure}
             rows.append(row)
     return rows
 
@@ -159,7 +170,7 @@ _COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
     ("family", _label),
     ("rate", lambda r: f"{r['rate']:g}" + (" (chosen)" if r["chosen"] else "")),
     ("validation %", lambda r: f"{100 * r['validation']:.1f}"),
-    ("test %", lambda r: "" if r["test"] is None else f"{100 * r['test']:.1f}"),
+    ("test %", lambda r: "not written" if r["failure"] else "" if r["test"] is None else f"{100 * r['test']:.1f}"),
     ("step us", lambda r: f"{r['step_us']:.2f}"),
     ("time saved %", lambda r: f"{100 * r['time_saved']:.0f}"),
     ("parameters", lambda r: f"{r['parameters']:,}"),
@@ -189,8 +200,8 @@ tr.chosen {{ background: #fff3c4; font-weight: 600 }}
 <table><thead><tr>{head}</tr></thead><tbody>
 {body}
 </tbody></table>
-<p>Step latency: {latency}. Accuracy is balanced (mean recall over classes).
-The test split was read once, at the end.</p>
+{failures}<p>Step latency: {latency}. Accuracy is balanced (mean recall over classes).
+The test split was read at the end; nothing is chosen by its scores.</p>
 </body></html>
 """
 
@@ -213,6 +224,11 @@ def _page(rows: Sequence[Row], trade: Any, layers: Any) -> str:
         layers=_svg(layers),
         head="".join(f"<th>{name}</th>" for name, _ in _COLUMNS),
         body="\n".join(body),
+        failures="".join(
+            f"<p>{html.escape(_label(r))}, rate {r['rate']:g}: not written. {html.escape(r['failure'])}</p>\n"
+            for r in rows
+            if r["failure"]
+        ),
         latency=html.escape("; ".join(sorted({r["latency"] for r in rows}))),
     )
 

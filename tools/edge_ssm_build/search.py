@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from edge_ssm import artifact, atomic
 from edge_ssm.engines import create
-from edge_ssm.errors import RunFailed, UsageError
+from edge_ssm.errors import EdgeSSMError, RunFailed, UsageError
 from edge_ssm.monitor import report
 from edge_ssm.monitor.steptime import StepTable, measure
 from edge_ssm.network import Network, cost
@@ -28,7 +28,7 @@ from edge_ssm_build import datasets
 from edge_ssm_build.convert import to_network
 from edge_ssm_build.datasets import Dataset
 from edge_ssm_build.executors import Fresh, run_all
-from edge_ssm_build.exporting import export
+from edge_ssm_build.exporting import Agreement, export
 from edge_ssm_build.pruning import Plan, candidate
 from edge_ssm_build.training import (
     Checkpoint,
@@ -41,6 +41,10 @@ from edge_ssm_build.training import (
     score,
     split_windows,
 )
+
+FAILURES = (EdgeSSMError, ArithmeticError, np.linalg.LinAlgError)
+"""What a network can be at fault for: a refused artifact or stream, a training that diverged, a matrix without an
+inverse. Any other error is one of this program and ends the search at once."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +73,8 @@ class Member:
     seed: int | None
     """Of the candidate that won; None for the unpruned network."""
     checkpoint: str
-    artifact: str
+    artifact: str | None
+    """None for a member that failed: it has no artifact."""
     active: list[int]
     """Active channels a layer."""
     states: int
@@ -85,6 +90,11 @@ class Member:
     base_step_us: float
     """Of the unpruned network, in the same measurement."""
     test: Score | None = None
+    """Of the artifact's stream through the CPU engine, as its provenance states it."""
+    agreement: dict[str, Agreement] | None = None
+    """By engine, with the network in float64 over the test split."""
+    failure: str | None = None
+    """Why the member was not written."""
 
 
 @dataclass(frozen=True)
@@ -204,9 +214,11 @@ def search(
     """Make the family and return what ``family.json`` says; ``rate-R.pt`` and ``rate-R.safetensors`` a member.
 
     With a target the rates are walked upwards until it is met or the accuracy is gone, and the best member within it
-    is also written as ``chosen.safetensors``. The test split is read once, at the end. ``method`` names the plan.
-    Raises UsageError if ``output`` holds a search with another plan or checkpoint, RunFailed if no member meets the
-    target.
+    is also written as ``chosen.safetensors``. The test split is read at the end; nothing is chosen by its scores.
+    ``method`` names the plan. A member whose stream is not what the network says is not written, and is not chosen; a
+    rate whose candidates fail ends the search. Whatever fails, every other member and ``family.json`` are written.
+    Raises UsageError if ``output`` holds a search with another plan or checkpoint; RunFailed, after everything was
+    written, if a member failed or none meets the target; RunFailed at once if the first rate fails.
     """
     target = target or Target()
     folder = output / "candidates"
@@ -221,28 +233,34 @@ def search(
     timer = StepTimer(network_of(start), samples, engine, table)
     members, checkpoints = [_member(start, 0.0, None, "rate-0", timer)], [start]
     say(_line(members[0]))
+    finished, failed_rate = False, None
     with tqdm(total=len(todo.rates) * len(todo.seeds), desc="candidates", unit="") as bar:
         for step, rate in enumerate(todo.rates):
-            found = _candidates(checkpoints[-1], start, todo, step, folder, fresh, remote, bar.update)
-            winner = max(todo.seeds, key=lambda seed: _rank(_reached(found[seed])))
+            try:
+                found = _candidates(checkpoints[-1], start, todo, step, folder, fresh, remote, bar.update)
+                winner = max(todo.seeds, key=lambda seed: _rank(_reached(found[seed])))
+                member = _member(found[winner], rate, winner, f"rate-{rate:g}", timer)
+            except FAILURES as error:
+                if step == 0:
+                    raise
+                failed_rate = {"rate": rate, "reason": str(error)}
+                break
             checkpoints.append(found[winner])
-            members.append(_member(found[winner], rate, winner, f"rate-{rate:g}", timer))
+            members.append(member)
             bar.clear()
             say(_line(members[-1]))
             if target.given() and _stop(members, target):
-                members = _timed_together(members, checkpoints, timer)
-                if _choose(members, target) or not _good(members[-1], members, target):
+                members = _written(_timed_together(members, checkpoints, timer), checkpoints, data, output)
+                finished = _choose(members, target) is not None or not _good(members[-1], members, target)
+                if finished:
                     break
-    members = _timed_together(members, checkpoints, timer)
+    if not finished:
+        members = _written(_timed_together(members, checkpoints, timer), checkpoints, data, output)
     chosen = _choose(members, target) if target.given() else None
-    for i, checkpoint in enumerate(checkpoints):
-        path = output / members[i].artifact
-        save_checkpoint(output / members[i].checkpoint, checkpoint)
-        _, made_by = export(checkpoint, data, path)
-        if members[i] is chosen:
-            atomic.write(output / "chosen.safetensors", path.read_bytes())
-        test = Score(**made_by["scores"]["test"])
-        members[i] = replace(members[i], test=test, file_bytes=path.stat().st_size)
+    if chosen is not None and chosen.artifact is not None:
+        atomic.write(output / "chosen.safetensors", (output / chosen.artifact).read_bytes())
+    elif target.given():
+        (output / "chosen.safetensors").unlink(missing_ok=True)
     family = {
         "version": 2,
         "method": method,
@@ -252,11 +270,23 @@ def search(
         "latency": f"step table of {table.machine}, engine {table.engine}" if table else f"measured, engine {engine}",
         "target": asdict(target),
         "chosen": None if chosen is None else chosen.rate,
+        "failed_rate": failed_rate,
         "members": [asdict(m) for m in members],
     }
     atomic.write(output / "family.json", (json.dumps(family, indent=1) + "\n").encode())
+    say("test split, balanced accuracy:")
+    for m in members:
+        if m.test is not None:
+            say(f"  rate {m.rate:g}: {100 * m.test.balanced_accuracy:.1f} %, {output / str(m.artifact)}{_ties(m)}")
+    if chosen is not None:
+        say(f"chosen: rate {chosen.rate:g}, {output / 'chosen.safetensors'}{_instead(chosen, members, target)}")
+    problems = [f"rate {m.rate:g} was not written: {m.failure}" for m in members if m.failure is not None]
+    if failed_rate is not None:
+        problems.append(f"rate {failed_rate['rate']:g} could not be made: {failed_rate['reason']}")
     if target.given() and chosen is None:
-        raise RunFailed(f"{_nearest(members, target)}; {output / 'family.json'} has all that were made")
+        problems.append(_nearest(members, target))
+    if problems:
+        raise RunFailed(f"{'; '.join(problems)}; {output / 'family.json'} has all that were made")
     return family
 
 
@@ -265,6 +295,27 @@ def check_places(output: Path, todo: Plan, inputs: Mapping[str, Path]) -> None:
     names = [f"rate-{rate:g}.{ending}" for rate in (0.0, *todo.rates) for ending in ("pt", "safetensors")]
     for name in (*names, "chosen.safetensors", "family.json", "plan.json"):
         report.check_places({"--output": output / name}, inputs)
+
+
+def _written(members: Sequence[Member], checkpoints: Sequence[Checkpoint], data: Dataset, output: Path) -> list[Member]:
+    """Each with its checkpoint and artifact on disk, or with the reason why it has no artifact."""
+    result = []
+    for member, checkpoint in zip(members, checkpoints, strict=True):
+        if member.agreement is not None or member.artifact is None:  # an earlier call was at it
+            result.append(member)
+            continue
+        path = output / member.artifact
+        save_checkpoint(output / member.checkpoint, checkpoint)
+        try:
+            agreement, made_by = export(checkpoint, data, path)
+        except FAILURES as error:
+            path.unlink(missing_ok=True)  # what an earlier run left there
+            reason = str(error).removeprefix("export: ").removesuffix("; nothing was written")
+            result.append(replace(member, artifact=None, failure=reason))
+            continue
+        test = Score(**made_by["scores"]["test"])
+        result.append(replace(member, test=test, agreement=agreement, file_bytes=path.stat().st_size))
+    return result
 
 
 def _timed_together(members: Sequence[Member], checkpoints: Sequence[Checkpoint], timer: StepTimer) -> list[Member]:
@@ -309,8 +360,9 @@ def _stop(members: Sequence[Member], target: Target) -> bool:
 
 
 def _choose(members: Sequence[Member], target: Target) -> Member | None:
-    """The most accurate within a bound on latency or size; with a bound on accuracy alone the fastest."""
-    within = [m for m in members if _small(m, target) and _good(m, members, target)]
+    """Of those that did not fail the most accurate within a bound on latency or size; with a bound on accuracy alone
+    the fastest."""
+    within = [m for m in members if m.failure is None and _small(m, target) and _good(m, members, target)]
     if not within:
         return None
     if target.latency_us is None and target.size_bytes is None:
@@ -318,8 +370,23 @@ def _choose(members: Sequence[Member], target: Target) -> Member | None:
     return max(within, key=lambda m: _rank(m.validation))
 
 
+def _instead(chosen: Member, members: Sequence[Member], target: Target) -> str:
+    """For people: that the chosen member stands in for one that failed."""
+    wanted = _choose([replace(m, failure=None) for m in members], target)
+    if wanted is None or wanted.rate == chosen.rate:
+        return ""
+    return f", in place of rate {wanted.rate:g}, which was not written"
+
+
+def _ties(m: Member) -> str:
+    agreement = (m.agreement or {}).get("cpu")
+    if agreement is None or not agreement.ties:
+        return ""
+    return f", {agreement.ties} ties, {agreement.ties_differing} of them decided otherwise than in float64"
+
+
 def _nearest(members: Sequence[Member], target: Target) -> str:
-    last = members[-1]
+    last = next((m for m in reversed(members) if m.failure is None), members[-1])
     return (
         f"target: no member meets it; the smallest, rate {last.rate:g}, has step {last.step_us:.2f} us, "
         f"{last.file_bytes} bytes and loses {_loss(last, members):.1f} points"
