@@ -10,7 +10,9 @@ unpruned network, and writes results.json. ``page`` draws README.md's tables and
 ``host`` extra.
 
 Every network of a family is trained on the training split, chosen on the validation split and scored here on the test
-split; nothing is chosen by the test score. Accuracies are balanced ones (mean recall over classes).
+split; nothing is chosen by the test score. Each artifact is written as the command writes it: its stream is compared
+with the network in float64 and scored, and how they agree is kept. A network that fails has no score; ``measure`` names
+it and ends with status 1. Accuracies are balanced ones (mean recall over classes).
 """
 
 from __future__ import annotations
@@ -82,23 +84,24 @@ def _train(task: Task, data: Any, kernel: str, seed: int, epochs: int, d_model: 
 
 
 def _row(checkpoint: Any, data: Any, name: str, folder: Path, **known: Any) -> dict[str, Any]:
-    """Test score and size; the artifact goes beside it, to be timed later."""
-    import torch
+    """Size and the artifact's test score and agreement; the artifact, written as the command does, is timed later.
 
-    from edge_ssm import artifact
+    A network whose artifact fails has no score, only the reason.
+    """
     from edge_ssm.network import cost
-    from edge_ssm_build.search import network_of
-    from edge_ssm_build.training import as_input, score, split_windows
+    from edge_ssm_build.exporting import export
+    from edge_ssm_build.search import FAILURES, network_of
 
-    x, y = split_windows(data, "test", checkpoint.recipe.window)
-    reached = score(checkpoint.model, as_input(x, checkpoint.spec), torch.from_numpy(y))
-    network = network_of(checkpoint)
-    artifact.save(folder / f"{name}.safetensors", network, {})
-    total = cost(network)
+    try:
+        agreements, made_by = export(checkpoint, data, folder / f"{name}.safetensors")
+    except FAILURES as error:
+        return known | {"artifact": None, "failure": str(error)}
+    reached, total = made_by["scores"]["test"], cost(network_of(checkpoint))
     return known | {
         "artifact": f"{name}.safetensors",
-        "accuracy": reached.balanced_accuracy,
-        "plain_accuracy": reached.accuracy,
+        "accuracy": reached["balanced_accuracy"],
+        "plain_accuracy": reached["accuracy"],
+        "agreement": {engine: asdict(agreement) for engine, agreement in agreements.items()},
         "validation": checkpoint.history[-1]["validation"]["balanced_accuracy"],
         "parameters": total.parameters,
         "weight_bytes": total.weight_bytes,
@@ -144,7 +147,7 @@ def _narrow(task: Task, kernel: str, base: Any, data: Any, seed: int, folder: Pa
     fine_tune = _plan("compact", base, task.rates).epochs
     rows = []
     for i, (rate, row) in enumerate(zip(task.rates, compact, strict=True)):
-        if rate not in NARROW_RATES:
+        if rate not in NARROW_RATES or row["artifact"] is None:
             continue
         width = task.d_model
         while width > 1:
@@ -194,7 +197,9 @@ def train(arguments: argparse.Namespace) -> None:
     def finish(folder: Path, part: str, rows: Any) -> None:
         atomic.write(folder / f"{part}.json", json.dumps(rows).encode())
         (folder / f"{part}.lock").unlink()
-        print(folder.name, part, *(f"{100 * r['accuracy']:.1f}" for r in rows), flush=True)
+        print(
+            folder.name, part, *(f"{100 * r['accuracy']:.1f}" if r["artifact"] else "failed" for r in rows), flush=True
+        )
 
     for seed in arguments.seeds:
         for name in arguments.tasks:
@@ -228,7 +233,7 @@ def measure(arguments: argparse.Namespace) -> None:
     from edge_ssm.engines import create
     from edge_ssm.monitor import steptime
 
-    rows = []
+    rows, failed = [], []
     for name in TASKS:
         for kernel in ("s4d", "s4"):
             for seed in range(10):
@@ -238,7 +243,15 @@ def measure(arguments: argparse.Namespace) -> None:
                 base_row = json.loads((folder / "base.json").read_text())[0]
                 made = []
                 for part in sorted(folder.glob("*.json")):
-                    made += [{"method": part.stem} | row for row in json.loads(part.read_text()) if row["rate"]]
+                    found = [{"method": part.stem} | row for row in json.loads(part.read_text())]
+                    failed += [
+                        f"{folder.name}, {r['method']} {r['rate']:g}: {r['failure']}"
+                        for r in found
+                        if not r["artifact"]
+                    ]
+                    made += [row for row in found if row["rate"] and row["artifact"]]
+                if base_row["artifact"] is None:
+                    continue
                 networks = [artifact.load(folder / row["artifact"]).network for row in [base_row, *made]]
                 samples = np.random.default_rng(0).standard_normal((100, networks[0].d_input))
                 samples = networks[0].input.mean + networks[0].input.std * samples
@@ -253,6 +266,8 @@ def measure(arguments: argparse.Namespace) -> None:
                 print(folder.name, f"unpruned {times[0]:.2f} us, {len(made)} networks", flush=True)
     lines = ",\n".join(json.dumps(row) for row in rows)
     atomic.write(HERE / "results.json", f"[\n{lines}\n]\n".encode())
+    if failed:
+        sys.exit("\n".join([f"{len(failed)} networks are not in results.json:", *failed]))
 
 
 def main() -> None:
