@@ -27,6 +27,15 @@ class Killed(BaseException):
     pass
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """As the command has it here and in workers: with more, sums of the float64 kernel come out otherwise."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture
 def start(fresh, data):
     checkpoint = fresh(epochs=8)
