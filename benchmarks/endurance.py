@@ -26,10 +26,10 @@ import numpy as np
 import psutil
 from numba import njit
 
-from edge_ssm import artifact
-from edge_ssm.discretize import step_parameters
-from edge_ssm.engines import create
-from edge_ssm.network import Network
+from edge_ssm.engines.registry import create
+from edge_ssm.formats import artifact
+from edge_ssm.model.discretize import step_parameters
+from edge_ssm.model.network import Network
 
 ROOT = Path(__file__).parent.parent
 SILENCE_S, RATE_HZ = 600, 50

@@ -24,10 +24,10 @@ import numpy as np
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
-from floor import PASSES, read_bytes, reader  # noqa: E402
-from networks import random_network, samples_for  # noqa: E402
+from floor import PASSES, read_bytes, reader
+from networks import random_network, samples_for
 
-from edge_ssm.engines import create  # noqa: E402
+from edge_ssm.engines.registry import create
 
 SHAPES = {"small": (64, 2), "ecg": (128, 4), "large": (256, 6)}
 CHUNK, LANES = 64, 16

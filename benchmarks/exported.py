@@ -29,24 +29,24 @@ import numpy as np
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
-from networks import random_network, samples_for  # noqa: E402
+from networks import random_network, samples_for
 
-from edge_ssm import load  # noqa: E402
-from edge_ssm.engines import create  # noqa: E402
-from edge_ssm.graphs import files  # noqa: E402
-from edge_ssm.network import MIXING_DTYPES, InputSpec  # noqa: E402
-from edge_ssm_build import graphs  # noqa: E402
+from edge_ssm import load
+from edge_ssm.engines.registry import create
+from edge_ssm.formats import exported
+from edge_ssm.model.network import MIXING_DTYPES, InputSpec
+from edge_ssm_build import graphs
 
 SHAPES = {"small": (64, 2), "ecg": (128, 4), "large": (256, 6)}
 PRUNED = (0, 50, 90)
-KINDS: tuple[files.Kind, ...] = ("onnx", "tflite")
+KINDS: tuple[exported.Kind, ...] = ("onnx", "tflite")
 WARM, STEPS, CHUNK, LONG = 3, 10, 16, 20_000
 
 
-def graph_engine(network: Any, kind: files.Kind, weights: Any, calibration: Any, chunk: int = 1) -> tuple[Any, int]:
+def graph_engine(network: Any, kind: exported.Kind, weights: Any, calibration: Any, chunk: int = 1) -> tuple[Any, int]:
     """An engine, and the bytes of its graph."""
     reach = graphs.reach_of(network, calibration) if weights == "int8" else []
-    graph = files.build(kind, network, weights, reach, chunk)
+    graph = exported.build(kind, network, weights, reach, chunk)
     return create(kind, network, graph=graph), len(graph.content)
 
 
@@ -104,7 +104,7 @@ def steps(rounds: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
 
 def chunks(network: Any, samples: Any, rounds: int) -> list[dict[str, Any]]:
     made = {"cpu": create("cpu", network)}
-    for kind, chunk, what in (("onnx", files.ANY, "Scan"), ("tflite", 16, "16 unrolled")):
+    for kind, chunk, what in (("onnx", exported.ANY, "Scan"), ("tflite", 16, "16 unrolled")):
         made[f"{kind}, steps"] = graph_engine(network, kind, "float32", samples)[0]
         made[f"{kind}, {what}"] = graph_engine(network, kind, "float32", samples, chunk)[0]
 

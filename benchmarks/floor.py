@@ -8,18 +8,19 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from edge_ssm.engines import vector
-from edge_ssm.engines.layout import aligned
-from edge_ssm.network import Network, cost
+from edge_ssm.engines.cpu import simd
+from edge_ssm.engines.cpu.layout import aligned
+from edge_ssm.model.cost import cost
+from edge_ssm.model.network import Network
 
 PASSES = 16
 """Of one call, so that the call itself does not count."""
-eight_vectors = vector.SINGLE["float32"][8]
+eight_vectors = simd.SINGLE["float32"][8]
 
 
 @njit
 def read(w: int, y: int, z: int, columns: int, passes: int) -> None:
-    weights, inputs, sums = vector.float32_at(w), vector.float32_at(y), vector.float32_at(z)
+    weights, inputs, sums = simd.float32_at(w), simd.float32_at(y), simd.float32_at(z)
     for _ in range(passes):
         eight_vectors(weights, 0, weights, columns, inputs, sums, 0)
 

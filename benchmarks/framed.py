@@ -14,9 +14,10 @@ from pathlib import Path
 
 import numpy as np
 
-from edge_ssm.network import InputSpec
-from edge_ssm.stream.framed import encode
-from edge_ssm.stream.frames import Frame, decoder
+from edge_ssm.io.codecs.framed import encode
+from edge_ssm.io.codecs.registry import decoder
+from edge_ssm.io.messages import Frame
+from edge_ssm.model.network import InputSpec
 
 BLOCK = 1 << 16
 

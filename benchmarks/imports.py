@@ -21,15 +21,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from edge_ssm.engines import create
-from edge_ssm.monitor import steptime
+from edge_ssm.engines.registry import create
+from edge_ssm.profiler import step_table
 from edge_ssm_build import datasets, foreign, importing, training, verification
 from edge_ssm_build.executors import prepare_process
 from edge_ssm_build.model import Config
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tests" / "host"))
-import layouts  # noqa: E402
+import layouts
 
 WINDOW = 100
 DIAGONAL, BILINEAR = {"init": "legs"}, {"init": "legs", "discretization": "bilinear"}
@@ -72,8 +72,8 @@ def errors(folder: Path, checkpoint: training.Checkpoint, layout: Any, stated: d
 
 def step_ratio() -> float:
     """A rank-one step over a diagonal one, H = 128, N = 64, 4 layers."""
-    engines = [create("cpu", steptime.synthetic(128, 4, 128, 32, 128, "float32", low)) for low in (True, False)]
-    rank_one, diagonal = steptime.measure(engines, np.random.default_rng(0).standard_normal((100, 1)))
+    engines = [create("cpu", step_table.synthetic(128, 4, 128, 32, 128, "float32", low)) for low in (True, False)]
+    rank_one, diagonal = step_table.measure(engines, np.random.default_rng(0).standard_normal((100, 1)))
     return rank_one / diagonal
 
 

@@ -40,7 +40,7 @@ def main() -> None:
         stream = Path(folder) / "test.csv"
         samples = recording.record(data, "test", stream, network.window)
         for engine in ("cpu", "reference"):
-            command = [sys.executable, "-c", "from edge_ssm.cli import main; main()", "run", str(model), "--stream"]
+            command = [sys.executable, "-c", "from edge_ssm.cli.app import main; main()", "run", str(model), "--stream"]
             command += ["--input", str(stream), "--logits", "--truth", "--engine", engine]
             done = subprocess.run(command, capture_output=True, text=True, check=True)
             decisions = [json.loads(line) for line in done.stdout.splitlines()]

@@ -14,11 +14,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT / "tests")]
-from networks import random_network, samples_for  # noqa: E402
+from networks import random_network, samples_for
 
-from edge_ssm.engines import choice, create  # noqa: E402
-from edge_ssm.monitor import protocol  # noqa: E402
-from edge_ssm.monitor.latency import LatencyHistogram  # noqa: E402
+from edge_ssm.engines import selection
+from edge_ssm.engines.registry import create
+from edge_ssm.histogram import LatencyHistogram
+from edge_ssm.profiler import protocol
 
 SHAPES = {"small": (64, 2), "ecg": (128, 4), "large": (256, 6)}
 ROUNDS, ROUND_S = 21, 0.1
@@ -34,7 +35,7 @@ def main() -> None:
         calls = protocol.Activity("cpu", engine, samples).calls()
         ratios, ours, theirs = [], [], []
         for turn in range(ROUNDS + 1):
-            (benchmark,) = choice.measure([engine], list(samples[:20]), 5)
+            (benchmark,) = selection.measure([engine], list(samples[:20]), 5)
             histogram = LatencyHistogram()
             protocol._back_to_back(calls, time.perf_counter_ns() + int(ROUND_S * 1e9), histogram)
             profiled = histogram.percentile_ns(50) / 1e3

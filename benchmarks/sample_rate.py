@@ -16,7 +16,7 @@ import numpy as np
 from scipy.signal import resample_poly
 
 from edge_ssm import load
-from edge_ssm.network import at_sample_rate
+from edge_ssm.model.transforms import at_sample_rate
 from edge_ssm_build import datasets, verification
 from edge_ssm_build.exporting import stream_windows
 from edge_ssm_build.training import split_windows

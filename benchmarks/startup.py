@@ -28,7 +28,7 @@ def start(engine: str, cache: Path, stream: Path) -> tuple[float, float]:
     command = [
         sys.executable,
         "-c",
-        "from edge_ssm.cli import main; main()",
+        "from edge_ssm.cli.app import main; main()",
         "run",
         str(ROOT / "examples/demo.safetensors"),
     ]

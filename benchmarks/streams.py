@@ -36,7 +36,7 @@ import numpy as np
 ROOT = Path(__file__).parent.parent
 MODEL, RECORDING = ROOT / "examples" / "demo.safetensors", ROOT / "examples" / "demo.csv"
 WINDOW = 200
-EDGE_SSM = [sys.executable, "-c", "from edge_ssm.cli import main; main()"]
+EDGE_SSM = [sys.executable, "-c", "from edge_ssm.cli.app import main; main()"]
 START_S, END_S = 60.0, 15.0
 """For a run to be ready, and for what was sent to arrive."""
 PR_SET_TIMERSLACK = 29

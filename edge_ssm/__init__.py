@@ -12,25 +12,25 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from edge_ssm.artifact import Artifact, load, save
-    from edge_ssm.engines import Engine, Snapshot
-    from edge_ssm.engines import create as create_engine
+    from edge_ssm.engines.registry import Engine, Snapshot
+    from edge_ssm.engines.registry import create as create_engine
     from edge_ssm.errors import EdgeSSMError
-    from edge_ssm.network import Network
+    from edge_ssm.formats.artifact import Artifact, load, save
+    from edge_ssm.model.network import Network
 
 __version__ = "0.1.0"
 
 __all__ = ["Artifact", "EdgeSSMError", "Engine", "Network", "Snapshot", "__version__", "create_engine", "load", "save"]
 
 _FROM = {
-    "Artifact": ("edge_ssm.artifact", "Artifact"),
+    "Artifact": ("edge_ssm.formats.artifact", "Artifact"),
     "EdgeSSMError": ("edge_ssm.errors", "EdgeSSMError"),
-    "Engine": ("edge_ssm.engines", "Engine"),
-    "Network": ("edge_ssm.network", "Network"),
-    "Snapshot": ("edge_ssm.engines", "Snapshot"),
-    "create_engine": ("edge_ssm.engines", "create"),
-    "load": ("edge_ssm.artifact", "load"),
-    "save": ("edge_ssm.artifact", "save"),
+    "Engine": ("edge_ssm.engines.registry", "Engine"),
+    "Network": ("edge_ssm.model.network", "Network"),
+    "Snapshot": ("edge_ssm.engines.registry", "Snapshot"),
+    "create_engine": ("edge_ssm.engines.registry", "create"),
+    "load": ("edge_ssm.formats.artifact", "load"),
+    "save": ("edge_ssm.formats.artifact", "save"),
 }
 
 

@@ -62,3 +62,15 @@ class RunFailed(EdgeSSMError):
 
 class EngineUnavailable(RunFailed):
     pass
+
+
+class SinkClosed(Exception):
+    """The reader of the output has gone away."""
+
+
+class MeterUnavailable(EdgeSSMError):
+    """No such sensor here, or it can't be read; the text says why."""
+
+
+class MeterLost(EdgeSSMError):
+    """It read and does not any more."""

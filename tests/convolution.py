@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from edge_ssm.network import SSM, Block, Network, Norm, TokenEncoder
+from edge_ssm.model.network import SSM, Block, Network, Norm, TokenEncoder
 
 
 def kernel(ssm: SSM, discretization: str, length: int) -> Any:

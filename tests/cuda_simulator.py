@@ -1,4 +1,4 @@
-"""A GPU for ``edge_ssm.engines.cuda``, by Numba's simulator: every thread of a kernel is a thread of Python.
+"""A GPU for ``edge_ssm.engines.cuda.engine``, by Numba's simulator: every thread of a kernel is a thread of Python.
 
 Run with NUMBA_ENABLE_CUDASIM=1. The simulator runs one block after another; where blocks wait for each other,
 ``_side_by_side`` runs them at once, each with its own shared memory.
@@ -13,16 +13,15 @@ from numba import cuda
 from numba.cuda.simulator import kernel as simulated
 from numba.cuda.simulator.kernelapi import FakeCUDAModule, FakeCUDAShared
 
-from edge_ssm.engines import cuda as engine
-from edge_ssm.engines import cuda_kernel, cuda_persistent
-from edge_ssm.engines.cuda_persistent import PersistentCudaEngine
+from edge_ssm.engines.cuda import engine, kernels, persistent
+from edge_ssm.engines.cuda.persistent import PersistentCudaEngine
 
-cuda_persistent.ASKED = 1
+persistent.ASKED = 1
 # What a GPU's own instructions do, in Python; a word is read and written whole there too.
-cuda_kernel.load_word = lambda words, i: (time.sleep(1e-3), int(words[i]))[1]
-cuda_kernel.store_word = lambda words, i, word: words.__setitem__(i, word)
-cuda_kernel.float_of = lambda word: np.uint32(word & 0xFFFFFFFF).view(np.float32)
-cuda_kernel.word_of = lambda number, value: (number << 32) | int(np.float32(value).view(np.uint32))
+kernels.load_word = lambda words, i: (time.sleep(1e-3), int(words[i]))[1]
+kernels.store_word = lambda words, i, word: words.__setitem__(i, word)
+kernels.float_of = lambda word: np.uint32(word & 0xFFFFFFFF).view(np.float32)
+kernels.word_of = lambda number, value: (number << 32) | int(np.float32(value).view(np.uint32))
 
 
 class _Module(FakeCUDAModule):
@@ -69,7 +68,7 @@ class Simulator:
 
     def kernel(self, name, shared_bytes):
         kind, _, lanes = name.partition("-")
-        run, serve = cuda_kernel.kernels(int(lanes or 1))
+        run, serve = kernels.kernels(int(lanes or 1))
         return cuda.jit(serve if kind == "serve" else run)
 
     def upload(self, array):

@@ -196,9 +196,9 @@ def measure(arguments):
     sys.path[:0] = [str(HERE), str(HERE.parent)]
     from networks import random_network, samples_for
 
-    from edge_ssm.engines import create
-    from edge_ssm.monitor import protocol
-    from edge_ssm.monitor.energy import per_step
+    from edge_ssm.engines.registry import create
+    from edge_ssm.profiler import protocol
+    from edge_ssm.profiler.energy import per_step
 
     path = f"/run/shared-{os.getpid()}"
     shared = Shared(path)

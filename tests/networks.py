@@ -5,18 +5,8 @@ from typing import Any
 import numpy as np
 from hypothesis import strategies as st
 
-from edge_ssm.network import (
-    SSM,
-    Block,
-    Decoder,
-    InputSpec,
-    LinearEncoder,
-    Mixing,
-    Network,
-    Norm,
-    TokenEncoder,
-    quantised,
-)
+from edge_ssm.model.network import SSM, Block, Decoder, InputSpec, LinearEncoder, Mixing, Network, Norm, TokenEncoder
+from edge_ssm.model.transforms import quantised
 
 NORMS = ("layer", "affine", None)
 

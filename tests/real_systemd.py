@@ -49,7 +49,7 @@ for packages in "$@"; do
 done
 printf 'home = /opt/edge-ssm/base/bin\ninclude-system-site-packages = false\n' > opt/edge-ssm/pyvenv.cfg
 ln -s "/opt/edge-ssm/base/bin/$PYTHON" opt/edge-ssm/bin/python
-printf '#!/opt/edge-ssm/bin/python\nfrom edge_ssm.cli import main\nmain()\n' > opt/edge-ssm/bin/edge-ssm
+printf '#!/opt/edge-ssm/bin/python\nfrom edge_ssm.cli.app import main\nmain()\n' > opt/edge-ssm/bin/edge-ssm
 chmod 755 opt/edge-ssm/bin/edge-ssm
 echo /opt/edge-ssm/base/lib > etc/ld.so.conf.d/edge-ssm.conf
 ldconfig -r . 2> /dev/null

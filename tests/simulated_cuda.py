@@ -5,10 +5,11 @@ import pytest
 from cuda_simulator import create, create_persistent
 from networks import random_network, samples_for
 
-from edge_ssm.engines import create as create_engine
-from edge_ssm.engines import cuda, cuda_kernel, cuda_persistent
-from edge_ssm.engines.cuda import TOGETHER, plan
-from edge_ssm.engines.fallback import FallbackEngine
+from edge_ssm.engines.cuda import engine as cuda_engine
+from edge_ssm.engines.cuda import kernels, persistent
+from edge_ssm.engines.cuda.engine import TOGETHER, plan
+from edge_ssm.engines.failover import FallbackEngine
+from edge_ssm.engines.registry import create as create_engine
 from edge_ssm.errors import EngineUnavailable, RunFailed, SampleError
 
 FORMS = {
@@ -59,7 +60,7 @@ def test_many_lanes_share_the_weights():
 @pytest.mark.parametrize(("lanes", "processors", "blocks"), [(1, 3, 3), (2, 4, 2)])
 @pytest.mark.parametrize("form", ["ragged, columns and rows dropped", "rank one", "prenorm, affine, plain", "int8"])
 def test_blocks_that_share_a_lane_hand_each_other_what_they_found(form, lanes, processors, blocks, monkeypatch):
-    monkeypatch.setattr(cuda, "SPLIT_BYTES", 0)
+    monkeypatch.setattr(cuda_engine, "SPLIT_BYTES", 0)
     network = random_network(3, **FORMS[form])
     samples = samples_for(network, 0, 2, *([lanes] if lanes > 1 else []))
     engine = create(network, lanes, processors)
@@ -79,7 +80,7 @@ def test_a_step_is_one_launch():
 
 @pytest.mark.parametrize(("lanes", "processors", "blocks"), [(1, 1, 1), (2, 2, 1), (1, 2, 2)])
 def test_a_kernel_that_stays_is_as_many_steps_in_one_launch(lanes, processors, blocks, monkeypatch):
-    monkeypatch.setattr(cuda, "SPLIT_BYTES", 0 if blocks > 1 else 1 << 40)
+    monkeypatch.setattr(cuda_engine, "SPLIT_BYTES", 0 if blocks > 1 else 1 << 40)
     network = random_network(3, h=6, pairs=2, layers=2)
     samples = samples_for(network, 0, 6, *([lanes] if lanes > 1 else []))
     engine, reference = create_persistent(network, lanes, processors), create_engine("reference", network, lanes)
@@ -100,9 +101,9 @@ def test_a_kernel_that_stays_is_as_many_steps_in_one_launch(lanes, processors, b
 
 
 def test_a_ring_is_filled_only_where_it_is_free_and_its_numbers_start_again(monkeypatch):
-    monkeypatch.setattr(cuda_persistent, "SLOTS", 2)
-    monkeypatch.setattr(cuda_persistent, "LAST_NUMBER", 4)
-    monkeypatch.setattr(cuda_kernel, "LAST_NUMBER", 4)
+    monkeypatch.setattr(persistent, "SLOTS", 2)
+    monkeypatch.setattr(persistent, "LAST_NUMBER", 4)
+    monkeypatch.setattr(kernels, "LAST_NUMBER", 4)
     network = random_network(3, h=3, pairs=1, layers=1)
     samples = samples_for(network, 0, 11)
     found = create_persistent(network).chunk(samples)

@@ -17,9 +17,11 @@ from hypothesis import strategies as st
 from networks import networks, random_network
 from safetensors import safe_open
 
-from edge_ssm import artifact, inspect
 from edge_ssm.errors import ArtifactError, EdgeSSMError, NetworkError
-from edge_ssm.network import check, fingerprint
+from edge_ssm.formats import artifact
+from edge_ssm.formats import description as formats_description
+from edge_ssm.model.network import fingerprint
+from edge_ssm.model.validation import check
 
 DTYPES = {"F32": "<f4", "F64": "<f8", "I64": "<i8", "I32": "<i4", "F16": "<f2", "I8": "<i1"}
 
@@ -196,9 +198,9 @@ def test_provenance_has_a_depth(tmp_path, parts):
     document, tensors = parts
     path = tmp_path / "m.safetensors"
     path.write_bytes(join(document | {"provenance": {"a": nested(63)}}, tensors))
-    description = inspect.describe(artifact.load(path))
+    description = formats_description.describe(artifact.load(path))
     assert json.loads(json.dumps(description)) == description
-    assert "provenance" in inspect.render(description)
+    assert "provenance" in formats_description.render(description)
     for levels in (64, 300, 900):
         deep = json.dumps(document | {"provenance": {"a": nested(levels)}})
         assert "provenance: more than 64 levels" in refused(tmp_path, join(deep, tensors))
@@ -213,7 +215,7 @@ def test_provenance_has_a_depth(tmp_path, parts):
 def test_provenance_does_nothing_to_a_terminal(tmp_path):
     path = tmp_path / "m.safetensors"
     artifact.save(path, random_network(), {"a\x1b[2J": ["\x1b]0;x\x07", {"b": "c\nd\x9bm"}], "ü": "é"})
-    text = inspect.render(inspect.describe(artifact.load(path)))
+    text = formats_description.render(formats_description.describe(artifact.load(path)))
     assert all(c.isprintable() or c == "\n" for c in text)
     assert "b: c?d?m" in text
     assert "ü: é" in text

@@ -8,7 +8,7 @@ import threading
 
 import pytest
 
-from edge_ssm import atomic
+from edge_ssm import files
 
 NO_ROOT = pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 
@@ -16,8 +16,8 @@ NO_ROOT = pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywher
 def test_a_file_is_replaced_whole_and_nothing_is_left_beside_it(tmp_path):
     path = tmp_path / "f"
     for content in (b"one", b"two"):
-        atomic.check(path)
-        atomic.write(path, content)
+        files.check(path)
+        files.write(path, content)
         assert path.read_bytes() == content
     assert list(tmp_path.iterdir()) == [path]
 
@@ -29,8 +29,8 @@ def test_a_link_stays_a_link(tmp_path):
     link.symlink_to("far/f")
     dangling.symlink_to(tmp_path / "far" / "new")
     for path in (link, dangling):
-        atomic.check(path)
-        atomic.write(path, b"new")
+        files.check(path)
+        files.write(path, b"new")
         assert path.is_symlink()
         assert path.read_bytes() == b"new"
     assert target.read_bytes() == b"new"
@@ -40,7 +40,7 @@ def test_a_link_stays_a_link(tmp_path):
 def test_a_link_in_a_circle_is_an_error(tmp_path):
     (tmp_path / "a").symlink_to("b")
     (tmp_path / "b").symlink_to("a")
-    for do in (atomic.check, lambda path: atomic.write(path, b"x")):
+    for do in (files.check, lambda path: files.write(path, b"x")):
         with pytest.raises(OSError, match="symbolic links"):
             do(tmp_path / "a")
 
@@ -48,12 +48,12 @@ def test_a_link_in_a_circle_is_an_error(tmp_path):
 def test_a_pipe_is_written_into(tmp_path):
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
-    atomic.check(pipe)  # without a reader, and without waiting for one
+    files.check(pipe)  # without a reader, and without waiting for one
     heard = []
     reader = threading.Thread(target=lambda: heard.append(pipe.read_bytes()))
     reader.start()
     content = os.urandom(1 << 20)  # more than a pipe holds
-    atomic.write(pipe, content)
+    files.write(pipe, content)
     reader.join(30)
     assert heard == [content]
     assert stat.S_ISFIFO(pipe.stat().st_mode)
@@ -64,12 +64,12 @@ def test_a_device_is_written_into(tmp_path):
     for device, expected in (("/dev/null", None), ("/dev/full", "No space left on device")):
         link = tmp_path / device[5:]
         link.symlink_to(device)
-        atomic.check(link)
+        files.check(link)
         if expected is None:
-            atomic.write(link, b"x")
+            files.write(link, b"x")
         else:
             with pytest.raises(OSError, match=expected):
-                atomic.write(link, b"x")
+                files.write(link, b"x")
         assert link.is_symlink()
         assert stat.S_ISCHR(os.stat(link).st_mode)
 
@@ -78,7 +78,7 @@ def test_a_device_is_written_into(tmp_path):
 def test_standard_output_goes_on_where_it_was(tmp_path, name):
     """Redirected to a file: it must not be replaced, since what came before is in it, nor written from its start."""
     code = (
-        "import os; from pathlib import Path; from edge_ssm import atomic\n"
+        "import os; from pathlib import Path; from edge_ssm import files as atomic\n"
         f"os.write(1, b'before\\n'); atomic.check(Path({name!r})); atomic.write(Path({name!r}), b'content\\n')\n"
         "os.write(1, b'after\\n')"
     )
@@ -93,12 +93,12 @@ def test_standard_output_goes_on_where_it_was(tmp_path, name):
     [("/proc/x", "No such file"), ("/nowhere/x", "No such file"), ("/tmp", "is a folder"), ("/proc/self", "folder")],
 )
 def test_a_place_that_can_not_be_written_is_known_beforehand(place, said):
-    for do in (atomic.check, lambda path: atomic.write(path, b"x")):
+    for do in (files.check, lambda path: files.write(path, b"x")):
         with pytest.raises(OSError, match=said):
-            do(atomic.Path(place))
+            do(files.Path(place))
 
 
 @NO_ROOT
 def test_a_device_that_may_not_be_written_is_known_beforehand():
     with pytest.raises(PermissionError):
-        atomic.check(atomic.Path("/dev/mem"))
+        files.check(files.Path("/dev/mem"))

@@ -12,22 +12,25 @@ from pathlib import Path
 import pytest
 from networks import random_network
 
-from edge_ssm import artifact
 from edge_ssm.errors import UsageError
-from edge_ssm.service import checking, configuration, install, instances
-from edge_ssm.service.configuration import SECTIONS, Settings
-from edge_ssm.stream import live, sinks
-from edge_ssm.stream.outlets.files import FileOutlet
+from edge_ssm.formats import artifact
+from edge_ssm.io.sinks import formats
+from edge_ssm.io.sinks.file import FileOutlet
+from edge_ssm.service import plan as service_plan
+from edge_ssm.service import settings
+from edge_ssm.service.settings import SECTIONS, Settings
+from edge_ssm.service.systemd import install, units
+from edge_ssm.telemetry import publisher
 
-COMMAND = [sys.executable, "-c", "from edge_ssm.cli import main; main()"]
+COMMAND = [sys.executable, "-c", "from edge_ssm.cli.app import main; main()"]
 EXAMPLE = install.folder() / "example.toml"
 
 
 def test_the_example_has_every_key_and_every_default(tmp_path):
     text = EXAMPLE.read_text()
-    present = configuration.parse(re.sub(r"(?m)^#(\w+ = )", r"\1", text).encode(), "example.toml")
+    present = settings.parse(re.sub(r"(?m)^#(\w+ = )", r"\1", text).encode(), "example.toml")
     assert set(present) == {field for keys in SECTIONS.values() for field in keys.values()}
-    assert set(configuration.parse(text.encode(), "example.toml")) == {"model"}
+    assert set(settings.parse(text.encode(), "example.toml")) == {"model"}
     defaults = Settings(model="model.safetensors")
     comments = re.findall(r"(?m)((?:^# .*\n)+)#(\w+) = ", text)
     assert len(comments) == len(present) - 1
@@ -43,7 +46,7 @@ def test_the_documentation_has_every_key():
     text = (Path(__file__).parent.parent / "docs" / "service.md").read_text()
     for section, keys in SECTIONS.items():
         for key, field in keys.items():
-            assert f"| `{section}.{key}` | `{configuration.flag(field)}` |" in text, f"{section}.{key}"
+            assert f"| `{section}.{key}` | `{settings.flag(field)}` |" in text, f"{section}.{key}"
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +131,7 @@ def test_what_can_not_run_says_where(models, text, problem):
         pytest.importorskip("paho")
     path = configured(models, text.replace("{folder}", str(models)))
     with pytest.raises(UsageError, match=re.escape(problem.replace("{folder}", str(models)))) as caught:
-        checking.check(path)
+        service_plan.check(path)
     assert str(caught.value).startswith(path)
 
 
@@ -144,7 +147,7 @@ def test_a_damaged_model_is_refused_as_a_command_would(models):
 
 def test_what_will_run_and_what_it_needs(models):
     pytest.importorskip("serial")
-    plan = checking.check(
+    plan = service_plan.check(
         configured(
             models,
             "[source]\ninput = 'serial:///dev/ttyUSB9?baud=9600'\n[sink]\noutput = 'tcp://10.0.0.1:9'\n"
@@ -162,11 +165,11 @@ def test_what_will_run_and_what_it_needs(models):
 def test_a_check_opens_nothing(models):
     """A named pipe without a writer would block it, a taken port would fail."""
     os.mkfifo(models / "pipe")
-    plan = checking.check(configured(models, f"[source]\ninput = '{models}/pipe'\n"))
+    plan = service_plan.check(configured(models, f"[source]\ninput = '{models}/pipe'\n"))
     assert any("ends with its first writer" in warning for warning in plan.warnings)
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        checking.check(configured(models, f"[source]\ninput = 'tcp-listen://127.0.0.1:{port}'\n"))
+        service_plan.check(configured(models, f"[source]\ninput = 'tcp-listen://127.0.0.1:{port}'\n"))
 
 
 @pytest.mark.parametrize("key", ["model.path", "adaptive.members", "security.require_signature"])
@@ -207,10 +210,10 @@ def test_names_can_not_move_the_terminals_cursor(models):
 
 
 def test_what_a_run_tells_can_not_either(tmp_path):
-    facts = live.Facts("m\x1b[2J", "d", "cpu", 50.0, source="\x1b[31mX")
-    sink = sinks.make("ndjson", FileOutlet(str(tmp_path / "out")), random_network(), False, False)
-    told = live.Live(sink, facts).status()
-    shown = instances.in_words({"Id": "edge-ssm@x.service", "StatusText": "runs \x1b[2J"}, told)
+    facts = publisher.Facts("m\x1b[2J", "d", "cpu", 50.0, source="\x1b[31mX")
+    sink = formats.make("ndjson", FileOutlet(str(tmp_path / "out")), random_network(), False, False)
+    told = publisher.Live(sink, facts).status()
+    shown = units.in_words({"Id": "edge-ssm@x.service", "StatusText": "runs \x1b[2J"}, told)
     assert "\x1b" not in shown
     assert "  model     m?[2J, digest d" in shown
 

@@ -15,10 +15,10 @@ import pytest
 from networks import random_network, samples_for
 
 import edge_ssm
-from edge_ssm import artifact
-from edge_ssm.engines import create
+from edge_ssm.engines.registry import create
+from edge_ssm.formats import artifact
 
-COMMAND = [sys.executable, "-c", "from edge_ssm.cli import main; main()"]
+COMMAND = [sys.executable, "-c", "from edge_ssm.cli.app import main; main()"]
 WINDOW = 10
 
 
@@ -265,7 +265,7 @@ def test_doctor_lists_what_is_here_and_how_to_add_the_rest():
 
 
 def test_doctor_does_not_import_what_it_looks_for():
-    code = "import sys; from edge_ssm import doctor as d; d.examine(); print({'torch', 'numba'} & set(sys.modules))"
+    code = "import sys; from edge_ssm.cli import doctor as d; d.examine(); print({'torch', 'numba'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "set()"
 
 

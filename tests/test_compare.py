@@ -10,16 +10,16 @@ import numpy as np
 import pytest
 from networks import random_network, samples_for
 
-from edge_ssm.engines import create
+from edge_ssm.engines.registry import create
 from edge_ssm.errors import InputRefused
-from edge_ssm.monitor import compare, page, protocol, report
-from edge_ssm.monitor.energy import Energy
-from edge_ssm.monitor.latency import LatencyHistogram
-from edge_ssm.monitor.protocol import Activity
+from edge_ssm.histogram import LatencyHistogram
+from edge_ssm.profiler import compare, protocol, report, report_html
+from edge_ssm.profiler.energy import Energy
+from edge_ssm.profiler.protocol import Activity
 
 ROOT = Path(__file__).parent.parent
 DEMO = ROOT / "examples" / "demo.safetensors"
-CLI = [sys.executable, "-c", "from edge_ssm.cli import main; main()", "profile"]
+CLI = [sys.executable, "-c", "from edge_ssm.cli.app import main; main()", "profile"]
 SHORT = ["--rounds", "2", "--block-seconds", "0.3", "--meter", "none", "--engine", "cpu"]
 
 
@@ -159,7 +159,7 @@ def test_names_in_a_report_can_not_write_lines_of_their_own(a):
         assert "\u202e" not in text
         assert not [line for line in text.splitlines() if line.startswith("verdict: B")]
         assert "x?verdict: B is faster" in text
-    assert page.render(forged).count("<svg") >= 1
+    assert report_html.render(forged).count("<svg") >= 1
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------

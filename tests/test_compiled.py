@@ -11,11 +11,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_ssm.engines import compiled, cuda_store, image
+from edge_ssm.engines.cpu import cache as kernel_cache
+from edge_ssm.engines.cpu import elf, kernel_file
+from edge_ssm.engines.cuda import cache as cuda_cache
 from edge_ssm.errors import EdgeSSMError, EngineUnavailable, InputRefused, UsageError
 
 ROOT = Path(__file__).parent.parent
-GENERIC = f"{image.platform.machine()}-generic"
+GENERIC = f"{kernel_file.platform.machine()}-generic"
 CHECK = """
 import sys; sys.path.insert(0, 'tests')
 from networks import random_network, samples_for
@@ -38,7 +40,7 @@ def run(code, **environment):
 def generic(tmp_path_factory):
     """A kernel for this machine's kind of processor without any extension."""
     path = tmp_path_factory.mktemp("kernels") / "generic.kernel"
-    compiled.compile_and_keep(GENERIC, path, None)
+    kernel_cache.compile_and_keep(GENERIC, path, None)
     return path
 
 
@@ -49,8 +51,8 @@ def content(generic):
 
 def changed(content, **fields):
     """The image with other words in its header."""
-    header, code = content.removeprefix(image.MAGIC).split(b"\n", 1)
-    return image.MAGIC + msgspec.json.encode(msgspec.json.decode(header) | fields) + b"\n" + code
+    header, code = content.removeprefix(kernel_file.MAGIC).split(b"\n", 1)
+    return kernel_file.MAGIC + msgspec.json.encode(msgspec.json.decode(header) | fields) + b"\n" + code
 
 
 def test_a_processor_without_extensions_will_do_and_numba_stays_outside(generic, tmp_path):
@@ -69,7 +71,7 @@ def test_the_device_needs_no_numba_where_a_kernel_was_copied(generic, tmp_path):
     assert "no compiled kernel for this processor in" in done.stderr
     assert "edge-ssm compile --target" in done.stderr
     auto = hidden + "sys.path.insert(0, 'tests')\nfrom networks import random_network\n"
-    auto += "from edge_ssm.engines import create\nprint(create('auto', random_network()).name)"
+    auto += "from edge_ssm.engines.registry import create\nprint(create('auto', random_network()).name)"
     assert run(auto, EDGE_SSM_CACHE=str(tmp_path)).stdout.split() == ["reference"]
 
 
@@ -88,11 +90,11 @@ def test_a_damaged_or_stale_image_is_compiled_anew(content, tmp_path):
 
 def test_what_makes_most_of_the_processor_is_taken(content, tmp_path, monkeypatch):
     monkeypatch.setenv("EDGE_SSM_CACHE", str(tmp_path))
-    every = sorted(image.processor_features())
+    every = sorted(kernel_file.processor_features())
     (tmp_path / "a.kernel").write_bytes(changed(content, target="a", features=every[:1]))
     (tmp_path / "b.kernel").write_bytes(changed(content, target="b", features=every[:3]))
     (tmp_path / "c.kernel").write_bytes(changed(content, target="c", features=["no_such_feature"]))
-    best = compiled.best()
+    best = kernel_cache.best()
     assert best is not None
     assert best.header.target == "b"
 
@@ -113,7 +115,7 @@ def test_why_an_image_is_refused(content, tmp_path, fields, reason):
     path = tmp_path / "x.kernel"
     path.write_bytes(changed(content, **fields))
     with pytest.raises(InputRefused, match=f"x.kernel: .*{reason}.*; compile it anew"):
-        compiled.read(path)
+        kernel_cache.read(path)
 
 
 def test_code_that_anyone_may_write_is_not_run(generic, tmp_path):
@@ -121,12 +123,12 @@ def test_code_that_anyone_may_write_is_not_run(generic, tmp_path):
     path.write_bytes(generic.read_bytes())
     path.chmod(0o666)
     with pytest.raises(InputRefused, match="anyone may write it"):
-        compiled.read(path)
+        kernel_cache.read(path)
     if os.geteuid() == 0:
         path.chmod(0o644)
         os.chown(path, 12345, 12345)
         with pytest.raises(InputRefused, match="belongs to another user"):
-            compiled.read(path)
+            kernel_cache.read(path)
 
 
 @given(at=st.floats(0, 1), flip=st.integers(1, 255))
@@ -135,48 +137,48 @@ def test_no_changed_byte_passes(content, at, flip):
     damaged = bytearray(content)
     damaged[place] ^= flip
     try:
-        found = image.decode(bytes(damaged))
+        found = kernel_file.decode(bytes(damaged))
     except InputRefused:
         return
     # The target's name and the order of features are words, not code.
-    assert found.code == image.decode(content).code
-    assert found.header.entry == image.decode(content).header.entry
+    assert found.code == kernel_file.decode(content).code
+    assert found.header.entry == kernel_file.decode(content).header.entry
 
 
 @given(st.binary(max_size=300))
 def test_any_bytes_are_refused_or_whole(data):
-    for content in (data, image.MAGIC + data):
+    for content in (data, kernel_file.MAGIC + data):
         with pytest.raises(EdgeSSMError):
-            image.decode(content)
+            kernel_file.decode(content)
 
 
 def test_the_other_processor_s_code_is_vectors_and_stands_alone(tmp_path):
     path, listing = tmp_path / "orin.kernel", tmp_path / "orin.s"
-    _, made = compiled.compile_and_keep("aarch64-cortex-a78ae", path, listing)
+    _, made = kernel_cache.compile_and_keep("aarch64-cortex-a78ae", path, listing)
     assert made.header.machine == "aarch64"
     assert len(made.code) < 1 << 16
     text = listing.read_text()
     # Of the recurrence and the mixing: fused vector multiply-adds, four float32 each; nothing is called outside.
     assert text.count("fmla\tv") > 100
     assert [line.split()[1] for line in text.splitlines() if line.startswith("\tbl\t")] == ["body"]
-    if image.platform.machine() != "aarch64":
+    if kernel_file.platform.machine() != "aarch64":
         with pytest.raises(InputRefused, match="made for aarch64, this machine is"):
-            compiled.read(path)
+            kernel_cache.read(path)
 
 
 def test_what_can_not_be_compiled_or_kept_says_so(tmp_path, monkeypatch):
     with pytest.raises(UsageError, match="--target 'z80': unknown, expected host, aarch64-cortex-a78ae"):
-        compiled.compile_and_keep("z80", tmp_path / "x", None)
+        kernel_cache.compile_and_keep("z80", tmp_path / "x", None)
     with pytest.raises(EdgeSSMError, match="/proc/nowhere/x: cannot be written"):
-        compiled.compile_and_keep(GENERIC, Path("/proc/nowhere/x"), None)
+        kernel_cache.compile_and_keep(GENERIC, Path("/proc/nowhere/x"), None)
     for program in ("/bin/false", "/proc/nowhere", ""):
         monkeypatch.setattr(sys, "executable", program)
         with pytest.raises(EngineUnavailable, match="the kernel could not be compiled"):
-            compiled.compile_and_keep(GENERIC, tmp_path / "x", None)
+            kernel_cache.compile_and_keep(GENERIC, tmp_path / "x", None)
     assert not (tmp_path / "x").exists()
 
 
-MAIN = "from edge_ssm.cli import main; main()"
+MAIN = "from edge_ssm.cli.app import main; main()"
 
 
 def edge_ssm(*arguments, before=""):
@@ -208,7 +210,7 @@ def test_all_targets_are_named():
     done = edge_ssm("--target", "bogus")
     assert done.returncode == 2
     shown = edge_ssm("--help").stdout
-    for target in (*image.TARGETS, *cuda_store.TARGETS):
+    for target in (*kernel_file.TARGETS, *cuda_cache.TARGETS):
         assert f"{target}" in done.stderr
         assert target in shown
 
@@ -227,42 +229,42 @@ def test_an_object_that_needs_a_library_is_refused():
 
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
-    text = f"declare i64 @outside(ptr)\ndefine i64 @{image.ENTRY}(ptr %c) {{\n %r = call i64 @outside(ptr %c)\n"
+    text = f"declare i64 @outside(ptr)\ndefine i64 @{kernel_file.ENTRY}(ptr %c) {{\n %r = call i64 @outside(ptr %c)\n"
     module = llvm.parse_assembly(text + " ret i64 %r\n}")
     machine = llvm.Target.from_default_triple().create_target_machine(reloc="pic", codemodel="small")
     with pytest.raises(EngineUnavailable, match="does not stand alone, it needs 'outside'"):
-        image.link("x", "x", (), machine.emit_object(module))
+        elf.link("x", "x", (), machine.emit_object(module))
 
 
 def test_where_kernels_are_kept(monkeypatch):
     for name in ("EDGE_SSM_CACHE", "CACHE_DIRECTORY", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", "/x")
-    assert compiled.folder() == Path("/x/.cache/edge-ssm")
+    assert kernel_cache.folder() == Path("/x/.cache/edge-ssm")
     monkeypatch.setenv("XDG_CACHE_HOME", "/c")
-    assert compiled.folder() == Path("/c/edge-ssm")
+    assert kernel_cache.folder() == Path("/c/edge-ssm")
     monkeypatch.setenv("CACHE_DIRECTORY", "/var/cache/edge-ssm:/var/cache/other")
-    assert compiled.folder() == Path("/var/cache/edge-ssm")
+    assert kernel_cache.folder() == Path("/var/cache/edge-ssm")
     monkeypatch.setenv("EDGE_SSM_CACHE", "/k")
-    assert compiled.folder() == Path("/k")
+    assert kernel_cache.folder() == Path("/k")
     monkeypatch.setenv("EDGE_SSM_CACHE", "/own:/root's")
-    assert compiled.folder() == Path("/own")
-    assert compiled.folders() == [Path("/own"), Path("/root's")]
+    assert kernel_cache.folder() == Path("/own")
+    assert kernel_cache.folders() == [Path("/own"), Path("/root's")]
 
 
 def test_a_kernel_of_the_second_folder_is_found(monkeypatch, tmp_path):
     monkeypatch.setenv("EDGE_SSM_CACHE", str(tmp_path / "second"))
-    compiled.build()
+    kernel_cache.build()
     monkeypatch.setenv("EDGE_SSM_CACHE", f"{tmp_path / 'first'}:{tmp_path / 'second'}")
-    monkeypatch.setattr(compiled, "build", lambda: pytest.fail("compiled anew"))
-    monkeypatch.setattr(compiled, "_loaded", None)
-    assert compiled.load().header.machine == os.uname().machine
+    monkeypatch.setattr(kernel_cache, "build", lambda: pytest.fail("compiled anew"))
+    monkeypatch.setattr(kernel_cache, "_loaded", None)
+    assert kernel_cache.load().header.machine == os.uname().machine
 
 
 def test_the_floating_point_mode_is_the_caller_s_again():
     from networks import random_network, samples_for
 
-    from edge_ssm.engines import create
+    from edge_ssm.engines.registry import create
 
     network = random_network()
     create("cpu", network).chunk(samples_for(network, 0, 5))

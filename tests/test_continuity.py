@@ -11,9 +11,9 @@ from networks import random_network, samples_for
 from test_stream import Stream, logits
 
 from edge_ssm.errors import SnapshotError
-from edge_ssm.stream.frames import Frame, Malformed
-from edge_ssm.stream.ordering import Ordering
-from edge_ssm.stream.sources.base import Data, Seam, Source
+from edge_ssm.io.messages import Frame, Malformed
+from edge_ssm.io.sources.base import Data, Seam, Source
+from edge_ssm.runtime.reorder import Ordering
 
 
 def numbered(stream, samples, numbers):
@@ -137,8 +137,8 @@ def csv(rows):
 
 
 def run(network, source, **options):
-    from edge_ssm.stream.frames import CsvDecoder
-    from edge_ssm.stream.stop import Stop
+    from edge_ssm.io.codecs.csv import CsvDecoder
+    from edge_ssm.io.shutdown import Stop
 
     stream = Stream(network, **options)
     stream.loop.run(source, CsvDecoder(network.input), Stop())

@@ -16,14 +16,15 @@ import pytest
 import scripts
 from networks import random_network, samples_for
 
-from edge_ssm import artifact
-from edge_ssm.engines import create, cuda_store
-from edge_ssm.engines.cuda import THREADS
-from edge_ssm.engines.cuda_driver import Device, Memory
+from edge_ssm.engines.cuda import cache as cuda_cache
+from edge_ssm.engines.cuda.driver import Device, Memory
+from edge_ssm.engines.cuda.engine import THREADS
+from edge_ssm.engines.registry import create
 from edge_ssm.errors import EngineUnavailable, InputRefused, UsageError
+from edge_ssm.formats import artifact
 
 HERE = Path(__file__).parent
-CLI = [sys.executable, "-c", "from edge_ssm.cli import main; main()"]
+CLI = [sys.executable, "-c", "from edge_ssm.cli.app import main; main()"]
 TABLE = HERE.parent / "benchmarks" / "gpu" / "sm_87.json"
 needs_numba_cuda = pytest.mark.skipif(
     find_spec("numba_cuda") is None, reason="numba-cuda is missing: pip install 'edge-ssm[dev]'"
@@ -66,11 +67,11 @@ def orin(tmp_path_factory):
 @pytest.mark.slow
 def test_orins_kernels_are_kept_and_trusted_only_whole(orin, tmp_path, monkeypatch):
     monkeypatch.setenv("EDGE_SSM_CACHE", str(tmp_path))
-    assert cuda_store.kept("sm_87") == {}
+    assert cuda_cache.kept("sm_87") == {}
     for path in orin.iterdir():
         shutil.copy(path, tmp_path)
-    assert set(cuda_store.kept("sm_87")) == {"run-1", "run-8", "serve"}
-    assert cuda_store.kept("sm_90") == {}
+    assert set(cuda_cache.kept("sm_87")) == {"run-1", "run-8", "serve"}
+    assert cuda_cache.kept("sm_90") == {}
     path = min(tmp_path.iterdir())
     whole = path.read_bytes()
     for damaged, said in (
@@ -80,12 +81,12 @@ def test_orins_kernels_are_kept_and_trusted_only_whole(orin, tmp_path, monkeypat
         (whole.replace(b'"sources":"', b'"sources":"0', 1), "another version"),
     ):
         with pytest.raises(InputRefused, match=said):
-            cuda_store.decode(damaged)
+            cuda_cache.decode(damaged)
         path.write_bytes(damaged)
-        assert len(cuda_store.kept("sm_87")) == 2
+        assert len(cuda_cache.kept("sm_87")) == 2
     path.write_bytes(whole)
     path.chmod(0o666)  # anyone could have written it
-    assert len(cuda_store.kept("sm_87")) == 2
+    assert len(cuda_cache.kept("sm_87")) == 2
 
 
 @needs_numba_cuda
@@ -149,7 +150,7 @@ def stub(orin, tmp_path_factory):
         places = {"LD_LIBRARY_PATH": str(folder), "EDGE_SSM_CACHE": str(orin), "PYTHONPATH": str(HERE)}
         head = (
             "from networks import random_network, samples_for\n"
-            "from edge_ssm.engines import create\n"
+            "from edge_ssm.engines.registry import create\n"
             "network = random_network(h=16, pairs=4, layers=2); samples = samples_for(network, 0, 3)\n"
         )
         command = [sys.executable, "-c", head + code]
@@ -200,7 +201,7 @@ def test_a_driver_that_fails_is_told_apart(stub, fail, said):
 
 def test_an_unknown_gpu_is_refused():
     with pytest.raises(UsageError, match="--target 'sm_1': unknown, expected sm_72"):
-        cuda_store.compile_and_keep("sm_1", None)
+        cuda_cache.compile_and_keep("sm_1", None)
 
 
 @pytest.mark.skipif(not NO_GPU, reason="there is a GPU")
@@ -268,7 +269,7 @@ def test_on_a_gpu_the_sanitizer_finds_nothing(tool):
     """Of one block a lane, several blocks a lane, and several lanes a block."""
     code = (
         "from networks import random_network, samples_for\n"
-        "from edge_ssm.engines import create\n"
+        "from edge_ssm.engines.registry import create\n"
         "for h, lanes in ((32, 1), (256, 1), (64, 64)):\n"
         "    network = random_network(h=h, pairs=8, layers=2)\n"
         "    create('cuda', network, lanes).chunk(samples_for(network, 0, 5, *([lanes] if lanes > 1 else [])))\n"

@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 DEMO = ROOT / "examples" / "demo.safetensors"
-MAIN = "from edge_ssm.cli import main; main()"
+MAIN = "from edge_ssm.cli.app import main; main()"
 COMMAND = [sys.executable, "-c", MAIN]
 BUILD = [sys.executable, "-c", "from edge_ssm_build.cli import main; main()"]
 LONG = ["profile", str(DEMO), "--engine", "reference", "--no-paced", "--meter", "none", "--block-seconds", "60"]
@@ -85,7 +85,7 @@ def test_ctrl_c_in_mid_run_is_one_line():
     assert (process.returncode, output, errors) == (130, b"", b"edge-ssm: error: interrupted\n")
 
 
-@pytest.mark.parametrize("module", ["click", "numpy", "edge_ssm.network", "edge_ssm.monitor.profiling"])
+@pytest.mark.parametrize("module", ["click", "numpy", "edge_ssm.model.network", "edge_ssm.profiler.run"])
 def test_ctrl_c_while_modules_load_is_one_line(module):
     for arguments in (LONG, ["top", "--once"]):
         command = [sys.executable, "-c", ON_IMPORT.format(module=module) + MAIN, *arguments]
@@ -115,7 +115,7 @@ def test_ctrl_c_ends_top_in_a_terminal_quietly():
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGINT"])
 def test_a_signal_leaves_no_folder_behind(tmp_path, name):
     """While the first meter is asked, as a device that shuts down may do."""
-    code = ON_CHILD.format(module="edge_ssm.monitor.sampler", name=name) + MAIN
+    code = ON_CHILD.format(module="edge_ssm.profiler.sampler", name=name) + MAIN
     command = [sys.executable, "-c", code, "profile", str(DEMO), "--engine", "reference", "--no-paced"]
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=60, env=os.environ | {"TMPDIR": str(tmp_path)}
@@ -126,7 +126,7 @@ def test_a_signal_leaves_no_folder_behind(tmp_path, name):
 
 
 def test_a_signal_while_a_kernel_is_compiled_leaves_no_folder_behind(tmp_path):
-    code = ON_CHILD.format(module="edge_ssm.engines.compiler", name="SIGTERM") + MAIN
+    code = ON_CHILD.format(module="edge_ssm.engines.cpu.compiler", name="SIGTERM") + MAIN
     command = [sys.executable, "-c", code, "compile", "--output", str(tmp_path / "k")]
     (tmp_path / "t").mkdir()
     environment = os.environ | {"TMPDIR": str(tmp_path / "t")}

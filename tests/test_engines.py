@@ -12,11 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from networks import networks, random_network, samples_for
 
-from edge_ssm import engines
-from edge_ssm.discretize import GAP_STEPS, gap_power, step_parameters
-from edge_ssm.engines import ENGINES, available, create
+from edge_ssm.engines import registry
+from edge_ssm.engines.registry import ENGINES, available, create
 from edge_ssm.errors import EngineUnavailable, NetworkError, SampleError, SnapshotError, UsageError
-from edge_ssm.network import at_sample_rate, cost
+from edge_ssm.model.cost import cost
+from edge_ssm.model.discretize import GAP_STEPS, gap_power, step_parameters
+from edge_ssm.model.transforms import at_sample_rate
 
 NAMES = sorted(available(random_network(mixing_dtype="int8"), every=True))
 
@@ -230,16 +231,16 @@ def test_silence_leaves_no_subnormal_state_and_the_thread_as_it_was():
 def test_the_rational_functions_keep_their_stated_errors():
     from numba import njit
 
-    from edge_ssm.engines import vector
+    from edge_ssm.engines.cpu import simd
 
     @njit
     def gelu(address, count):
-        vector.gelu(vector.float32_at(address), count)
+        simd.gelu(simd.float32_at(address), count)
 
     @njit
     def gate(address, count):
-        values = vector.float32_at(address)
-        vector.gate(values, vector.behind(values, count), count)
+        values = simd.float32_at(address)
+        simd.gate(values, simd.behind(values, count), count)
 
     x = np.concatenate([np.linspace(-12, 12, 100_000), [-1e30, 1e30, -1e-30, 0.0, 3.9, -3.9, 8.6, -8.6]])
     x = x.astype(np.float32)
@@ -258,15 +259,15 @@ def test_the_rational_functions_keep_their_stated_errors():
 def test_every_finite_half_is_read_exactly():
     from numba import njit
 
-    from edge_ssm.engines import vector
+    from edge_ssm.engines.cpu import simd
 
-    read_column = vector.SINGLE["float16"][1]
+    read_column = simd.SINGLE["float16"][1]
 
     @njit
     def read(weights, ones, out, count):
-        w, y, z = vector.float32_at(weights), vector.float32_at(ones), vector.float32_at(out)
+        w, y, z = simd.float32_at(weights), simd.float32_at(ones), simd.float32_at(out)
         for i in range(0, count, 8):
-            read_column(w, i, z, 1, y, vector.behind(z, i), 8)
+            read_column(w, i, z, 1, y, simd.behind(z, i), 8)
 
     bits = np.arange(1 << 16, dtype=np.uint16)
     halves = bits.view(np.float16)
@@ -333,11 +334,11 @@ def test_importing_the_package_imports_neither_numba_nor_torch():
 
 def test_auto_falls_back_where_an_engine_does_not_load(monkeypatch):
     broken = replace(ENGINES["cpu"], requires=("no_such_package",), hint="pip install it")
-    monkeypatch.setitem(engines.ENGINES, "cpu", broken)
+    monkeypatch.setitem(registry.ENGINES, "cpu", broken)
     assert create("auto", random_network()).name == "reference"
     with pytest.raises(EngineUnavailable, match="package no_such_package is missing; pip install it"):
         create("cpu", random_network())
-    monkeypatch.setitem(engines.ENGINES, "cpu", replace(broken, module="edge_ssm.engines.none", requires=()))
+    monkeypatch.setitem(registry.ENGINES, "cpu", replace(broken, module="edge_ssm.engines.registry.none", requires=()))
     assert create("auto", random_network()).name == "reference"
     with pytest.raises(EngineUnavailable, match="does not load"):
         create("cpu", random_network())

@@ -13,11 +13,12 @@ import numpy as np
 import pytest
 from networks import random_network, samples_for
 
-from edge_ssm import artifact, engines, models
-from edge_ssm.engines import ENGINES, create, wheels
+from edge_ssm.engines import registry, wheels
+from edge_ssm.engines.registry import ENGINES, create
 from edge_ssm.errors import ArtifactError, EngineUnavailable, UsageError
-from edge_ssm.graphs import container, files
-from edge_ssm.network import fingerprint, quantised
+from edge_ssm.formats import artifact, containers, exported, loading
+from edge_ssm.model.network import fingerprint
+from edge_ssm.model.transforms import quantised
 
 pytest.importorskip("onnx", reason="makes ONNX graphs: pip install onnx")
 pytest.importorskip("onnxruntime", reason="runs them: pip install 'edge-ssm[onnx]'")
@@ -27,13 +28,13 @@ pytest.importorskip("ai_edge_litert", reason="runs them: pip install 'edge-ssm[t
 KINDS = ["onnx", "tflite"]
 REACH = 14.0
 """Larger than what enters any mixing here."""
-RUN = [sys.executable, "-c", "from edge_ssm.cli import main; main()"]
+RUN = [sys.executable, "-c", "from edge_ssm.cli.app import main; main()"]
 
 
 def sealed(network, kind, weights="float32", reach=(), chunk=1):
     content, digest = artifact.to_bytes(network, {"made": "for a test"})
-    graph = files.build(kind, network, weights, reach, chunk)
-    return files.seal(graph, network, content, digest, files.Measured(0.0, 0, "nothing"))
+    graph = exported.build(kind, network, weights, reach, chunk)
+    return exported.seal(graph, network, content, digest, exported.Measured(0.0, 0, "nothing"))
 
 
 def call(*arguments):
@@ -62,7 +63,7 @@ def test_a_long_stream_stays_at_the_reference(kind, form, percent):
 @pytest.mark.parametrize("kind", KINDS)
 def test_pruning_makes_the_graph_smaller(kind):
     sizes = [
-        len(files.build(kind, random_network(h=32, pairs=16, active=[k] * 2, columns=k, rows=k)).content)
+        len(exported.build(kind, random_network(h=32, pairs=16, active=[k] * 2, columns=k, rows=k)).content)
         for k in (32, 16, 3)
     ]
     assert sizes[0] > 1.5 * sizes[1] > 1.5 * 1.5 * sizes[2]
@@ -72,7 +73,7 @@ def test_pruning_makes_the_graph_smaller(kind):
 @pytest.mark.parametrize("network", [random_network(ragged=True, h=16, pairs=9), random_network(vocabulary=7)])
 def test_a_chunk_graph_computes_the_same_bits(kind, network):
     samples = samples_for(network, 0, 23)
-    graph = files.build(kind, network, chunk=files.ANY if kind == "onnx" else 4)
+    graph = exported.build(kind, network, chunk=exported.ANY if kind == "onnx" else 4)
     stepped = create(kind, network).chunk(samples)
     engine = create(kind, network, graph=graph)
     assert np.array_equal(engine.chunk(samples), stepped)
@@ -89,7 +90,7 @@ def test_smaller_weights_cost_what_rounding_costs(kind):
     for weights, bound in (("float16", 1e-4), ("int8", 0.1)):
         blocks = tuple(replace(b, mixing=quantised(b.mixing, weights)) for b in network.blocks)
         exact = create("reference", replace(network, blocks=blocks)).chunk(samples)
-        graph = files.build(kind, network, weights, [REACH] * len(network.blocks))
+        graph = exported.build(kind, network, weights, [REACH] * len(network.blocks))
         assert np.abs(create(kind, network, graph=graph).chunk(samples) - exact).max() <= bound
 
 
@@ -98,13 +99,13 @@ def test_a_file_holds_its_artifact_and_what_a_stream_needs(kind, tmp_path):
     network = random_network(2, window=12, rate=25.0)
     path = tmp_path / f"m.{kind}"
     path.write_bytes(sealed(network, kind, "int8", [3.0, 3.0]))
-    model = models.load(path)
+    model = loading.load(path)
     assert fingerprint(model.network) == fingerprint(network)
     assert model.engine("auto") == kind
     assert model.engine("cpu") == "cpu"
     content, digest = artifact.to_bytes(network, {"made": "for a test"})
     assert model.artifact == replace(artifact.parse(content), network=model.network)
-    text = path.read_bytes()[slice(*container.metadata(path.read_bytes(), kind)["edge_ssm"])]
+    text = path.read_bytes()[slice(*containers.metadata(path.read_bytes(), kind)["edge_ssm"])]
     document = json.loads(text)
     assert document["source_digest"] == digest
     assert document["form"]["fingerprint"] == fingerprint(network)
@@ -127,7 +128,7 @@ def test_the_onnx_package_and_runtime_read_the_same_metadata():
     found = {entry.key: entry.value for entry in model.metadata_props}
     session = onnxruntime.InferenceSession(content)
     assert session.get_modelmeta().custom_metadata_map == found
-    assert set(found) == {files.DOCUMENT, files.SOURCE}
+    assert set(found) == {exported.DOCUMENT, exported.SOURCE}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -136,7 +137,7 @@ def test_a_snapshot_goes_from_a_file_to_the_cpu_engine_and_back(kind, weights, t
     network = random_network(5, ragged=True, discretization="bilinear", low_rank=0.5)
     path = tmp_path / f"m.{kind}"
     path.write_bytes(sealed(network, kind, weights, [5.0] * 2))
-    model = models.load(path)
+    model = loading.load(path)
     samples = samples_for(network, 0, 40)
     first, cpu = create(kind, model.network, graph=model.graph), create("cpu", network)
     first.chunk(samples[:20])
@@ -152,10 +153,10 @@ def test_a_snapshot_goes_from_a_file_to_the_cpu_engine_and_back(kind, weights, t
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_file_runs_as_its_artifact_does(kind, demo_model, demo_stream, tmp_path):
     source = artifact.load(demo_model)
-    graph = files.build(kind, source.network)
-    measured = files.Measured(0.0, 0, "nothing")
+    graph = exported.build(kind, source.network)
+    measured = exported.Measured(0.0, 0, "nothing")
     path = tmp_path / f"demo.{kind}"
-    path.write_bytes(files.seal(graph, source.network, demo_model.read_bytes(), source.digest, measured))
+    path.write_bytes(exported.seal(graph, source.network, demo_model.read_bytes(), source.digest, measured))
 
     def decisions(*arguments):
         done = call("run", *arguments, "--stream", "--input", demo_stream, "--logits")
@@ -214,7 +215,7 @@ def test_silence_leaves_no_subnormal_state(kind):
 
 def foreign(kind):
     """A model that another tool might have made: no metadata."""
-    return files.build(kind, random_network()).content
+    return exported.build(kind, random_network()).content
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -240,20 +241,20 @@ def test_a_damaged_file_is_refused(kind, tmp_path):
         damaged[at] ^= 1 << int(rng.integers(8))
         path.write_bytes(damaged)
         with pytest.raises(ArtifactError, match=r"m\.(onnx|tflite): "):
-            models.load(path)
+            loading.load(path)
     for end in [*range(200), *range(200, len(content), 53)]:
         path.write_bytes(content[:end])
         with pytest.raises(ArtifactError, match=r"m\.(onnx|tflite): "):
-            models.load(path)
+            loading.load(path)
     for other in (b"\xff" * 64, bytes(64), content + b"\0", b"\x1c\0\0\0TFL3" + b"\xff" * 100, os.urandom(10_000)):
         path.write_bytes(other)
         with pytest.raises(ArtifactError):
-            models.load(path)
+            loading.load(path)
 
 
 def rewritten(content, kind, change):
     """The file with another document and a digest that fits."""
-    begin, end = container.metadata(content, kind)["edge_ssm"]
+    begin, end = containers.metadata(content, kind)["edge_ssm"]
     document = json.loads(content[begin:end])
     change(document)
     document["measured"]["samples_from"] = ""  # room for what became longer
@@ -270,9 +271,9 @@ def test_a_document_that_contradicts_the_file_is_refused():
 
     def refused(change, match):
         with pytest.raises(ArtifactError, match=match):
-            files.read(rewritten(content, "tflite", change), "tflite")
+            exported.read(rewritten(content, "tflite", change), "tflite")
 
-    assert files.read(rewritten(content, "tflite", lambda d: None), "tflite").graph.form.chunk == 1
+    assert exported.read(rewritten(content, "tflite", lambda d: None), "tflite").graph.form.chunk == 1
     refused(lambda d: d["stream"].update(window=11), "stream: says something else than the artifact")
     refused(lambda d: d["form"].update(fingerprint="1" * 64), "form.fingerprint: ")
     refused(lambda d: d.update(source_digest="1" * 64), "source_digest: ")
@@ -287,43 +288,46 @@ def test_a_document_that_contradicts_the_file_is_refused():
 @pytest.mark.parametrize(
     ("measured", "problem"),
     [
-        (files.Measured(0.0, 1, "x" * 201), r"measured\.samples_from"),
-        (files.Measured(0.0, 1, "walk.csv)\n  signature   by key 1"), "samples_from: is not one line of text; export"),
-        (files.Measured(-0.5, 1, ""), r"measured\.max_error"),
-        (files.Measured(0.5, -1, ""), r"measured\.samples"),
+        (exported.Measured(0.0, 1, "x" * 201), r"measured\.samples_from"),
+        (
+            exported.Measured(0.0, 1, "walk.csv)\n  signature   by key 1"),
+            "samples_from: is not one line of text; export",
+        ),
+        (exported.Measured(-0.5, 1, ""), r"measured\.max_error"),
+        (exported.Measured(0.5, -1, ""), r"measured\.samples"),
     ],
 )
 def test_what_a_file_says_of_its_measurement_can_forge_no_line(measured, problem):
     network = random_network(h=4, pairs=2, layers=1)
     content, digest = artifact.to_bytes(network, {})
-    sealed_so = files.seal(files.build("tflite", network), network, content, digest, measured)
+    sealed_so = exported.seal(exported.build("tflite", network), network, content, digest, measured)
     with pytest.raises(ArtifactError, match=problem):
-        files.read(sealed_so, "tflite")
+        exported.read(sealed_so, "tflite")
 
 
 def test_an_error_that_no_float_holds_is_refused():
     content = sealed(random_network(h=4, pairs=2, layers=1), "tflite")
-    begin, end = container.metadata(content, "tflite")["edge_ssm"]
+    begin, end = containers.metadata(content, "tflite")["edge_ssm"]
     huge = content[begin:end].replace(b'"max_error":0.0', b'"max_error":1e999').replace(b'"nothing"', b'"nothi"')
     changed = content[:begin] + huge + content[end:]
     place = changed.index(json.loads(huge)["digest"].encode())
-    changed = changed[:place] + files.ZEROS.encode() + changed[place + 64 :]
+    changed = changed[:place] + exported.ZEROS.encode() + changed[place + 64 :]
     changed = changed[:place] + hashlib.sha256(changed).hexdigest().encode() + changed[place + 64 :]
     with pytest.raises(ArtifactError, match=r"max_error|out of range"):
-        files.read(changed, "tflite")
+        exported.read(changed, "tflite")
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_empty_file_is_called_empty(kind, tmp_path):
     (tmp_path / f"m.{kind}").touch()
     with pytest.raises(ArtifactError, match=rf"m\.{kind}: is empty; copy it again"):
-        models.load(tmp_path / f"m.{kind}")
+        loading.load(tmp_path / f"m.{kind}")
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_graph_that_is_not_the_document_s_is_refused(kind):
     network, other = random_network(h=12, pairs=2, layers=1), random_network(h=12, pairs=4, layers=1)
-    wrong = replace(files.build(kind, network), content=files.build(kind, other).content)
+    wrong = replace(exported.build(kind, network), content=exported.build(kind, other).content)
     with pytest.raises(ArtifactError, match=r"tensor blocks\.0\.re0 is \(12, 4\), expected \(12, 2\)"):
         create(kind, network, graph=wrong)
     for content in (b"", b"TFL3TFL3TFL3", wrong.content[:200]):
@@ -343,7 +347,7 @@ def test_threads_are_for_those_that_have_them():
 def test_what_is_missing_is_named_with_the_wheels_that_there_are(monkeypatch):
     for name, package in (("onnx", "onnxruntime"), ("tflite", "ai_edge_litert or tflite_runtime")):
         gone = replace(ENGINES[name], requires=tuple(f"no_{part}" for part in ENGINES[name].requires[0].split("|")[:1]))
-        monkeypatch.setitem(engines.ENGINES, name, gone)
+        monkeypatch.setitem(registry.ENGINES, name, gone)
         with pytest.raises(EngineUnavailable) as caught:
             create(name, random_network())
         assert f"package no_{package.split()[0]} is missing; pip install 'edge-ssm[{name}]' (" in str(caught.value)
@@ -362,7 +366,7 @@ def test_without_the_package_that_makes_graphs_only_files_run(kind, package, tmp
     path.write_bytes(sealed(network, kind))
     artifact.save(tmp_path / "m.safetensors", network, {})
     (tmp_path / "s.csv").write_text("0,0\n" * 20)
-    hidden = f"import sys; sys.modules[{package!r}] = None; from edge_ssm.cli import main; main()"
+    hidden = f"import sys; sys.modules[{package!r}] = None; from edge_ssm.cli.app import main; main()"
 
     def run(*arguments):
         command = [sys.executable, "-c", hidden, "run", "--input", tmp_path / "s.csv", *arguments]
@@ -377,7 +381,7 @@ def test_without_the_package_that_makes_graphs_only_files_run(kind, package, tmp
 
 
 def test_a_gpu_build_without_a_gpu_is_one_warning_and_the_cpu(tmp_path):
-    from edge_ssm.engines.onnx import CPU, CUDA, providers
+    from edge_ssm.engines.graph.onnx import CPU, CUDA, providers
 
     assert providers([CPU]) == ([CPU], "")
     asked, warning = providers([CUDA, CPU], nodes=(str(tmp_path / "none"),))
@@ -397,7 +401,7 @@ def test_doctor_says_what_the_runtimes_can_do():
 
 def test_the_runtimes_are_imported_only_when_they_are_used(demo_model):
     code = (
-        "import sys; from edge_ssm import models; models.load(sys.argv[1]); "
+        "import sys; from edge_ssm.formats import loading as models; models.load(sys.argv[1]); "
         "print(sorted({'onnx', 'onnxruntime', 'ai_edge_litert', 'flatbuffers', 'torch', 'numba'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code, demo_model], capture_output=True, text=True, check=True)
@@ -408,7 +412,7 @@ def test_the_runtimes_are_imported_only_when_they_are_used(demo_model):
 
 
 def streams(*arguments):
-    command = [sys.executable, "-c", "from edge_ssm.cli import main; main()", "run", *map(str, arguments)]
+    command = [sys.executable, "-c", "from edge_ssm.cli.app import main; main()", "run", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=120)
 
 
@@ -442,13 +446,13 @@ def test_a_snapshot_goes_from_an_artifact_to_its_exports_and_back(demo_files, de
 
 def resealed(model, claims=None):
     """The changed ONNX model's file, its document with other claims, its digest computed anew, as anybody can."""
-    (entry,) = [entry for entry in model.metadata_props if entry.key == files.DOCUMENT]
+    (entry,) = [entry for entry in model.metadata_props if entry.key == exported.DOCUMENT]
     document = json.loads(entry.value)
     document["measured"].update(claims or {})
-    document["digest"] = files.ZEROS
+    document["digest"] = exported.ZEROS
     entry.value = msgspec.json.encode(document).decode()
     content = model.SerializeToString()
-    place = content.index(files.ZEROS.encode(), container.metadata(content, "onnx")[files.DOCUMENT][0])
+    place = content.index(exported.ZEROS.encode(), containers.metadata(content, "onnx")[exported.DOCUMENT][0])
     return content[:place] + hashlib.sha256(content).hexdigest().encode() + content[place + 64 :]
 
 
@@ -498,7 +502,7 @@ def test_a_graph_that_never_ends_is_refused_and_the_command_ends(demo_files, dem
     model.graph.node.append(helper.make_node("Loop", ["trips", "on", "before"], ["output"], body=loop))
     path = tmp_path / "endless.onnx"
     path.write_bytes(resealed(model))
-    soon = "from edge_ssm.engines import selftest; selftest.LIMIT_S = 0.5; from edge_ssm.cli import main; main()"
+    soon = "from edge_ssm.engines import verification as v; v.LIMIT_S = 0.5; from edge_ssm.cli.app import main; main()"
     arguments = [*command, path, "--input", demo_stream]
     done = subprocess.run([sys.executable, "-c", soon, *arguments], capture_output=True, text=True, timeout=60)
     said = f"edge-ssm: error: {path}: self-test failed, no answer within 0.5 s; export it again\n"

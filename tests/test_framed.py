@@ -14,10 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edge_ssm.errors import UsageError
-from edge_ssm.network import InputSpec
-from edge_ssm.stream.framed import MAX_PACKET, FramedDecoder, encode, stuff, unstuff
-from edge_ssm.stream.frames import Frame, Malformed, decoder, guess_format
-from edge_ssm.stream.ordering import LONGEST_LOSS
+from edge_ssm.io.codecs.framed import MAX_PACKET, FramedDecoder, encode, stuff, unstuff
+from edge_ssm.io.codecs.registry import decoder, guess_format
+from edge_ssm.io.messages import Frame, Malformed
+from edge_ssm.model.network import InputSpec
+from edge_ssm.runtime.reorder import LONGEST_LOSS
 
 SPEC = InputSpec(("ax", "ay"), np.zeros(2), np.ones(2))
 PAGE = Path(__file__).parent.parent / "docs" / "framing.md"

@@ -9,8 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edge_ssm.errors import FrameError, UsageError
-from edge_ssm.network import InputSpec
-from edge_ssm.stream.frames import FORMATS, MAX_LINE, Frame, Malformed, decoder, guess_format
+from edge_ssm.io.codecs.base import MAX_LINE
+from edge_ssm.io.codecs.registry import FORMATS, decoder, guess_format
+from edge_ssm.io.messages import Frame, Malformed
+from edge_ssm.model.network import InputSpec
 
 SPEC = InputSpec(("ax", "ay"), np.zeros(2), np.ones(2))
 

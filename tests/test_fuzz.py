@@ -6,9 +6,9 @@ import re
 import pytest
 from fuzz_targets import CORPUS, TARGETS
 
-from edge_ssm import artifact
 from edge_ssm.errors import EdgeSSMError
-from edge_ssm.stream.frames import FORMATS
+from edge_ssm.formats import artifact
+from edge_ssm.io.codecs.registry import FORMATS
 
 SEEDS = sorted(path for path in CORPUS.rglob("*") if path.is_file())
 

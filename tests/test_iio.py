@@ -13,12 +13,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edge_ssm.errors import RunFailed, UsageError
-from edge_ssm.network import InputSpec
-from edge_ssm.stream.frames import Malformed
-from edge_ssm.stream.sources.base import BackOff, Data, Seam
-from edge_ssm.stream.sources.iio import IioSource
-from edge_ssm.stream.sources.iio_layout import Element, IioDecoder, Layout, parse_type
-from edge_ssm.stream.stop import Stop
+from edge_ssm.io.backoff import BackOff
+from edge_ssm.io.codecs.iio import Element, IioDecoder, Layout, parse_type
+from edge_ssm.io.messages import Malformed
+from edge_ssm.io.shutdown import Stop
+from edge_ssm.io.sources.base import Data, Seam
+from edge_ssm.io.sources.iio import IioSource
+from edge_ssm.model.network import InputSpec
 
 
 def spec(*channels):

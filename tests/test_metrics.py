@@ -22,12 +22,13 @@ from networks import random_network
 from prometheus_client.parser import text_string_to_metric_families
 from watched import Watched, demo, rows
 
+from edge_ssm import journal
 from edge_ssm.errors import UsageError
-from edge_ssm.monitor import machine
-from edge_ssm.monitor.latency import LatencyHistogram
-from edge_ssm.service import journal, metrics
-from edge_ssm.service.metrics import EDGES_NS, Metrics
-from edge_ssm.service.web import serve
+from edge_ssm.hardware import machine
+from edge_ssm.histogram import LatencyHistogram
+from edge_ssm.telemetry import prometheus as telemetry_prometheus
+from edge_ssm.telemetry.http import serve
+from edge_ssm.telemetry.prometheus import EDGES_NS, Metrics
 
 DASHBOARD = Path(__file__).parent.parent / "docs" / "grafana.json"
 
@@ -235,17 +236,17 @@ def test_the_table_in_the_docs_names_every_metric():
 
 
 def test_without_prometheus_client_the_extra_is_named(monkeypatch):
-    monkeypatch.setattr(metrics, "find_spec", lambda name: None)
+    monkeypatch.setattr(telemetry_prometheus, "find_spec", lambda name: None)
     with pytest.raises(UsageError, match=r"pip install 'edge-ssm\[metrics\]'"):
-        metrics.require()
+        telemetry_prometheus.require()
 
 
 def test_prometheus_client_is_not_imported_before_it_is_asked_for():
-    code = "import sys, edge_ssm.service.web; sys.exit('prometheus_client' in sys.modules)"
+    code = "import sys, edge_ssm.telemetry.http; sys.exit('prometheus_client' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
 
 
-LOG = "from edge_ssm.service import journal; journal.log('warning', 'source lost', name='tty 1', tries=3)"
+LOG = "from edge_ssm import journal; journal.log('warning', 'source lost', name='tty 1', tries=3)"
 
 
 def test_lines_for_the_journal_have_a_priority_and_others_a_name(tmp_path):

@@ -14,11 +14,12 @@ import pytest
 from mosquitto import Broker
 
 from edge_ssm.errors import UsageError
-from edge_ssm.stream.mqtt_broker import Access, Address, comes_back, parse
-from edge_ssm.stream.outlets.mqtt import MqttWire
-from edge_ssm.stream.sources.base import BackOff, Data, Seam
-from edge_ssm.stream.sources.mqtt import MqttSource
-from edge_ssm.stream.stop import Stop
+from edge_ssm.io.backoff import BackOff
+from edge_ssm.io.mqtt import Access, Address, comes_back, parse
+from edge_ssm.io.shutdown import Stop
+from edge_ssm.io.sinks.mqtt import MqttWire
+from edge_ssm.io.sources.base import Data, Seam
+from edge_ssm.io.sources.mqtt import MqttSource
 
 pytest.importorskip("paho.mqtt.client", reason="paho-mqtt is not installed")
 

@@ -9,10 +9,10 @@ import time
 import pytest
 
 from edge_ssm.errors import UsageError
-from edge_ssm.stream.outlets import open_outlet
-from edge_ssm.stream.outlets.base import Wire
-from edge_ssm.stream.outlets.files import FileOptions, FileOutlet, StandardOutlet
-from edge_ssm.stream.outlets.queued import Queued
+from edge_ssm.io.sinks.base import Wire
+from edge_ssm.io.sinks.file import FileOptions, FileOutlet, StandardOutlet
+from edge_ssm.io.sinks.queue import Queued
+from edge_ssm.io.sinks.registry import open_outlet
 
 
 def until(condition, limit_s=10.0):
@@ -94,7 +94,7 @@ def test_what_failed_is_sent_again_in_order_and_the_problem_is_told():
 
 
 def test_the_end_waits_for_what_is_queued_and_counts_what_can_not_go(monkeypatch):
-    monkeypatch.setattr("edge_ssm.stream.outlets.queued.CLOSE_S", 0.3)
+    monkeypatch.setattr("edge_ssm.io.sinks.queue.CLOSE_S", 0.3)
     gate = Gate()
     outlet = Queued(gate, 100)
     for i in range(5):
@@ -171,7 +171,7 @@ def test_a_standard_output_that_does_not_block_gets_every_line_whole():
 
 
 def test_a_standard_output_that_nobody_reads_does_not_hold_up_the_end(monkeypatch):
-    monkeypatch.setattr("edge_ssm.stream.outlets.files.CLOSE_S", 0.1)
+    monkeypatch.setattr("edge_ssm.io.sinks.file.CLOSE_S", 0.1)
     reader, writer = os.pipe()
     outlet = StandardOutlet(writer, "utf-8")
     outlet.while_waiting = lambda: False

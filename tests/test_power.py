@@ -9,15 +9,16 @@ import emulated_board
 import numpy as np
 import pytest
 
-from edge_ssm.errors import UsageError
-from edge_ssm.monitor import energy, meters, protocol
-from edge_ssm.monitor.energy import Block
-from edge_ssm.monitor.meters import MeterLost, MeterUnavailable, Rail
-from edge_ssm.monitor.sampler import Described, Trace
+from edge_ssm.errors import MeterLost, MeterUnavailable, UsageError
+from edge_ssm.hardware.meters import base, battery, rapl
+from edge_ssm.hardware.meters.base import Rail
+from edge_ssm.profiler import energy, protocol
+from edge_ssm.profiler.energy import Block
+from edge_ssm.profiler.sampler import Described, Trace
 
 HERE = Path(__file__).parent
 DEMO = HERE.parent / "examples" / "demo.safetensors"
-CLI = [sys.executable, "-c", "from edge_ssm.cli import main; main()"]
+CLI = [sys.executable, "-c", "from edge_ssm.cli.app import main; main()"]
 NO_BOARD = emulated_board.can_enter()
 NO_JTOP = NO_BOARD or emulated_board.jtop_missing()
 needs_board = pytest.mark.skipif(bool(NO_BOARD), reason=NO_BOARD)
@@ -26,7 +27,7 @@ needs_jtop = pytest.mark.skipif(bool(NO_JTOP), reason=NO_JTOP)
 
 def test_hwmon_reads_every_connected_rail_and_names_the_whole(tmp_path):
     hwmon = emulated_board.make_tree(tmp_path)
-    meter = meters.HwmonMeter(tmp_path)
+    meter = hwmon.HwmonMeter(tmp_path)
     assert [rail.name for rail in meter.rails] == ["VDD_IN", "VDD_CPU_GPU_CV", "VDD_SOC"]
     assert meter.total == ("VDD_IN",)
     assert meter.rails[0].resolution_w == pytest.approx(0.04)
@@ -36,7 +37,7 @@ def test_hwmon_reads_every_connected_rail_and_names_the_whole(tmp_path):
     (hwmon / "in2_label").write_text("NC\n")
     (hwmon / "in3_enable").write_text("0\n")
     (hwmon / "update_interval").write_text("150\n")
-    meter = meters.HwmonMeter(tmp_path)
+    meter = hwmon.HwmonMeter(tmp_path)
     assert [rail.name for rail in meter.rails] == ["VDD_IN"]
     assert meter.rails[0].resolution_w == pytest.approx(0.1)
     assert meter.period_s == 0.15
@@ -44,15 +45,15 @@ def test_hwmon_reads_every_connected_rail_and_names_the_whole(tmp_path):
     with pytest.raises(MeterLost, match="curr1_input"):
         meter.read()
     with pytest.raises(MeterUnavailable, match="curr1_input"):
-        meters.HwmonMeter(tmp_path)
+        hwmon.HwmonMeter(tmp_path)
     with pytest.raises(MeterUnavailable, match="no INA3221"):
-        meters.HwmonMeter(tmp_path / "none")
+        hwmon.HwmonMeter(tmp_path / "none")
 
 
 def test_without_a_rail_that_feeds_the_others_the_whole_is_their_sum(tmp_path):
     hwmon = emulated_board.make_tree(tmp_path)
     (hwmon / "in1_label").write_text("VDD_GPU_SOC\n")
-    meter = meters.HwmonMeter(tmp_path)
+    meter = hwmon.HwmonMeter(tmp_path)
     assert meter.total == ("VDD_GPU_SOC", "VDD_CPU_GPU_CV", "VDD_SOC")
     assert meter.covers == "the rails that are measured"
     trace = Trace(Described("hwmon", list(meter.rails), list(meter.total), "", 0.02), np.zeros(1), np.ones((1, 3)))
@@ -68,7 +69,7 @@ def test_rapl_counts_over_the_wrap_and_says_who_may_read_it(tmp_path, monkeypatc
         (folder / "name").write_text(f"{name}\n")
         (folder / "energy_uj").write_text("900\n")
         (folder / "max_energy_range_uj").write_text("1000\n")
-    meter = meters.RaplMeter(tmp_path)
+    meter = rapl.RaplMeter(tmp_path)
     assert [rail.name for rail in meter.rails] == ["package-0 0"]  # the core's zone is within it
     (zone / "energy_uj").write_text("100\n")
     assert meter.read() is None  # too soon to tell
@@ -78,9 +79,9 @@ def test_rapl_counts_over_the_wrap_and_says_who_may_read_it(tmp_path, monkeypatc
     def refused(path):
         raise PermissionError
 
-    monkeypatch.setattr(meters.Path, "read_text", lambda self: "package-0" if self.name == "name" else refused(self))
+    monkeypatch.setattr(base.Path, "read_text", lambda self: "package-0" if self.name == "name" else refused(self))
     with pytest.raises(MeterUnavailable, match="readable by root only"):
-        meters.RaplMeter(tmp_path)
+        rapl.RaplMeter(tmp_path)
 
 
 def test_a_battery_is_read_only_while_it_gives(tmp_path):
@@ -94,11 +95,11 @@ def test_a_battery_is_read_only_while_it_gives(tmp_path):
     ):
         (supply / name).write_text(f"{text}\n")
     with pytest.raises(MeterUnavailable, match="BAT0 is not discharging; unplug"):
-        meters.BatteryMeter(tmp_path)
+        battery.BatteryMeter(tmp_path)
     (supply / "status").write_text("Discharging\n")
-    assert meters.BatteryMeter(tmp_path).read().watts == pytest.approx((6.0,))
+    assert battery.BatteryMeter(tmp_path).read().watts == pytest.approx((6.0,))
     (supply / "power_now").write_text("7000000\n")
-    assert meters.BatteryMeter(tmp_path).read().watts == pytest.approx((7.0,))
+    assert battery.BatteryMeter(tmp_path).read().watts == pytest.approx((7.0,))
 
 
 def made(idle_w, active_w, rounds=5, resolution=0.0, period=0.02, seed=0, noise=0.0):
@@ -280,8 +281,8 @@ def test_jtop_that_hangs_is_given_up(tmp_path):
     script.write_text(
         "import os, socket, sys\n"
         "s = socket.socket(socket.AF_UNIX); s.bind('/run/jtop.sock'); s.listen(8)\n"
-        "from edge_ssm.monitor import sampler\n"
-        "from edge_ssm.monitor.meters import MeterUnavailable\n"
+        "from edge_ssm.profiler import sampler\n"
+        "from edge_ssm.hardware.meters.base import MeterUnavailable\n"
         "try:\n    sampler.start('jtop', 3)\n"
         "except MeterUnavailable as error:\n    print(error)\n"
     )

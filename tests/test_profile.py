@@ -17,17 +17,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from networks import random_network, samples_for
 
-from edge_ssm.engines import ENGINES, create
+from edge_ssm.engines.registry import ENGINES, create
 from edge_ssm.errors import InputRefused
-from edge_ssm.monitor import compare, machine, page, protocol, report
-from edge_ssm.monitor.energy import Energy
-from edge_ssm.monitor.latency import LatencyHistogram
-from edge_ssm.monitor.protocol import Activity
-from edge_ssm.monitor.sampler import Described
+from edge_ssm.hardware import machine
+from edge_ssm.histogram import LatencyHistogram
+from edge_ssm.profiler import compare, protocol, report, report_html
+from edge_ssm.profiler.energy import Energy
+from edge_ssm.profiler.protocol import Activity
+from edge_ssm.profiler.sampler import Described
+from edge_ssm.telemetry import status_files
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 DEMO = EXAMPLES / "demo.safetensors"
-CLI = [sys.executable, "-c", "from edge_ssm.cli import main; main()", "profile"]
+CLI = [sys.executable, "-c", "from edge_ssm.cli.app import main; main()", "profile"]
 QUICK = ["--quick", "--rounds", "2", "--block-seconds", "0.3", "--meter", "none"]
 
 
@@ -132,7 +134,7 @@ def test_the_page_draws_what_a_sensor_board_reports(reports):
         found, meter=report.MeterInfo("hwmon", "the board", ["VDD_IN"], 0.04, 0.02), idle_w=watts, results=results,
         curves=curves, invalid_because=["<b>"],
     )  # fmt: skip
-    text = page.render(whole)
+    text = report_html.render(whole)
     assert text.count("<svg") == 3
     assert "4 beyond idling (3.5 to 4.5)" in text
     assert "&lt;b&gt;" in text
@@ -242,11 +244,11 @@ def test_a_machine_that_changes_makes_the_run_invalid(monkeypatch):
 
 def test_an_invalid_run_is_told_by_the_status(tmp_path):
     code = (
-        "from edge_ssm.monitor import machine\n"
+        "from edge_ssm.hardware import machine\n"
         "n = iter(range(99)); real = machine.state\n"
         "import msgspec\n"
         "machine.state = lambda: msgspec.structs.replace(real(), max_mhz=[1000.0 + next(n)])\n"
-        "from edge_ssm.cli import main; main()"
+        "from edge_ssm.cli.app import main; main()"
     )
     command = [sys.executable, "-c", code, "profile", DEMO, *QUICK, "--no-paced", "--json", tmp_path / "r.json"]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=120)
@@ -448,12 +450,11 @@ def test_top_passes_over_what_is_no_status(tmp_path, monkeypatch):
 
 
 def test_a_folder_that_others_could_write_to_is_not_used(tmp_path, monkeypatch):
-    from edge_ssm.stream import live
 
     shared = tmp_path / "shared"
     shared.mkdir()
     shared.chmod(0o777)
-    assert not live._own(shared)
-    assert live._own(tmp_path / "own")
+    assert not status_files._own(shared)
+    assert status_files._own(tmp_path / "own")
     (tmp_path / "link").symlink_to(tmp_path / "own")
-    assert not live._own(tmp_path / "link")
+    assert not status_files._own(tmp_path / "link")

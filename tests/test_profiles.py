@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from edge_ssm import profiles
 from edge_ssm.errors import InputRefused, UsageError
+from edge_ssm.hardware import boards
 
 CONF = """\
 # comment
@@ -26,14 +26,14 @@ def jetson(tmp_path, monkeypatch):
     conf, status = tmp_path / "nvpmodel.conf", tmp_path / "status"
     conf.write_text(CONF)
     for name, value in (("NVPMODEL_CONF", conf), ("NVPMODEL_STATUS", status)):
-        monkeypatch.setattr(profiles, name, value)
-    monkeypatch.setattr(profiles, "board_name", lambda of=profiles.board_name: of(tree))
-    monkeypatch.setattr(profiles, "power_mode", lambda of=profiles.power_mode: of(conf, status))
+        monkeypatch.setattr(boards, name, value)
+    monkeypatch.setattr(boards, "board_name", lambda of=boards.board_name: of(tree))
+    monkeypatch.setattr(boards, "power_mode", lambda of=boards.power_mode: of(conf, status))
     return conf, status
 
 
 def test_every_shipped_profile_is_valid_and_each_board_has_one_default_a_mode_set():
-    loaded = profiles.load_all()
+    loaded = boards.load_all()
     assert len(loaded) >= 30
     for named in loaded:
         profile = named.profile
@@ -44,7 +44,7 @@ def test_every_shipped_profile_is_valid_and_each_board_has_one_default_a_mode_se
             assert profile.power.rails
             assert profile.jetpack is not None
             assert {"modes", "bandwidth", "rails", "thermal", "runtime"} <= set(profile.sources)
-        assert profiles.describe(named).startswith(named.name)
+        assert boards.describe(named).startswith(named.name)
     modes = [(p.profile.board, p.profile.super, p.profile.power_mode) for p in loaded]
     assert len(set(modes)) == len(modes)
     defaults = [(p.profile.board, p.profile.super) for p in loaded if p.profile.default]
@@ -54,54 +54,54 @@ def test_every_shipped_profile_is_valid_and_each_board_has_one_default_a_mode_se
 
 def test_a_board_is_known_by_its_device_tree(tmp_path):
     (tmp_path / "compatible").write_bytes(b"nvidia,p3768-0000+p3767-0005\0nvidia,p3767-0005\0nvidia,tegra234\0")
-    board = profiles.board_name(tmp_path)
+    board = boards.board_name(tmp_path)
     assert board == "p3767-0005"
-    assert {p.profile.board for p in profiles.matching(board)} == {"Jetson Orin Nano 8GB"}
-    assert profiles.board_name(tmp_path / "none") is None
+    assert {p.profile.board for p in boards.matching(board)} == {"Jetson Orin Nano 8GB"}
+    assert boards.board_name(tmp_path / "none") is None
     (tmp_path / "compatible").write_bytes(b"raspberrypi,5-model-b\0brcm,bcm2712\0")
-    assert profiles.matching(profiles.board_name(tmp_path))[0].name == "raspberry-pi-5"
+    assert boards.matching(boards.board_name(tmp_path))[0].name == "raspberry-pi-5"
 
 
 def test_a_power_mode_is_known_by_its_name_whatever_its_number(jetson):
     conf, status = jetson
-    assert profiles.power_mode() == "25W"  # the configuration's default, as long as none was set
+    assert boards.power_mode() == "25W"  # the configuration's default, as long as none was set
     status.write_text("pmode:0002 fmode:fanNull")
-    assert profiles.power_mode() == "MAXN_SUPER"
-    assert profiles.detect().name == "orin-nano-8gb-super-maxn-super"
+    assert boards.power_mode() == "MAXN_SUPER"
+    assert boards.detect().name == "orin-nano-8gb-super-maxn-super"
     status.write_text("pmode:0000 fmode:fanNull")
-    assert profiles.detect().name == "orin-nano-8gb-super-15w"
+    assert boards.detect().name == "orin-nano-8gb-super-15w"
     # The same number and name, where the configuration has no Super set.
     conf.write_text(CONF.replace("< POWER_MODEL ID=2 NAME=MAXN_SUPER >", "< POWER_MODEL ID=2 NAME=7W >"))
-    assert profiles.detect().name == "orin-nano-8gb-15w"
+    assert boards.detect().name == "orin-nano-8gb-15w"
     status.write_text("pmode:0009")
-    assert profiles.power_mode() is None
-    assert profiles.detect() is None
+    assert boards.power_mode() is None
+    assert boards.detect() is None
     conf.unlink()
-    assert profiles.power_mode() is None
+    assert boards.power_mode() is None
 
 
 def test_a_profile_that_is_not_the_machines_is_a_warning_that_names_both(jetson):
-    named, warning = profiles.chosen("auto")
+    named, warning = boards.chosen("auto")
     assert (named.name, warning) == ("orin-nano-8gb-super-25w", "")
-    assert profiles.chosen("orin-nano-8gb-super-25w")[1] == ""
-    named, warning = profiles.chosen("orin-nano-8gb-super-15w")
+    assert boards.chosen("orin-nano-8gb-super-25w")[1] == ""
+    named, warning = boards.chosen("orin-nano-8gb-super-15w")
     assert named.name == "orin-nano-8gb-super-15w"
     assert "orin-nano-8gb-super-15w (15W)" in warning
     assert "orin-nano-8gb-super-25w (p3767-0005, power mode 25W)" in warning
     with pytest.raises(UsageError, match="'orin': unknown; edge-ssm profiles list"):
-        profiles.chosen("orin")
+        boards.chosen("orin")
     jetson[0].write_text(CONF.replace("25W", "33W"))
-    named, warning = profiles.chosen("auto")
+    named, warning = boards.chosen("auto")
     assert named is None
     assert "no profile fits this machine (p3767-0005, power mode 33W)" in warning
 
 
 def test_a_profile_with_a_wrong_field_is_named(tmp_path, monkeypatch):
-    good = (profiles.folder() / "orin-nano-8gb-7w.toml").read_text()
+    good = (boards.folder() / "orin-nano-8gb-7w.toml").read_text()
     (tmp_path / "bad.toml").write_text(good.replace("cores = 4", 'cores = "four"'))
-    monkeypatch.setattr(profiles, "_SHIPPED", tmp_path)
+    monkeypatch.setattr(boards, "_SHIPPED", tmp_path)
     with pytest.raises(InputRefused, match=r"bad\.toml: .*cores"):
-        profiles.load_all()
+        boards.load_all()
 
 
 @pytest.mark.parametrize(
@@ -110,15 +110,15 @@ def test_a_profile_with_a_wrong_field_is_named(tmp_path, monkeypatch):
 def test_bytes_that_are_no_toml_are_refused_with_the_file_s_name(content):
     """Not UTF-8, too deep, a number of too many digits: the parser has another error for each (found by fuzzing)."""
     with pytest.raises(InputRefused, match=r"^p\.toml: "):
-        profiles.decode(Path("p.toml"), content)
+        boards.decode(Path("p.toml"), content)
 
 
 def test_a_profile_with_one_temperature_is_described():
     """The other one is optional (found by fuzzing)."""
-    good = (profiles.folder() / "orin-nano-8gb-7w.toml").read_text()
+    good = (boards.folder() / "orin-nano-8gb-7w.toml").read_text()
     for left_out in ("passive_c", "critical_c"):
         text = "".join(line for line in good.splitlines(keepends=True) if not line.startswith(left_out))
         assert text != good
-        page = profiles.describe(profiles.decode(Path("p.toml"), text.encode()))
+        page = boards.describe(boards.decode(Path("p.toml"), text.encode()))
         assert ("clocks go back" in page) == (left_out != "passive_c")
         assert ("off at" in page) == (left_out != "critical_c")

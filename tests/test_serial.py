@@ -11,12 +11,14 @@ import numpy as np
 import pytest
 
 from edge_ssm.errors import UsageError
-from edge_ssm.network import InputSpec
-from edge_ssm.stream.framed import encode
-from edge_ssm.stream.frames import Frame, decoder
-from edge_ssm.stream.sources.base import BackOff, Data, Seam
-from edge_ssm.stream.sources.serial_line import SerialSource
-from edge_ssm.stream.stop import Stop
+from edge_ssm.io.backoff import BackOff
+from edge_ssm.io.codecs.framed import encode
+from edge_ssm.io.codecs.registry import decoder
+from edge_ssm.io.messages import Frame
+from edge_ssm.io.shutdown import Stop
+from edge_ssm.io.sources.base import Data, Seam
+from edge_ssm.io.sources.serial import SerialSource
+from edge_ssm.model.network import InputSpec
 
 pytest.importorskip("serial", reason="pyserial is not installed")
 SPEC = InputSpec(("ax", "ay"), np.zeros(2), np.ones(2))

@@ -18,17 +18,18 @@ from hypothesis import strategies as st
 from networks import networks, random_network, samples_for
 from test_stream import Stream
 
-from edge_ssm import artifact
-from edge_ssm.cli import cli
-from edge_ssm.engines import create
-from edge_ssm.engines.handover import handed_over
+from edge_ssm.cli.app import cli
+from edge_ssm.engines.registry import create
+from edge_ssm.engines.state_transfer import handed_over
 from edge_ssm.errors import SnapshotError, UsageError
-from edge_ssm.network import SSM
-from edge_ssm.service import configuration, snapshots
-from edge_ssm.service.budgets import Ladder, Limits, Measures
+from edge_ssm.formats import artifact
+from edge_ssm.model.network import SSM
+from edge_ssm.service import settings
+from edge_ssm.service import snapshot as service_snapshot
+from edge_ssm.service.adaptation import Ladder, Limits, Measures
 
 ROOT = Path(__file__).parent.parent
-EDGE_SSM = [sys.executable, "-c", "from edge_ssm.cli import main; main()"]
+EDGE_SSM = [sys.executable, "-c", "from edge_ssm.cli.app import main; main()"]
 READS_ALL = ["--input", "s.csv"]
 
 
@@ -36,8 +37,8 @@ READS_ALL = ["--input", "s.csv"]
 
 
 def test_every_key_is_a_flag_and_every_flag_a_key():
-    fields = {field for keys in configuration.SECTIONS.values() for field in keys.values()}
-    assert fields == set(configuration.Settings.__struct_fields__)
+    fields = {field for keys in settings.SECTIONS.values() for field in keys.values()}
+    assert fields == set(settings.Settings.__struct_fields__)
     run = cli.commands["run"]
     flags = {param.name for param in run.params} - {"config", "stream"}
     assert flags == fields
@@ -64,7 +65,7 @@ def test_a_configuration_that_is_wrong_says_where(tmp_path, text, problem):
     path = tmp_path / "c.toml"
     path.write_bytes(text.encode("latin-1"))
     with pytest.raises(UsageError) as error:
-        configuration.settings(str(path), {})
+        settings.settings(str(path), {})
     assert problem in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -72,14 +73,14 @@ def test_a_configuration_that_is_wrong_says_where(tmp_path, text, problem):
 def test_flags_come_before_the_file_and_paths_start_at_its_folder(tmp_path):
     path = tmp_path / "c.toml"
     path.write_text("[model]\npath = 'm.safetensors'\n[window]\nhop = 5\ncarry = true\n")
-    made = configuration.settings(str(path), {"hop": 7})
+    made = settings.settings(str(path), {"hop": 7})
     assert (made.model, made.hop, made.carry) == (str(tmp_path / "m.safetensors"), 7, True)
 
 
 @given(st.binary(max_size=300))
 def test_no_configuration_breaks_the_reader(content):
     try:
-        configuration.parse(content, "c.toml")
+        settings.parse(content, "c.toml")
     except UsageError as error:
         assert "\n" not in str(error)
 
@@ -92,14 +93,14 @@ def snapshot_bytes(network, cut=27, engine="reference"):
     loop = Stream(network, engine=engine).feed(samples[:cut]).loop
     state, snapshot = loop.state()
     shapes = [(len(x), x.shape[1]) for x in snapshot.state]
-    document = snapshots.Document("d" * 64, snapshot.fingerprint, shapes, state, "s", {"offset": 5}, {}, 1e9)
-    return snapshots.to_bytes(document, snapshot), document, snapshot
+    document = service_snapshot.Document("d" * 64, snapshot.fingerprint, shapes, state, "s", {"offset": 5}, {}, 1e9)
+    return service_snapshot.to_bytes(document, snapshot), document, snapshot
 
 
 @given(networks())
 def test_a_snapshot_comes_back_as_it_was(network):
     content, document, snapshot = snapshot_bytes(network)
-    found, state = snapshots.from_bytes(content)
+    found, state = service_snapshot.from_bytes(content)
     assert found == document
     assert all((a == b).all() for a, b in zip(state.state, snapshot.state, strict=True))
 
@@ -112,10 +113,10 @@ def test_a_snapshot_that_is_damaged_anywhere_is_refused():
         changed = bytearray(content)
         changed[place] ^= 1 << int(rng.integers(8))
         with pytest.raises(SnapshotError):
-            snapshots.from_bytes(bytes(changed))
+            service_snapshot.from_bytes(bytes(changed))
     for length in range(0, len(content), 13):
         with pytest.raises(SnapshotError):
-            snapshots.from_bytes(content[:length])
+            service_snapshot.from_bytes(content[:length])
 
 
 @given(st.data())
@@ -138,10 +139,10 @@ def test_a_snapshot_made_up_with_a_right_checksum_breaks_nothing(data):
     )
     head = json.dumps(plain).encode()
     body = struct.pack("<Q", len(head)) + head + content[40:][8 + struct.unpack_from("<Q", content, 40)[0] :]
-    forged = snapshots.MAGIC + hashlib.sha256(body).digest() + body
+    forged = service_snapshot.MAGIC + hashlib.sha256(body).digest() + body
     stream = Stream(random_network())
     try:
-        found, state = snapshots.from_bytes(forged)
+        found, state = service_snapshot.from_bytes(forged)
         stream.loop.restore(found.loop, state)
     except SnapshotError:
         return
@@ -660,7 +661,9 @@ def test_a_name_that_is_no_text_can_be_kept(small, tmp_path):
 )
 def test_a_closed_stream_is_said(small, closed, problem):
     other = f"--input {small}/s.csv" if ">" in closed else ""
-    command = f"{sys.executable} -c 'from edge_ssm.cli import main; main()' run {small}/m.safetensors {other} {closed}"
+    command = (
+        f"{sys.executable} -c 'from edge_ssm.cli.app import main; main()' run {small}/m.safetensors {other} {closed}"
+    )
     done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, timeout=60)
     assert done.returncode == 2
     assert problem in done.stderr
@@ -701,10 +704,10 @@ def test_the_line_of_a_key_is_not_looked_for_within_a_string(tmp_path):
     path = tmp_path / "c.toml"
     path.write_text('[source]\ninput = """\n[gap]\nmax = 1\n"""\n[model]\npath = "m"\n[gap]\nmax = -1\n')
     with pytest.raises(UsageError, match=r"c.toml, line 9: gap.max: '-1'"):
-        configuration.settings(str(path), {})
+        settings.settings(str(path), {})
     path.write_text('[model]\npath = "m"\n[gap]\npolicy = "x"\n')
     with pytest.raises(UsageError, match="'x', expected hold, skip, reset"):
-        configuration.settings(str(path), {})
+        settings.settings(str(path), {})
     os.mkfifo(tmp_path / "fifo")
     with pytest.raises(UsageError, match="not a regular file"):
-        configuration.settings(str(tmp_path / "fifo"), {})
+        settings.settings(str(tmp_path / "fifo"), {})

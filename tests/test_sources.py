@@ -10,12 +10,13 @@ import pytest
 from networks import random_network
 
 from edge_ssm.errors import UsageError
-from edge_ssm.stream.places import place
-from edge_ssm.stream.sources import SCHEMES, open_source
-from edge_ssm.stream.sources.base import BackOff, Data, Seam
-from edge_ssm.stream.sources.mailbox import Mailbox
-from edge_ssm.stream.sources.sockets import ConnectSource, ListenSource, UdpSource
-from edge_ssm.stream.stop import Stop
+from edge_ssm.io.address import place
+from edge_ssm.io.backoff import BackOff
+from edge_ssm.io.mailbox import Mailbox
+from edge_ssm.io.shutdown import Stop
+from edge_ssm.io.sources.base import Data, Seam
+from edge_ssm.io.sources.registry import SCHEMES, open_source
+from edge_ssm.io.sources.socket import ConnectSource, ListenSource, UdpSource
 
 
 def opened(text, **options):

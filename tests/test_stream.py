@@ -10,14 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from networks import random_network, samples_for
 
-from edge_ssm.engines import create
+from edge_ssm.engines.registry import create
 from edge_ssm.errors import RunFailed, UsageError
-from edge_ssm.monitor.latency import LatencyHistogram
-from edge_ssm.stream.decisions import decide
-from edge_ssm.stream.frames import Frame, Malformed
-from edge_ssm.stream.loop import Loop
-from edge_ssm.stream.sinks import CsvSink, NdjsonSink
-from edge_ssm.stream.windows import Closed, Windows
+from edge_ssm.histogram import LatencyHistogram
+from edge_ssm.io.messages import Frame, Malformed
+from edge_ssm.io.sinks.formats import CsvSink, NdjsonSink
+from edge_ssm.runtime.decisions import decide
+from edge_ssm.runtime.pipeline import Loop
+from edge_ssm.runtime.windows import Closed, Windows
 
 
 class Stream:

@@ -13,10 +13,10 @@ from itertools import chain, combinations
 import pytest
 import real_systemd
 
-from edge_ssm.service import install
+from edge_ssm.service.systemd import install
 
 WINDOW = 200
-COMMAND = [sys.executable, "-c", "from edge_ssm.cli import main; main()"]
+COMMAND = [sys.executable, "-c", "from edge_ssm.cli.app import main; main()"]
 UNIT = "edge-ssm@wrist"
 
 analyze = pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd-analyze is not installed")

@@ -10,11 +10,12 @@ import msgspec
 import pytest
 from networks import random_network
 
-from edge_ssm.stream import live, sinks, top
-from edge_ssm.stream.loop import Account
-from edge_ssm.stream.outlets.files import FileOutlet
+from edge_ssm.io.sinks import formats
+from edge_ssm.io.sinks.file import FileOutlet
+from edge_ssm.runtime.counters import Account
+from edge_ssm.telemetry import publisher, top
 
-COMMAND = [sys.executable, "-c", "from edge_ssm.cli import main; main()", "top"]
+COMMAND = [sys.executable, "-c", "from edge_ssm.cli.app import main; main()", "top"]
 
 
 def shown(*arguments):
@@ -27,8 +28,8 @@ def shown(*arguments):
 def teller(tmp_path, monkeypatch):
     """A real one of this process; it writes under ``tmp_path / "status"``."""
     monkeypatch.setenv("EDGE_SSM_RUN", str(tmp_path / "status"))
-    sink = sinks.make("ndjson", FileOutlet(str(tmp_path / "out")), random_network(), False, False)
-    teller = live.Live(sink, live.Facts("m.safetensors", "d", "cpu", 50.0))
+    sink = formats.make("ndjson", FileOutlet(str(tmp_path / "out")), random_network(), False, False)
+    teller = publisher.Live(sink, publisher.Facts("m.safetensors", "d", "cpu", 50.0))
     yield teller
     teller.close()
 
@@ -118,7 +119,7 @@ def test_names_can_not_write_lines_of_their_own(teller, place):
 
 
 def test_a_decision_in_many_seconds_has_a_rate(teller, monkeypatch):
-    monkeypatch.setattr(live, "INTERVAL_S", 0.05)
+    monkeypatch.setattr(publisher, "INTERVAL_S", 0.05)
     account = Account()
     teller.watch(account)
     time.sleep(0.5)

@@ -21,9 +21,9 @@ from networks import random_network
 from watched import Watched, demo, rows
 
 from edge_ssm.errors import UsageError
-from edge_ssm.service import web
-from edge_ssm.service.web import parse_listen, serve
-from edge_ssm.stream.decisions import Event
+from edge_ssm.io.messages import Event
+from edge_ssm.telemetry import http as telemetry_http
+from edge_ssm.telemetry.http import parse_listen, serve
 
 
 @pytest.fixture(scope="module")
@@ -302,7 +302,7 @@ STRANGE = [
 def hurried():
     """Fuzzing is not to take as long as fifty requests a second would."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(web, "PER_SECOND", 5000)
+        patch.setattr(telemetry_http, "PER_SECOND", 5000)
         yield
 
 
@@ -335,12 +335,12 @@ def test_strange_requests_are_answered_or_hung_up_on(server, data):
 
 
 def test_a_request_that_is_too_long_is_refused_with_words(server):
-    received = raw(server, b"GET / HTTP/1.1\r\nA: " + b"b" * (web.HEAD_BYTES - 19))
+    received = raw(server, b"GET / HTTP/1.1\r\nA: " + b"b" * (telemetry_http.HEAD_BYTES - 19))
     assert received.startswith(b"HTTP/1.1 431 ")
 
 
 def test_a_client_that_sends_a_byte_at_a_time_is_hung_up_on(run, monkeypatch):
-    monkeypatch.setattr(web, "HEAD_S", 0.6)
+    monkeypatch.setattr(telemetry_http, "HEAD_S", 0.6)
     with serving(run) as server:
         host, _, port = server.address.rpartition(":")
         began = time.monotonic()
@@ -361,8 +361,8 @@ def _closed(connection):
 
 
 def test_a_client_that_never_takes_its_answer_is_hung_up_on(run, monkeypatch):
-    monkeypatch.setattr(web, "ANSWER_S", 0.5)
-    monkeypatch.setattr(web, "_page", lambda: (b"x" * 20_000_000, "default-src 'none'"))
+    monkeypatch.setattr(telemetry_http, "ANSWER_S", 0.5)
+    monkeypatch.setattr(telemetry_http, "_page", lambda: (b"x" * 20_000_000, "default-src 'none'"))
     with serving(run) as server:
         host, _, port = server.address.rpartition(":")
         threads = threading.active_count()
@@ -388,7 +388,9 @@ def test_two_hundred_idle_connections_keep_nobody_out_and_cost_nothing(run):
         began = time.monotonic()
         assert ask(server, "/healthz")[0] == 200
         assert time.monotonic() - began < 8
-        assert sum(thread.name.startswith("Thread") for thread in threading.enumerate()) < 2 * web.CONNECTIONS
+        assert (
+            sum(thread.name.startswith("Thread") for thread in threading.enumerate()) < 2 * telemetry_http.CONNECTIONS
+        )
         # The clients' own sockets are in it too.
         assert process.memory_info().rss - before < 8 << 20
         assert run.account.samples > samples
@@ -422,7 +424,7 @@ def test_a_flood_of_requests_does_not_stop_the_loop():
             time.sleep(3)
             seconds = time.monotonic() - began
             assert run.account.samples - samples > 0.9 * 500 * seconds
-            assert 0 < len(lengths) - answered < 1.2 * web.PER_SECOND * seconds
+            assert 0 < len(lengths) - answered < 1.2 * telemetry_http.PER_SECOND * seconds
             assert run.live.status().loop_age_s < 1
         finally:
             for client in clients:
@@ -432,7 +434,7 @@ def test_a_flood_of_requests_does_not_stop_the_loop():
 
 def test_answers_do_not_grow_memory(run):
     with serving(run, prometheus=True) as server, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(web, "PER_SECOND", 5000)
+        patch.setattr(telemetry_http, "PER_SECOND", 5000)
         grown = []
         for _ in range(4):
             for path in ("/status.json", "/metrics", "/", "/nowhere") * 40:
@@ -445,10 +447,10 @@ def test_a_fault_of_the_server_is_told_of_and_shows_no_traceback(run, capfd):
     with serving(run) as server:
         # A run whose account can't be read: the real answer fails.
         server._server.live = None
-        for _ in range(2 * web.FAULTS):
+        for _ in range(2 * telemetry_http.FAULTS):
             assert ask(server, "/healthz")[::2] == (500, b"Internal Server Error\n")
     told = capfd.readouterr().err.splitlines()
-    assert len(told) == web.FAULTS
+    assert len(told) == telemetry_http.FAULTS
     assert all(line.startswith("edge-ssm: the status server failed error=") for line in told)
 
 

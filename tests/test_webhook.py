@@ -7,7 +7,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from edge_ssm.errors import UsageError
-from edge_ssm.stream.outlets.webhook import WebhookWire
+from edge_ssm.io.sinks.webhook import WebhookWire
 
 
 class Server(ThreadingHTTPServer):

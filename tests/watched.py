@@ -12,15 +12,15 @@ from pathlib import Path
 
 from networks import samples_for
 
-from edge_ssm import artifact
-from edge_ssm.engines import create
-from edge_ssm.service.web import serve
-from edge_ssm.stream import frames
-from edge_ssm.stream.live import Facts, Live
-from edge_ssm.stream.loop import Loop
-from edge_ssm.stream.sinks import NdjsonSink
-from edge_ssm.stream.top import file_meter
-from edge_ssm.stream.windows import Windows
+from edge_ssm.engines.registry import create
+from edge_ssm.formats import artifact
+from edge_ssm.io.codecs import registry as codecs
+from edge_ssm.io.sinks.formats import NdjsonSink
+from edge_ssm.runtime.pipeline import Loop
+from edge_ssm.runtime.windows import Windows
+from edge_ssm.telemetry.http import serve
+from edge_ssm.telemetry.publisher import Facts, Live
+from edge_ssm.telemetry.top import file_meter
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -51,7 +51,7 @@ class Watched:
         self.live.close()
 
     def _run(self):
-        decoder, began, taken = frames.decoder("csv", self._network.input), time.perf_counter(), 0
+        decoder, began, taken = codecs.decoder("csv", self._network.input), time.perf_counter(), 0
         while True:
             for line in self._lines if not taken else self._lines[1:]:
                 for item in decoder.feed(line):

@@ -1,4 +1,4 @@
-"""Derive the rational approximations of edge_ssm/engines/rational.py:  f(x) = x P(x^2) / Q(x^2), for erf and tanh.
+"""Derive the rational approximations of edge_ssm/engines/cpu/activations.py:  f(x) = x P(x^2) / Q(x^2), for erf and tanh.
 
 Linearised least squares on Chebyshev nodes with Lawson's reweighting, which drives it towards the minimax solution.
 Prints the coefficients, highest power first, and the largest error of a float32 evaluation.

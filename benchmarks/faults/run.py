@@ -34,11 +34,11 @@ import numpy as np
 
 ROOT = Path(__file__).parent.parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-from mosquitto import Broker, free_port  # noqa: E402
+from mosquitto import Broker, free_port
 
-from edge_ssm import artifact  # noqa: E402
-from edge_ssm.engines import create  # noqa: E402
-from edge_ssm.stream.framed import encode  # noqa: E402
+from edge_ssm.engines.registry import create
+from edge_ssm.formats import artifact
+from edge_ssm.io.codecs.framed import encode
 
 MODEL = ROOT / "examples" / "demo.safetensors"
 RATE, HOP = 1000, 20
@@ -72,7 +72,7 @@ class Service:
     def __init__(self, folder, *arguments, environment=None):
         self.folder = folder
         self._arguments = [
-            sys.executable, "-c", "from edge_ssm.cli import main; main()", "run", str(arguments[0]),
+            sys.executable, "-c", "from edge_ssm.cli.app import main; main()", "run", str(arguments[0]),
             "--hop", str(HOP), "--engine", "cpu", "--profile", "none", *map(str, arguments[1:]),
         ]  # fmt: skip
         self._environment = {**os.environ, "PYTHONPATH": str(ROOT), **(environment or {})}

@@ -1,7 +1,7 @@
 """What is fuzzed: a registry from a name to a callable that takes bytes. Each may raise EdgeSSMError and nothing else.
 
 A new reader of untrusted bytes is entered by ``@register("its-name", ...)`` on a function that builds its callable; a
-codec of ``edge_ssm.stream.frames.FORMATS`` is entered by itself. Seeds lie in tests/corpus/NAME/, and
+codec of ``edge_ssm.io.codecs.registry.FORMATS`` is entered by itself. Seeds lie in tests/corpus/NAME/, and
 tests/test_fuzz.py runs them through every target.
 
 Callables are deterministic and keep nothing between inputs, so that a finding can be repeated from its bytes alone.
@@ -23,19 +23,27 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from edge_ssm.io import messages
+from edge_ssm.io.codecs import base
+
 try:  # here, so that the parser which msgspec takes is instrumented with this import
     import tomllib  # noqa: F401
 except ImportError:
     import tomli  # noqa: F401
 
-from edge_ssm import artifact, inspect, profiles, signatures
-from edge_ssm.engines import create
+from edge_ssm.engines.registry import create
 from edge_ssm.errors import UsageError
-from edge_ssm.network import InputSpec
-from edge_ssm.service import configuration, snapshots
-from edge_ssm.stream import framed, frames, places, sources
-from edge_ssm.stream.loop import Loop
-from edge_ssm.stream.windows import Windows
+from edge_ssm.formats import artifact, signatures
+from edge_ssm.formats import description as formats_description
+from edge_ssm.hardware import boards
+from edge_ssm.io import address
+from edge_ssm.io.codecs import framed
+from edge_ssm.io.codecs import registry as codecs
+from edge_ssm.io.sources import registry as sources
+from edge_ssm.model.network import InputSpec
+from edge_ssm.runtime.pipeline import Loop
+from edge_ssm.runtime.windows import Windows
+from edge_ssm.service import settings, snapshot
 
 ROOT = Path(__file__).parent.parent.parent
 CORPUS = ROOT / "tests" / "corpus"
@@ -84,21 +92,21 @@ def register(
 
 def check_item(item: Any) -> None:
     """What a loop and its sinks take for granted of whatever a decoder yields."""
-    if isinstance(item, frames.Frame):
+    if isinstance(item, messages.Frame):
         assert item.values.shape == (len(SPEC.channels),), item.values.shape
         assert item.values.dtype == np.float64, item.values.dtype
         assert item.label is None or isinstance(item.label, str), item.label
         assert item.time is None or isinstance(item.time, (int, float, str)), item.time
         msgspec.json.encode((item.time, item.label))  # a sink must be able to write them
     else:
-        assert isinstance(item, frames.Malformed), item
+        assert isinstance(item, messages.Malformed), item
         assert (item.where + item.problem).isprintable(), item  # goes to a terminal or a log, as one line
         assert len(item.problem) < 500, item
 
 
 def decoder_target(codec: str) -> Fuzzed:
     """The first byte says where the rest is cut in two blocks; 255 puts a line that is too long between them."""
-    long_line = b"7" * (frames.MAX_LINE + 1) if codec in ("csv", "ndjson") else b""
+    long_line = b"7" * (base.MAX_LINE + 1) if codec in ("csv", "ndjson") else b""
 
     def fuzz(data: bytes) -> None:
         if not data:
@@ -107,7 +115,7 @@ def decoder_target(codec: str) -> Fuzzed:
         blocks = [data[1 : cut + 1], data[cut + 1 :]]
         if cut == 255:
             blocks.insert(1, long_line)
-        decoder = frames.decoder(codec, SPEC)
+        decoder = codecs.decoder(codec, SPEC)
         for block in blocks:
             for item in decoder.feed(block):
                 check_item(item)
@@ -137,7 +145,7 @@ _WORDS = {
     ),
 }
 _INPUTS = {"csv": 2_000_000, "ndjson": 2_000_000}
-for _codec in frames.FORMATS:
+for _codec in codecs.FORMATS:
     register(_codec, _INPUTS.get(_codec, 1_200_000), 300, _WORDS.get(_codec, ()))(
         lambda codec=_codec: decoder_target(codec)
     )
@@ -161,8 +169,8 @@ class MemoryFile:
 def _load(file: MemoryFile) -> None:
     """Load, and show what was loaded, as ``edge-ssm inspect`` does with a stranger's model."""
     loaded = artifact.load(file.path)
-    description = inspect.describe(loaded)
-    text = inspect.render(description)
+    description = formats_description.describe(loaded)
+    text = formats_description.render(description)
     assert text.replace("\n", "").isprintable(), text
     json.dumps(description)
 
@@ -418,12 +426,12 @@ def _field_names(struct: type[msgspec.Struct]) -> list[str]:
     return found
 
 
-@register("profile", 1_000_000, 2048, ("[", "]", '"""', "true", *_NUMBER_WORDS, *_field_names(profiles.Profile)))
+@register("profile", 1_000_000, 2048, ("[", "]", '"""', "true", *_NUMBER_WORDS, *_field_names(boards.Profile)))
 def profile_target() -> Fuzzed:
     """A firmware profile, TOML."""
 
     def fuzz(data: bytes) -> None:
-        profiles.describe(profiles.decode(Path("profile.toml"), data))
+        boards.describe(boards.decode(Path("profile.toml"), data))
 
     return fuzz
 
@@ -432,15 +440,15 @@ def profile_target() -> Fuzzed:
     "configuration",
     600_000,
     1024,
-    ("[", "]", "=", "true", *_NUMBER_WORDS, *configuration.SECTIONS, *configuration.Settings.__struct_fields__),
+    ("[", "]", "=", "true", *_NUMBER_WORDS, *settings.SECTIONS, *settings.Settings.__struct_fields__),
 )
 def configuration_target() -> Fuzzed:
     """A service's configuration, TOML: what is taken passes the checks that a run begins with."""
 
     def fuzz(data: bytes) -> None:
         try:
-            made = configuration.Settings(**configuration.parse(data, "service.toml"))
-            configuration.check(made)
+            made = settings.Settings(**settings.parse(data, "service.toml"))
+            settings.check(made)
         except UsageError as error:
             said = str(error)
         else:
@@ -455,7 +463,7 @@ def address_target() -> Fuzzed:
     """Where samples come from, as text: what is taken has a host and port, or a path, that may be opened."""
 
     def fuzz(data: bytes) -> None:
-        found = places.place(data.decode("utf-8", "surrogateescape"), sources.SCHEMES)
+        found = address.place(data.decode("utf-8", "surrogateescape"), sources.SCHEMES)
         found.known_options("baud")
         found.whole("baud", 1)
         (found.socket_path if found.scheme.startswith("unix") else found.address)()
@@ -471,7 +479,7 @@ def snapshot_target() -> Fuzzed:
     """The file's bytes as they are."""
 
     def fuzz(data: bytes) -> None:
-        snapshots.from_bytes(data)
+        snapshot.from_bytes(data)
 
     return fuzz
 
@@ -493,11 +501,11 @@ def snapshot_content_target() -> Fuzzed:
             _change_document(script, document)
         head = json.dumps(document).encode()
         body = struct.pack("<Q", len(head)) + head + states
-        found, state = snapshots.from_bytes(snapshots.MAGIC + hashlib.sha256(body).digest() + body)
+        found, state = snapshot.from_bytes(snapshot.MAGIC + hashlib.sha256(body).digest() + body)
         engine.reset()
         loop = Loop(engine, Windows(network), Nowhere())
         loop.restore(found.loop, state)
-        loop._item(frames.Frame(sample, sequence=1))
+        loop._item(messages.Frame(sample, sequence=1))
         loop.state()
 
     return fuzz
@@ -517,7 +525,7 @@ def framed_content_target() -> Fuzzed:
 
     def fuzz(data: bytes) -> None:
         script = Script(data)
-        decoder = frames.decoder("framed", SPEC)
+        decoder = codecs.decoder("framed", SPEC)
         while script.left:
             content = script.take(script.number() % 64)
             packet = framed.stuff(content + struct.pack("<I", zlib.crc32(content)))

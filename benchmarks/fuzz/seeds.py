@@ -13,13 +13,13 @@ import sys
 import numpy as np
 from fuzz_targets import CORPUS, ROOT, Nowhere, fuzzing_key
 
-from edge_ssm import artifact, signatures
-from edge_ssm.engines import create
-from edge_ssm.service import snapshots
-from edge_ssm.stream.framed import encode
-from edge_ssm.stream.frames import Frame
-from edge_ssm.stream.loop import Loop
-from edge_ssm.stream.windows import Windows
+from edge_ssm.engines.registry import create
+from edge_ssm.formats import artifact, signatures
+from edge_ssm.io.codecs.framed import encode
+from edge_ssm.io.messages import Frame
+from edge_ssm.runtime.pipeline import Loop
+from edge_ssm.runtime.windows import Windows
+from edge_ssm.service import snapshot as service_snapshot
 from edge_ssm_build import signing
 
 sys.path.insert(0, str(ROOT / "tests"))
@@ -161,7 +161,9 @@ listen = ":9464"
         loop._item(Frame(np.array([0.1 * i]), 0.5, "a", 7 + i))
     state, snapshot = loop.state()
     shapes = [(len(x), x.shape[1]) for x in snapshot.state]
-    document = snapshots.Document("d", snapshot.fingerprint, shapes, state, "s", {"offset": 9}, {"width": 2}, 1.5e9)
+    document = service_snapshot.Document(
+        "d", snapshot.fingerprint, shapes, state, "s", {"offset": 9}, {"width": 2}, 1.5e9
+    )
     frame = encode([[1, 2], [3, 4]], 7, boot=3, time_us=5)
     return {
         "configuration/whole": text.encode(),
@@ -170,7 +172,7 @@ listen = ":9464"
         "address/mqtt": b"mqtt://host:1883/a/+/#?client_id=x&in_flight=8",
         "address/listen": b"tcp-listen://[::1]:9000",
         "address/unix": b"unix:///run/%2Fs",
-        "snapshot/valid": snapshots.to_bytes(document, snapshot),
+        "snapshot/valid": service_snapshot.to_bytes(document, snapshot),
         "snapshot-content/changed": bytes([3, 3, 0, 1, 2, 1, 4, 9, 1, 1, 7, 5, 2, 0, 3]),
         "framed/frame": b"\x04" + frame,
         "framed-content/header": bytes([24, 1, 0, 2, 0, 1, 0, 3, 0, 7, 0, 0, 0, *range(11), 2, 5, 5]),

@@ -17,13 +17,14 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent.parent
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "benchmarks")]
-from floor import read_bytes  # noqa: E402
-from networks import random_network  # noqa: E402
+from floor import read_bytes
+from networks import random_network
 
-from edge_ssm.discretize import step_parameters  # noqa: E402
-from edge_ssm.engines import cuda_layout  # noqa: E402
-from edge_ssm.engines.cuda import plan  # noqa: E402
-from edge_ssm.network import Network, cost  # noqa: E402
+from edge_ssm.engines.cuda import layout as cuda_layout
+from edge_ssm.engines.cuda.engine import plan
+from edge_ssm.model.cost import cost
+from edge_ssm.model.discretize import step_parameters
+from edge_ssm.model.network import Network
 
 SHAPES = {"small": (64, 2), "ecg": (128, 4), "large": (256, 6)}
 

@@ -16,16 +16,16 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from edge_ssm.engines import cuda_store
+from edge_ssm.engines.cuda import cache as cuda_cache
 
 
 def resources(target: str, cuda_store_folder: Path | None = None) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as temporary:
         if cuda_store_folder is None:
-            kernels = cuda_store.compile_and_keep(target, Path(temporary))[1]
+            kernels = cuda_cache.compile_and_keep(target, Path(temporary))[1]
         else:
-            paths = cuda_store_folder.glob(f"*{cuda_store.SUFFIX}")
-            found = [cuda_store.decode(path.read_bytes()) for path in paths]
+            paths = cuda_store_folder.glob(f"*{cuda_cache.SUFFIX}")
+            found = [cuda_cache.decode(path.read_bytes()) for path in paths]
             kernels = {kernel.header.kernel: kernel for kernel in found}
         rows = []
         for name, kernel in sorted(kernels.items()):

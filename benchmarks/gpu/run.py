@@ -25,15 +25,16 @@ import numpy as np
 
 ROOT = Path(__file__).parent.parent.parent
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "benchmarks")]
-from floor import read_bytes  # noqa: E402
-from networks import random_network, samples_for  # noqa: E402
+from floor import read_bytes
+from networks import random_network, samples_for
 
-from edge_ssm.engines import create  # noqa: E402
-from edge_ssm.engines.cuda import THREADS, CudaEngine  # noqa: E402
-from edge_ssm.engines.cuda_driver import Device  # noqa: E402
-from edge_ssm.engines.cuda_persistent import PersistentCudaEngine  # noqa: E402
-from edge_ssm.errors import EngineUnavailable  # noqa: E402
-from edge_ssm.network import Network, cost  # noqa: E402
+from edge_ssm.engines.cuda.driver import Device
+from edge_ssm.engines.cuda.engine import THREADS, CudaEngine
+from edge_ssm.engines.cuda.persistent import PersistentCudaEngine
+from edge_ssm.engines.registry import create
+from edge_ssm.errors import EngineUnavailable
+from edge_ssm.model.cost import cost
+from edge_ssm.model.network import Network
 
 SHAPES = {"small": (64, 2), "ecg": (128, 4), "large": (256, 6)}
 CHUNK = 64

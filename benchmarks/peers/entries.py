@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from importlib.util import find_spec
 
-from edge_ssm.network import Array
+from edge_ssm.model.network import Array
 from peers.parts import Parts
 
 Step = Callable[[Array], Array]
@@ -34,7 +34,7 @@ def missing(name: str) -> list[str]:
 
 def make(name: str, parts: Parts) -> Step:
     if name in ENGINES:
-        from edge_ssm.engines import create
+        from edge_ssm.engines.registry import create
 
         return create(ENGINES[name], parts.network).step
     if name == "NumPy" or name == "JAX":

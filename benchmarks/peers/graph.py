@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from edge_ssm.graphs import files
-from edge_ssm.network import Array
+from edge_ssm.formats import exported
+from edge_ssm.model.network import Array
 from peers.parts import Parts
 
 
@@ -19,7 +19,7 @@ def _normalised(parts: Parts, sample: Array) -> Array:
 
 def _buffers(parts: Parts) -> list[dict[str, Array]]:
     """Two sets of states: each step reads one and writes the other, so that none is copied."""
-    states = [state for layer in files.build("onnx", parts.network).form.states for state in layer]
+    states = [state for layer in exported.build("onnx", parts.network).form.states for state in layer]
     names = [(name, (len(state.channels), state.pairs)) for state in states for name in (state.re, state.im)]
     return [{name: np.zeros(shape, dtype=np.float32) for name, shape in names} for _ in range(2)]
 
@@ -51,7 +51,7 @@ def onnxruntime_step(parts: Parts, device: str = "cpu") -> Callable[[Array], Arr
     options = ort.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
-    session = ort.InferenceSession(files.build("onnx", parts.network).content, options, providers=[provider])
+    session = ort.InferenceSession(exported.build("onnx", parts.network).content, options, providers=[provider])
     if provider not in session.get_providers():
         raise LookupError(f"{provider} does not start here")
     sample, output = np.zeros((1, len(parts.mean)), np.float32), np.zeros((1, len(parts.decoder)), np.float32)
@@ -82,7 +82,7 @@ def openvino_step(parts: Parts) -> Callable[[Array], Array]:
 
     core = ov.Core()
     settings = {"INFERENCE_NUM_THREADS": 1, "NUM_STREAMS": 1, "INFERENCE_PRECISION_HINT": "f32"}
-    compiled = core.compile_model(core.read_model(files.build("onnx", parts.network).content), "CPU", settings)
+    compiled = core.compile_model(core.read_model(exported.build("onnx", parts.network).content), "CPU", settings)
     sample, output = np.zeros((1, len(parts.mean)), np.float32), np.zeros((1, len(parts.decoder)), np.float32)
     sets = _buffers(parts)
     requests = []

@@ -7,15 +7,15 @@ from typing import Any
 
 import numpy as np
 
-from edge_ssm.graphs import files
-from edge_ssm.network import Array
+from edge_ssm.formats import exported
+from edge_ssm.model.network import Array
 from peers.parts import Parts
 
 
 def _interpreter(parts: Parts) -> tuple[Any, list[int], list[int]]:
     from ai_edge_litert.interpreter import Interpreter
 
-    graph = files.build("tflite", parts.network)
+    graph = exported.build("tflite", parts.network)
     made = Interpreter(model_content=graph.content, num_threads=1)
     made.allocate_tensors()
     inputs, outputs = made.get_input_details(), made.get_output_details()

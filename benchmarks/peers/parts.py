@@ -11,10 +11,10 @@ import numpy as np
 
 ROOT = Path(__file__).parent.parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
-from networks import random_network  # noqa: E402
+from networks import random_network
 
-from edge_ssm.discretize import step_parameters  # noqa: E402
-from edge_ssm.network import Array, LinearEncoder, Network  # noqa: E402
+from edge_ssm.model.discretize import step_parameters
+from edge_ssm.model.network import Array, LinearEncoder, Network
 
 SIZES = {"tiny": (8, 4, 2), "small": (64, 32, 2), "ecg": (128, 32, 4), "large": (256, 32, 6)}
 """H, N / 2, layers."""

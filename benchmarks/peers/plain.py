@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from edge_ssm.engines.rational import ERF
-from edge_ssm.network import Array
+from edge_ssm.engines.cpu.activations import ERF
+from edge_ssm.model.network import Array
 from peers.parts import Parts
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from edge_ssm.network import Array
+from edge_ssm.model.network import Array
 from peers.parts import Layer, Parts
 
 

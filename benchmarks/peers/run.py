@@ -48,7 +48,7 @@ def steps_of(shape: str) -> dict[str, Any]:
     from floor import PASSES, read_bytes, reader
     from networks import samples_for
 
-    from edge_ssm.engines import create
+    from edge_ssm.engines.registry import create
     from peers import entries
     from peers.parts import network_of, parts_of
 

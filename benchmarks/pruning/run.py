@@ -88,7 +88,7 @@ def _row(checkpoint: Any, data: Any, name: str, folder: Path, **known: Any) -> d
 
     A network whose artifact fails has no score, only the reason.
     """
-    from edge_ssm.network import cost
+    from edge_ssm.model.cost import cost
     from edge_ssm_build.exporting import export
     from edge_ssm_build.search import FAILURES, network_of
 
@@ -139,7 +139,7 @@ def _family(method: str, task: Task, base: Any, data: Any, seed: int, folder: Pa
 def _narrow(task: Task, kernel: str, base: Any, data: Any, seed: int, folder: Path) -> list[dict[str, Any]]:
     """From scratch, as narrow as it takes to do no more multiply-adds than ``compact`` does at that rate; trained for
     as many epochs as pruning spent up to there."""
-    from edge_ssm.network import cost
+    from edge_ssm.model.cost import cost
     from edge_ssm_build.model import SSMNetwork
     from edge_ssm_build.search import network_of
 
@@ -177,7 +177,7 @@ def _states_alone(base: Any, data: Any, folder: Path) -> list[dict[str, Any]]:
 
 
 def train(arguments: argparse.Namespace) -> None:
-    from edge_ssm import atomic
+    from edge_ssm import files
     from edge_ssm_build import datasets, training
     from edge_ssm_build.executors import prepare_process
 
@@ -195,7 +195,7 @@ def train(arguments: argparse.Namespace) -> None:
         return True
 
     def finish(folder: Path, part: str, rows: Any) -> None:
-        atomic.write(folder / f"{part}.json", json.dumps(rows).encode())
+        files.write(folder / f"{part}.json", json.dumps(rows).encode())
         (folder / f"{part}.lock").unlink()
         print(
             folder.name, part, *(f"{100 * r['accuracy']:.1f}" if r["artifact"] else "failed" for r in rows), flush=True
@@ -229,9 +229,10 @@ def train(arguments: argparse.Namespace) -> None:
 
 
 def measure(arguments: argparse.Namespace) -> None:
-    from edge_ssm import artifact, atomic
-    from edge_ssm.engines import create
-    from edge_ssm.monitor import steptime
+    from edge_ssm import files
+    from edge_ssm.engines.registry import create
+    from edge_ssm.formats import artifact
+    from edge_ssm.profiler import step_table
 
     rows, failed = [], []
     for name in TASKS:
@@ -255,7 +256,7 @@ def measure(arguments: argparse.Namespace) -> None:
                 networks = [artifact.load(folder / row["artifact"]).network for row in [base_row, *made]]
                 samples = np.random.default_rng(0).standard_normal((100, networks[0].d_input))
                 samples = networks[0].input.mean + networks[0].input.std * samples
-                times = steptime.measure([create("cpu", network) for network in networks], samples)
+                times = step_table.measure([create("cpu", network) for network in networks], samples)
                 for row, step_us in zip(made, times[1:], strict=True):
                     known = {"task": name, "kernel": kernel, "method": row["method"], "rate": row["rate"], "seed": seed}
                     known |= {"accuracy": row["accuracy"], "base_accuracy": base_row["accuracy"]}
@@ -265,7 +266,7 @@ def measure(arguments: argparse.Namespace) -> None:
                     rows.append(known | rest | base)
                 print(folder.name, f"unpruned {times[0]:.2f} us, {len(made)} networks", flush=True)
     lines = ",\n".join(json.dumps(row) for row in rows)
-    atomic.write(HERE / "results.json", f"[\n{lines}\n]\n".encode())
+    files.write(HERE / "results.json", f"[\n{lines}\n]\n".encode())
     if failed:
         sys.exit("\n".join([f"{len(failed)} networks are not in results.json:", *failed]))
 

@@ -14,9 +14,11 @@ from typing import ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from edge_ssm.discretize import StepParameters, decayed, step_parameters
 from edge_ssm.errors import SampleError, SnapshotError, UsageError
-from edge_ssm.network import Array, Network, check, fingerprint, input_range
+from edge_ssm.model.discretize import StepParameters, decayed, step_parameters
+from edge_ssm.model.input_range import input_range
+from edge_ssm.model.network import Array, Network, fingerprint
+from edge_ssm.model.validation import check
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ import numpy as np
 import numpy.typing as npt
 
 from edge_ssm.engines.base import Engine, refusal
-from edge_ssm.network import SSM, Array, Block, Mixing, Network, Norm, TokenEncoder, input_range
+from edge_ssm.model.input_range import input_range
+from edge_ssm.model.network import SSM, Array, Block, Mixing, Network, Norm, TokenEncoder
 
 _erf = np.frompyfunc(math.erf, 1, 1)
 

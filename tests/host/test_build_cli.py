@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from edge_ssm.cli import run_command
-from edge_ssm.monitor import steptime
+from edge_ssm.cli.app import run_command
+from edge_ssm.profiler import step_table
 
 torch = pytest.importorskip("torch", reason="the host tool needs torch: pip install 'edge-ssm[host]'")
 
@@ -18,7 +18,7 @@ from edge_ssm_build import training  # noqa: E402
 from edge_ssm_build.cli import cli  # noqa: E402
 
 BUILD = [sys.executable, "-c", "from edge_ssm_build.cli import main; main()"]
-RUN = [sys.executable, "-c", "from edge_ssm.cli import main; main()"]
+RUN = [sys.executable, "-c", "from edge_ssm.cli.app import main; main()"]
 
 
 def call(command, *arguments):
@@ -81,9 +81,9 @@ def test_prune_writes_every_member_that_is_right(recordings, fresh, move_poles, 
     start, output, table = fresh(epochs=8, d_state=8), tmp_path / "f", tmp_path / "steps.json"
     rows = []  # a device whose step takes a microsecond a pair of states: the largest rate is the fastest
     for k in (1, 2, 4, 8, 16):
-        features = steptime.features(steptime.synthetic(16, 1, k, 2, 16, "float32", False))
-        rows.append(steptime.Row({"states": features["states"]}, float(2 * k)))
-    steptime.save_table(table, steptime.StepTable(1, "cpu", "test", rows))
+        features = step_table.features(step_table.synthetic(16, 1, k, 2, 16, "float32", False))
+        rows.append(step_table.Row({"states": features["states"]}, float(2 * k)))
+    step_table.save_table(table, step_table.StepTable(1, "cpu", "test", rows))
     move_poles(start.model)
     with torch.no_grad():
         start.model.decoder.weight[1] = start.model.decoder.weight[0]

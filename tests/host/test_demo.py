@@ -23,7 +23,7 @@ def test_the_demo_streams_what_torch_computes(demo_model, demo_stream):
     truth = rows[:: network.window, -1]
     logits = exporting.convolve_windows(convert.to_model(network, torch.float64), network.input, x)
     labels = [network.labels[i] for i in logits.argmax(axis=1)]
-    command = [sys.executable, "-c", "from edge_ssm.cli import main; main()", "run", str(demo_model), "--stream"]
+    command = [sys.executable, "-c", "from edge_ssm.cli.app import main; main()", "run", str(demo_model), "--stream"]
     done = subprocess.run(
         [*command, "--input", str(demo_stream), "--logits"], capture_output=True, text=True, check=True
     )

@@ -10,10 +10,9 @@ import numpy as np
 import pytest
 from networks import random_network, samples_for
 
-from edge_ssm import artifact, models
-from edge_ssm.engines import create
+from edge_ssm.engines.registry import create
 from edge_ssm.errors import InputRefused, RunFailed
-from edge_ssm.graphs import files
+from edge_ssm.formats import artifact, exported, loading
 
 pytest.importorskip("onnx", reason="makes ONNX graphs: pip install 'edge-ssm[export]'")
 pytest.importorskip("onnxruntime", reason="runs them: pip install 'edge-ssm[export]'")
@@ -38,7 +37,7 @@ def test_an_artifact_is_exported_and_its_error_said(kind, weights, demo_model, d
     assert done.returncode == 0, done.stderr
     assert f"{kind}: {weights} weights, 4096 samples (demo.csv): largest error " in done.stdout
     assert "0 of 20 labels differ" in done.stdout
-    measured = models.load(output).exported.document.measured
+    measured = loading.load(output).exported.document.measured
     assert measured.samples == 4096
     assert measured.max_error <= {"float32": 1e-4, "float16": 0.05, "int8": 5.0}[weights]
 
@@ -55,7 +54,7 @@ def test_a_checkpoint_is_exported(kind, fresh, tmp_path):
     assert done.returncode == 0, done.stderr
     assert f"{kind}: int8 weights, " in done.stdout
     assert "(validation split)" in done.stdout
-    model = models.load(output)
+    model = loading.load(output)
     # The source is the rounded network: its own stream was held to torch's.
     assert model.network.blocks[0].mixing.dtype == "int8"
     assert model.artifact.provenance["history"][-1]["stage"] == "round"
@@ -79,11 +78,11 @@ def test_the_artifact_s_own_weights_are_the_default(kind, tmp_path):
 def test_a_chunk_is_in_the_file(tmp_path):
     network = random_network(window=20)
     artifact.save(tmp_path / "m.safetensors", network, {})
-    for kind, chunk, size in (("onnx", "any", files.ANY), ("tflite", "5", 5)):
+    for kind, chunk, size in (("onnx", "any", exported.ANY), ("tflite", "5", 5)):
         output = tmp_path / f"m.{kind}"
         done = build("export", tmp_path / "m.safetensors", "--to", kind, "--chunk", chunk, "--output", output)
         assert done.returncode == 0, done.stderr
-        model = models.load(output)
+        model = loading.load(output)
         assert model.graph.form.chunk == size
         samples = samples_for(network, 0, 18)
         found = create(kind, model.network, graph=model.graph).chunk(samples)
@@ -161,7 +160,7 @@ def test_an_artifact_is_exported_without_torch(demo_model, tmp_path):
     command = [sys.executable, "-c", hidden, "export", demo_model, "--to", "onnx", "--output", tmp_path / "x.onnx"]
     subprocess.run(command, check=True, capture_output=True, timeout=120)
     done = subprocess.run(
-        [sys.executable, "-c", "from edge_ssm.cli import main; main()", "inspect", tmp_path / "x.onnx", "--json"],
+        [sys.executable, "-c", "from edge_ssm.cli.app import main; main()", "inspect", tmp_path / "x.onnx", "--json"],
         capture_output=True,
         check=True,
         timeout=120,

@@ -7,10 +7,10 @@ import convolution
 import numpy as np
 import pytest
 
-from edge_ssm import artifact
-from edge_ssm.cli import run_command
+from edge_ssm.cli.app import run_command
 from edge_ssm.errors import InputRefused, RunFailed, UsageError
-from edge_ssm.network import at_sample_rate
+from edge_ssm.formats import artifact
+from edge_ssm.model.transforms import at_sample_rate
 
 torch = pytest.importorskip("torch", reason="the host tool needs torch: pip install 'edge-ssm[host]'")
 

@@ -7,9 +7,10 @@ import convolution
 import numpy as np
 import pytest
 
-from edge_ssm import artifact
 from edge_ssm.errors import RunFailed, UsageError
-from edge_ssm.network import fingerprint, quantised
+from edge_ssm.formats import artifact
+from edge_ssm.model.network import fingerprint
+from edge_ssm.model.transforms import quantised
 
 torch = pytest.importorskip("torch", reason="the host tool needs torch: pip install 'edge-ssm[host]'")
 

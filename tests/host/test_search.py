@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edge_ssm import artifact
 from edge_ssm.errors import InputRefused, RunFailed, UsageError
-from edge_ssm.monitor import steptime
+from edge_ssm.formats import artifact
+from edge_ssm.profiler import step_table
 
 torch = pytest.importorskip("torch", reason="the host tool needs torch: pip install 'edge-ssm[host]'")
 
@@ -214,10 +214,10 @@ def table_of_states(path):
     """A device whose step takes a microsecond a pair of states."""
     rows = []
     for k in (1, 2, 4, 8, 16):
-        network = steptime.synthetic(16, 1, k, 2, 16, "float32", False)
-        rows.append(steptime.Row({"states": steptime.features(network)["states"]}, float(2 * k)))
-    steptime.save_table(path, steptime.StepTable(1, "cpu", "test", rows))
-    return steptime.load_table(path)
+        network = step_table.synthetic(16, 1, k, 2, 16, "float32", False)
+        rows.append(step_table.Row({"states": step_table.features(network)["states"]}, float(2 * k)))
+    step_table.save_table(path, step_table.StepTable(1, "cpu", "test", rows))
+    return step_table.load_table(path)
 
 
 def test_a_latency_target_stops_at_the_first_member_that_meets_it(start, data, tmp_path):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from edge_ssm import interruption  # noqa: F401  a Ctrl-C while the rest loads gives no traceback
-
 # isort: split
 import json
 import math
@@ -17,10 +15,11 @@ from typing import Any
 import click
 
 import edge_ssm
-from edge_ssm import artifact, atomic, models, signatures
-from edge_ssm.cli import run_command, verify_signature
+from edge_ssm import files
+from edge_ssm.cli.app import run_command, verify_signature
+from edge_ssm.cli.options import Finite
 from edge_ssm.errors import RunFailed, UsageError
-from edge_ssm.options import Finite
+from edge_ssm.formats import artifact, loading, signatures
 
 ZIP = b"PK\x03\x04"
 """What torch's files begin with."""
@@ -63,14 +62,14 @@ def _kind_of(model: str) -> str:
         start = b""  # said by whoever reads it
     if start.startswith(ZIP):
         return "checkpoint"
-    if models.kind_of(Path(model)) is not None:
+    if loading.kind_of(Path(model)) is not None:
         return "exported"
     return "artifact" if start[8:] == b"{" or model.endswith(".safetensors") else "checkpoint"
 
 
 def _check_output(output: str, ending: str, inputs: dict[str, str | None]) -> None:
     """Before work is done for it, and before it can cost one of ``inputs``. Raises UsageError, InputRefused."""
-    from edge_ssm.monitor import report
+    from edge_ssm.profiler import report
 
     if Path(output).suffix != ending:
         raise UsageError(f"--output {output}: expected a name that ends in {ending}")
@@ -192,7 +191,7 @@ def train(name: str, output: str, **options: Any) -> None:
     )
     training.save_checkpoint(folder / "checkpoint.pt", checkpoint)
     scores = json.dumps({"validation": asdict(reached)}, indent=1) + "\n"
-    atomic.write(folder / "scores.json", scores.encode())
+    files.write(folder / "scores.json", scores.encode())
     (folder / "resume.pt").unlink(missing_ok=True)
     click.echo(
         f"{folder / 'checkpoint.pt'}: validation accuracy {reached.accuracy:.4f}, "
@@ -290,7 +289,7 @@ def prune(checkpoint: str, output: str, method: str, **options: Any) -> None:
     _need_torch()
     from dataclasses import replace
 
-    from edge_ssm.monitor import steptime
+    from edge_ssm.profiler import step_table
     from edge_ssm_build import datasets, executors, pruning, search, training
 
     if method not in pruning.METHODS:
@@ -306,7 +305,7 @@ def prune(checkpoint: str, output: str, method: str, **options: Any) -> None:
     todo = pruning.plan_of(replace(pruning.METHODS[method], **set_here), rates, start)
     todo = replace(todo, states_method=options["states_method"], mixing_dtype=options["mixing_dtype"])
     todo = pruning.check_plan(start, todo)
-    table = steptime.load_table(Path(options["step_table"])) if options["step_table"] else None
+    table = step_table.load_table(Path(options["step_table"])) if options["step_table"] else None
     data, folder = datasets.load(start.data), _folder(output)
     read = {f"CHECKPOINT {checkpoint}": Path(checkpoint)}
     if options["step_table"]:
@@ -347,7 +346,7 @@ def report(runs: tuple[str, ...], output: str | None) -> None:
 
 def _rounded(checkpoint: Any, data: Any, weights: Any, bound: float | None) -> Any:
     """The checkpoint with its mixing weights as --weights and --error-bound say, after saying what each type costs."""
-    from edge_ssm.network import MIXING_DTYPES
+    from edge_ssm.model.network import MIXING_DTYPES
     from edge_ssm_build import exporting
 
     dtypes = MIXING_DTYPES if weights == "auto" else tuple(dict.fromkeys(["float32", weights]))
@@ -441,7 +440,7 @@ def export(model: str, output: str, to: Any, weights: Any, error_bound: float | 
 
 
 def _chunk_size(text: str | None, to: str) -> int:
-    from edge_ssm.graphs.files import ANY
+    from edge_ssm.formats.exported import ANY
 
     if text is None:
         return 1
@@ -524,7 +523,7 @@ def verify(model: str, checkpoint: str | None, form: str, arch: str | None, step
     _need_torch()
     from tqdm import tqdm
 
-    from edge_ssm.engines import available
+    from edge_ssm.engines.registry import available
     from edge_ssm_build import foreign, verification
 
     if (checkpoint is None) != (arch is None):
@@ -561,7 +560,7 @@ def verify(model: str, checkpoint: str | None, form: str, arch: str | None, step
 @click.option("--decimals", type=click.IntRange(0, 12), help="Round values.  [default: as they are]")
 def record(name: str, output: str, split: Any, window: int, windows_each: int | None, decimals: int | None) -> None:
     """Write a split as a CSV stream with a label column, for edge-ssm run."""
-    from edge_ssm.monitor import report
+    from edge_ssm.profiler import report
     from edge_ssm_build import datasets, recording
 
     read = {} if name in datasets.BUILTIN else {f"--data {name}": Path(name)}

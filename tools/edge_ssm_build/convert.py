@@ -1,4 +1,4 @@
-"""Between the torch network and edge_ssm.network: the first is trained, the second is shipped."""
+"""Between the torch network and edge_ssm.model.network: the first is trained, the second is shipped."""
 
 from __future__ import annotations
 
@@ -10,17 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from edge_ssm.errors import UsageError
-from edge_ssm.network import (
-    SSM,
-    Block,
-    Decoder,
-    InputSpec,
-    LinearEncoder,
-    Mixing,
-    Network,
-    Norm,
-    quantised,
-)
+from edge_ssm.model.network import SSM, Block, Decoder, InputSpec, LinearEncoder, Mixing, Network, Norm
+from edge_ssm.model.transforms import quantised
 from edge_ssm_build import model as torch_model
 from edge_ssm_build.model import Config, LayerShape, SSMNetwork
 

@@ -22,7 +22,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from edge_ssm import atomic
+from edge_ssm import files
 from edge_ssm.errors import InputRefused, RunFailed, UsageError
 
 Array = npt.NDArray[Any]
@@ -107,7 +107,7 @@ def _cached(name: str, make: Callable[[], dict[str, Array]]) -> dict[str, Array]
         path.parent.mkdir(parents=True, exist_ok=True)
         buffer = io.BytesIO()
         np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]
-        atomic.write(path, buffer.getvalue())
+        files.write(path, buffer.getvalue())
     return _read_npz(path)
 
 

@@ -13,11 +13,11 @@ import numpy as np
 import torch
 
 import edge_ssm
-from edge_ssm import artifact
-from edge_ssm.engines import create
+from edge_ssm.engines.registry import create
 from edge_ssm.errors import RunFailed
-from edge_ssm.monitor.steptime import measure
-from edge_ssm.network import InputSpec, MixingDtype, Network
+from edge_ssm.formats import artifact
+from edge_ssm.model.network import InputSpec, MixingDtype, Network
+from edge_ssm.profiler.step_table import measure
 from edge_ssm_build.calibration import windows
 from edge_ssm_build.convert import to_network
 from edge_ssm_build.datasets import Array, Dataset

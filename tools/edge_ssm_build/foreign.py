@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from edge_ssm.errors import InputRefused, UsageError
-from edge_ssm.network import Array
+from edge_ssm.model.network import Array
 from edge_ssm_build.training import read_torch
 
 Form = Literal["state-spaces-s4d", "state-spaces-s4block", "s4op"]

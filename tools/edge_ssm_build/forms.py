@@ -10,8 +10,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from edge_ssm.discretize import StepParameters, step_parameters
-from edge_ssm.network import SSM, Array, Discretization
+from edge_ssm.model.discretize import StepParameters, step_parameters
+from edge_ssm.model.network import SSM, Array, Discretization
 
 STEPS = 1000
 TOLERANCE = 3e-6

@@ -8,16 +8,17 @@ from pathlib import Path
 
 import numpy as np
 
-from edge_ssm import artifact, atomic, models
-from edge_ssm.engines import Engine, choice, create
+from edge_ssm import files as edge_ssm_files
+from edge_ssm.engines import selection
 from edge_ssm.engines.reference import ReferenceEngine
+from edge_ssm.engines.registry import Engine, create
 from edge_ssm.errors import InputRefused, RunFailed
-from edge_ssm.graphs import files
-from edge_ssm.graphs.container import Kind
-from edge_ssm.graphs.files import Measured
-from edge_ssm.network import Array, Mixing, MixingDtype, Network, TokenEncoder
-from edge_ssm.printable import printable
-from edge_ssm.stream import recording
+from edge_ssm.formats import artifact, exported, loading
+from edge_ssm.formats.containers import Kind
+from edge_ssm.formats.exported import Measured
+from edge_ssm.io import recording
+from edge_ssm.model.network import Array, Mixing, MixingDtype, Network, TokenEncoder
+from edge_ssm.text import printable
 
 SAMPLES = 2048
 ORDINARY = 10.0
@@ -72,7 +73,7 @@ def reach_of(network: Network, samples: Array) -> list[float]:
 def samples_of(network: Network, path: str | None) -> tuple[Array, str]:
     """(n, d_input) in the sensor's units that the graph is tried on, and where they are from."""
     if path is not None:
-        return recording.read(path, network), printable(os.path.basename(path), files.LONGEST_NAME)
+        return recording.read(path, network), printable(os.path.basename(path), exported.LONGEST_NAME)
     rng = np.random.default_rng(0)
     if isinstance(network.encoder, TokenEncoder):
         tokens = rng.integers(0, len(network.encoder.embedding), (SAMPLES, 1))
@@ -115,7 +116,7 @@ def make(
     reference = _Watcher(network)
     exact = _streamed(reference, samples)
     reach = reference.range() if chosen == "int8" else []
-    graph = files.build(kind, network, chosen, reach, chunk)
+    graph = exported.build(kind, network, chosen, reach, chunk)
     found = _streamed(create(kind, network, graph=graph), samples)
     off = float(np.abs(found - exact).max())
     bound = error_bound
@@ -128,13 +129,13 @@ def make(
             f"{bound or np.inf:g}; nothing was written: {advice}"
         )
     measured = Measured(off, len(samples), samples_from)
-    made = files.seal(graph, network, content, loaded.digest, measured)
-    again = files.read(made, kind)
+    made = exported.seal(graph, network, content, loaded.digest, measured)
+    again = exported.read(made, kind)
     engine = create(kind, again.source.network, graph=again.graph)
     if not np.array_equal(_streamed(engine, samples), found):
         raise RunFailed(f"export: the {kind} file steps otherwise than the graph in it; nothing was written")
     engine.reset()
-    if problem := choice.self_test(engine, off):
+    if problem := selection.self_test(engine, off):
         raise RunFailed(
             f"export: the {kind} graph with {chosen} weights fails the self-test of a run, {problem}; nothing was "
             "written: take larger weights"
@@ -145,10 +146,10 @@ def make(
 def write(path: Path, made: Made) -> None:
     """Raises InputRefused if the place can't be written, RunFailed if what was written can't be loaded."""
     try:
-        atomic.write(path, made.content)
+        edge_ssm_files.write(path, made.content)
     except OSError as error:
         raise InputRefused(f"{path}: can't be written ({error.strerror})") from None
-    models.load(path)
+    loading.load(path)
 
 
 def _streamed(engine: Engine, samples: Array) -> Array:

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 import edge_ssm
-from edge_ssm import artifact
 from edge_ssm.errors import RunFailed, UsageError
-from edge_ssm.network import (
+from edge_ssm.formats import artifact
+from edge_ssm.model.network import (
     SSM,
     Array,
     Block,
@@ -22,8 +22,8 @@ from edge_ssm.network import (
     Network,
     Norm,
     TokenEncoder,
-    check,
 )
+from edge_ssm.model.validation import check
 from edge_ssm_build import forms, verification
 from edge_ssm_build.convert import untruncated_C
 from edge_ssm_build.foreign import Checkpoint, Layer

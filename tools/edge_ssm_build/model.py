@@ -1,6 +1,6 @@
 """S4D and S4 networks in torch, in convolution mode, as they are trained and pruned (arXiv 2206.11893, 2111.00396).
 
-Equations and names are those of ``edge_ssm.network``; this module differs from the engines only in how it computes:
+Equations and names are those of ``edge_ssm.model.network``; this module differs from the engines only in how it computes:
 the whole window at once, by FFT convolution. What pruning removes is gone here too (parameters, columns, rows), except
 that the states of a layer's channels share one rectangular array, with the removed ones held at C = 0.
 """
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from edge_ssm.errors import UsageError
-from edge_ssm.network import MixingDtype
+from edge_ssm.model.network import MixingDtype
 from edge_ssm_build.kernels import convolve, diagonal_kernel, initial_A, initial_low_rank, low_rank_kernel
 
 Kernel = Literal["s4d", "s4"]

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from edge_ssm.errors import UsageError
-from edge_ssm.network import MIXING_DTYPES, MixingDtype
+from edge_ssm.model.network import MIXING_DTYPES, MixingDtype
 from edge_ssm_build import rounding, states
 from edge_ssm_build.calibration import Statistics, measure, refit_mixing, windows
 from edge_ssm_build.datasets import Dataset

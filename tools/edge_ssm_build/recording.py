@@ -6,7 +6,7 @@ import csv
 import io
 from pathlib import Path
 
-from edge_ssm import atomic
+from edge_ssm import files
 from edge_ssm.errors import InputRefused, UsageError
 from edge_ssm_build.datasets import Array, Dataset, SplitName
 
@@ -41,7 +41,7 @@ def record(
             values = (repr(float(v)) if decimals is None else f"{v:.{decimals}f}" for v in row)
             writer.writerow([*values, label])
     try:
-        atomic.write(path, text.getvalue().encode())
+        files.write(path, text.getvalue().encode())
     except OSError as error:
         raise UsageError(f"{path}: can't be written ({error.strerror})") from None
     return samples

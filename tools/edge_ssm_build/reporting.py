@@ -12,7 +12,7 @@ from typing import Any
 
 import msgspec
 
-from edge_ssm import atomic
+from edge_ssm import files as edge_ssm_files
 from edge_ssm.errors import InputRefused, UsageError
 
 Row = dict[str, Any]
@@ -253,5 +253,5 @@ def write(runs: Sequence[Path], output: Path) -> list[Path]:
         "report.json": (json.dumps(rows, indent=1) + "\n").encode(),
     }
     for name, content in files.items():
-        atomic.write(output / name, content)
+        edge_ssm_files.write(output / name, content)
     return [output / name for name in files]

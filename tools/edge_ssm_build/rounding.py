@@ -13,7 +13,8 @@ import copy
 import torch
 from torch import Tensor
 
-from edge_ssm.network import MixingDtype, quantised
+from edge_ssm.model.network import MixingDtype
+from edge_ssm.model.transforms import quantised
 from edge_ssm_build.calibration import BATCH
 from edge_ssm_build.convert import mixing_of
 from edge_ssm_build.model import Mixing, SSMNetwork

@@ -18,12 +18,14 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from edge_ssm import artifact, atomic
-from edge_ssm.engines import create
+from edge_ssm import files
+from edge_ssm.engines.registry import create
 from edge_ssm.errors import EdgeSSMError, RunFailed, UsageError
-from edge_ssm.monitor import report
-from edge_ssm.monitor.steptime import StepTable, measure
-from edge_ssm.network import Network, cost
+from edge_ssm.formats import artifact
+from edge_ssm.model.cost import cost
+from edge_ssm.model.network import Network
+from edge_ssm.profiler import report
+from edge_ssm.profiler.step_table import StepTable, measure
 from edge_ssm_build import datasets
 from edge_ssm_build.convert import to_network
 from edge_ssm_build.datasets import Dataset
@@ -190,7 +192,7 @@ def _candidates(
             resume = None if remote else str(path.with_suffix(".resume").absolute())
             jobs.append(Job(start_bytes, base_bytes, current.data, todo, step, seed, resume))
     for job, content in run_all(fresh, run_job, jobs):
-        atomic.write(paths[job.seed], content)
+        files.write(paths[job.seed], content)
         paths[job.seed].with_suffix(".resume").unlink(missing_ok=True)
         finished[job.seed] = parse_checkpoint(content, str(paths[job.seed]))
         done()
@@ -258,7 +260,7 @@ def search(
         members = _written(_timed_together(members, checkpoints, timer), checkpoints, data, output)
     chosen = _choose(members, target) if target.given() else None
     if chosen is not None and chosen.artifact is not None:
-        atomic.write(output / "chosen.safetensors", (output / chosen.artifact).read_bytes())
+        files.write(output / "chosen.safetensors", (output / chosen.artifact).read_bytes())
     elif target.given():
         (output / "chosen.safetensors").unlink(missing_ok=True)
     family = {
@@ -273,7 +275,7 @@ def search(
         "failed_rate": failed_rate,
         "members": [asdict(m) for m in members],
     }
-    atomic.write(output / "family.json", (json.dumps(family, indent=1) + "\n").encode())
+    files.write(output / "family.json", (json.dumps(family, indent=1) + "\n").encode())
     say("test split, balanced accuracy:")
     for m in members:
         if m.test is not None:
@@ -400,4 +402,4 @@ def _claim(path: Path, content: dict[str, Any]) -> None:
         raise UsageError(
             f"{path.parent}: holds a search with another plan or checkpoint; use another --output or delete it"
         )
-    atomic.write(path, buffer.getvalue().encode())
+    files.write(path, buffer.getvalue().encode())

@@ -1,4 +1,4 @@
-"""Signing artifacts: keys, and the MODEL.sig that edge_ssm/signatures.py reads. docs/signing.md specifies both."""
+"""Signing artifacts: keys, and the MODEL.sig that edge_ssm/formats/signatures.py reads. docs/signing.md specifies both."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ from cryptography.hazmat.primitives.serialization import (
     load_pem_private_key,
 )
 
-from edge_ssm import atomic, models, signatures
+from edge_ssm import files
 from edge_ssm.errors import RunFailed, SignatureRefused, UsageError
-from edge_ssm.monitor import report
+from edge_ssm.formats import loading, signatures
+from edge_ssm.profiler import report
 
 
 def _write_new(path: Path, content: bytes, mode: int) -> None:
@@ -71,7 +72,7 @@ def statement(model: Path) -> signatures.Statement:
     Raises ArtifactError for a model that a device would refuse.
     """
     before = signatures.file_digest(model)
-    loaded = models.load(model)
+    loaded = loading.load(model)
     if signatures.file_digest(model) != before:
         raise RunFailed(f"{model}: changed while it was read; sign it when it is complete")
     return signatures.Statement(
@@ -109,7 +110,7 @@ def sign(model: Path, keys: Sequence[Path]) -> tuple[Path, list[str]]:
     report.check_places({"signature": target}, {"MODEL": model} | {f"--key {key}": key for key in keys})
     content = envelope(msgspec.json.encode(statement(model)), private)
     try:
-        atomic.write(target, content)
+        files.write(target, content)
     except OSError as error:
         raise UsageError(f"{target}: can't be written ({error.strerror})") from None
     return target, [signatures.key_id(key.public_key()) for key in private]

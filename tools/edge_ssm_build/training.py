@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from edge_ssm import atomic
+from edge_ssm import files
 from edge_ssm.errors import InputRefused, RunFailed, UsageError
-from edge_ssm.network import InputSpec
+from edge_ssm.model.network import InputSpec
 from edge_ssm_build.datasets import Array, Dataset, SplitName, windows
 from edge_ssm_build.model import Config, LayerShape, SSMNetwork
 from edge_ssm_build.rotation import rotate
@@ -138,7 +138,7 @@ def write_torch(path: Path, content: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     buffer = io.BytesIO()
     torch.save(content, buffer)
-    atomic.write(path, buffer.getvalue())
+    files.write(path, buffer.getvalue())
 
 
 def read_torch(path: Path) -> Any:
@@ -179,7 +179,7 @@ def dump_checkpoint(checkpoint: Checkpoint) -> bytes:
 
 def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    atomic.write(path, dump_checkpoint(checkpoint))
+    files.write(path, dump_checkpoint(checkpoint))
 
 
 def load_checkpoint(path: Path) -> Checkpoint:

@@ -15,10 +15,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from edge_ssm.engines import available, create
+from edge_ssm.engines.registry import available, create
 from edge_ssm.errors import InputRefused
-from edge_ssm.network import ENGINE_ERROR, SSM, Array, Block, Network, TokenEncoder, input_range
-from edge_ssm.stream import frames
+from edge_ssm.io import messages
+from edge_ssm.io.codecs import registry as codecs
+from edge_ssm.model.input_range import input_range
+from edge_ssm.model.network import ENGINE_ERROR, SSM, Array, Block, Network, TokenEncoder
 from edge_ssm_build.convert import truncated_C
 from edge_ssm_build.foreign import Checkpoint, Layer
 from edge_ssm_build.kernels import low_rank_kernel
@@ -238,13 +240,15 @@ def samples_for(network: Network, steps: int, seed: int = 0) -> Array:
 
 def recorded(network: Network, path: Path) -> Array:
     """(T, d_input): the good samples of a recording, as ``edge-ssm run`` reads it. Raises InputRefused if none is."""
-    decoder = frames.decoder(frames.guess_format(str(path)), network.input)
+    decoder = codecs.decoder(codecs.guess_format(str(path)), network.input)
     try:
         content = path.read_bytes()
     except OSError as error:
         raise InputRefused(f"{path}: can't be read ({error.strerror})") from None
     found = [*decoder.feed(content), *decoder.finish()]
-    values = np.array([frame.values for frame in found if isinstance(frame, frames.Frame)]).reshape(-1, network.d_input)
+    values = np.array([frame.values for frame in found if isinstance(frame, messages.Frame)]).reshape(
+        -1, network.d_input
+    )
     good: Array = values[~input_range(network).bad(values).any(axis=1)]
     if not len(good):
         raise InputRefused(f"{path}: no sample with the channels {', '.join(network.input.channels)}")

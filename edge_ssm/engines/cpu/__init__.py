@@ -1,0 +1,1 @@
+"""The CPU engine: machine code compiled by Numba and LLVM, called without either."""

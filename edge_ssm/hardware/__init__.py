@@ -1,0 +1,1 @@
+"""Boards, machines and power meters."""

@@ -1,0 +1,1 @@
+"""Input and output: addresses, codecs, sources and sinks."""

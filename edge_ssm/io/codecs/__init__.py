@@ -1,0 +1,1 @@
+"""Codecs: bytes to frames, one module per format."""

@@ -1,0 +1,62 @@
+"""A bounded queue whose reader waits on a file descriptor: what a thread hands to the loop, which waits for signals
+and descriptors in one place (``stop.Stop``)."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import deque
+from typing import Generic, TypeVar
+
+from edge_ssm.io.shutdown import Stop
+
+Item = TypeVar("Item")
+
+
+class Mailbox(Generic[Item]):
+    """One reader, any number of writers. A full box makes its writers wait: a network then waits for the loop."""
+
+    def __init__(self, size: int) -> None:
+        self._items: deque[Item] = deque()
+        self._size = size
+        self._changed = threading.Condition()
+        self._closed = False
+        self._reader, self._writer = os.pipe()
+        os.set_blocking(self._reader, False)
+        os.set_blocking(self._writer, False)
+
+    def put(self, item: Item) -> bool:
+        """Wait until there is room. False: the box was closed."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._closed or len(self._items) < self._size)
+            if self._closed:
+                return False
+            self._items.append(item)
+            if len(self._items) == 1:
+                os.write(self._writer, b"\0")
+            return True
+
+    def get(self, stop: Stop, seconds: float | None) -> Item | None:
+        """The oldest item; None if none came within ``seconds``, or a stop was asked for."""
+        if not self._items:
+            stop.wait(self._reader, seconds)
+        with self._changed:
+            if not self._items:
+                return None
+            item = self._items.popleft()
+            if not self._items:
+                os.read(self._reader, 1)
+            self._changed.notify()
+            return item
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def close(self) -> None:
+        with self._changed:
+            if self._closed:
+                return
+            self._closed = True
+            self._changed.notify_all()
+        os.close(self._reader)
+        os.close(self._writer)

@@ -1,0 +1,1 @@
+"""Sinks: where decisions go, one module per transport."""

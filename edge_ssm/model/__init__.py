@@ -1,0 +1,1 @@
+"""The network: its parameters, validation, cost and discretisation."""

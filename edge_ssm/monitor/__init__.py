@@ -1,1 +1,0 @@
-"""What a stream costs: latency now; power and energy are measured beside it."""

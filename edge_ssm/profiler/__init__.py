@@ -1,0 +1,1 @@
+"""Measure latency, power and energy: ``edge-ssm profile``."""

@@ -1,0 +1,1 @@
+"""The streaming runtime: what happens to a sample between source and sink."""

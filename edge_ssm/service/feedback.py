@@ -1,0 +1,31 @@
+"""What a run must not write: what it reads. Opening a file for decisions empties it, and decisions that come back from
+a broker as samples beget decisions for ever."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+
+from edge_ssm.errors import UsageError
+from edge_ssm.formats import signatures
+from edge_ssm.io import address, mqtt
+from edge_ssm.io.sinks import registry as sinks
+from edge_ssm.io.sources import registry as sources
+from edge_ssm.service.settings import Settings
+
+
+def check(settings: Settings) -> None:
+    """Raises UsageError."""
+    models = [settings.model, *settings.member]
+    signed = [str(signatures.signature_path(model)) for model in models]
+    source = address.place(settings.input, sources.SCHEMES)
+    secrets = [path for option, path in source.options.items() if option.endswith("_file")]
+    address.check_apart(settings.output, [*models, *signed, *settings.require_signature, settings.input, *secrets])
+    sink = address.place(settings.output, sinks.SCHEMES)
+    if {source.scheme, sink.scheme} <= set(mqtt.PORTS):
+        from_, to = mqtt.parse(source.text, wildcards=True), mqtt.parse(sink.text, wildcards=False)
+        with suppress(ImportError):  # paho-mqtt is missing, says whoever opens either
+            if mqtt.comes_back(from_, to):
+                raise UsageError(
+                    f"--output {sink.shown}: the run reads it ({source.shown}), and would take its own decisions for "
+                    "samples; give another topic"
+                )

@@ -1,0 +1,433 @@
+"""A run, from its settings to its account: everything is opened, joined, run and closed here."""
+
+from __future__ import annotations
+
+import gc
+import math
+import os
+import time
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from edge_ssm.engines.registry import Engine, create
+from edge_ssm.errors import ArtifactError, EngineUnavailable, RunFailed, SinkClosed, SnapshotError, UsageError
+from edge_ssm.formats import loading
+from edge_ssm.hardware import boards
+from edge_ssm.io.codecs import registry as codecs
+from edge_ssm.io.shutdown import Stop
+from edge_ssm.io.sinks import formats
+from edge_ssm.io.sinks.base import Outlet
+from edge_ssm.io.sinks.file import FileOptions
+from edge_ssm.io.sinks.queue import Overflow
+from edge_ssm.io.sinks.registry import open_outlet
+from edge_ssm.io.sources.base import Source
+from edge_ssm.io.sources.registry import open_source
+from edge_ssm.model.network import Network
+from edge_ssm.runtime.counters import Account
+from edge_ssm.runtime.pipeline import Loop
+from edge_ssm.runtime.windows import Windows
+from edge_ssm.service import feedback
+from edge_ssm.service import models as service_models
+from edge_ssm.service.adaptation import Ladder, Limits
+from edge_ssm.service.checkpointer import Keeper
+from edge_ssm.service.models import Candidate
+from edge_ssm.service.settings import Settings
+from edge_ssm.service.supervisor import Adaptive, Attendant
+from edge_ssm.service.systemd.notify import Notifier
+from edge_ssm.telemetry.publisher import Facts, Live
+
+Say = Callable[[str], None]
+MAX_REPORTED = 20
+REPORTED_AGAIN_S = 600.0
+
+
+@dataclass(frozen=True)
+class Outcome:
+    account: Account
+    network: Network
+    """That ran last."""
+    engine: str
+    """Its name, with the reason where "auto" chose it."""
+    chunk: int
+    source: str
+    format: str
+    failure: str
+    """What ended it before its time, or what it could not deliver; empty if all is well."""
+
+
+class _Reporter:
+    """What is wrong with the input, in words, the first lines only: a babbling sensor must not fill a log. After ten
+    minutes the next ones are shown again. All are counted."""
+
+    def __init__(self, source: str, say: Say) -> None:
+        self._source, self._say = source, say
+        self._count, self._since = 0, 0.0
+
+    def __call__(self, line: str) -> None:
+        now = time.monotonic()
+        if now - self._since > REPORTED_AGAIN_S:
+            self._count, self._since = 0, now
+        self._count += 1
+        if self._count <= MAX_REPORTED:
+            self._say(f"{self._source}, {line}")
+        if self._count == MAX_REPORTED:
+            self._say("further malformed rows are counted, not shown")
+
+
+def run(settings: Settings, say: Say) -> Outcome:
+    """Until the source ends or a signal comes. ``say`` is told what a user should know, a line at a time.
+
+    Raises EdgeSSMError.
+    """
+    with ExitStack() as stack:
+        return _run(settings, say, stack)
+
+
+def _run(settings: Settings, say: Say, stack: ExitStack) -> Outcome:
+    # The first to come and the last to go: a signal ends whatever waits here in good order, with an account.
+    stop = stack.enter_context(Stop(hangups=settings.reload))
+    feedback.check(settings)
+    model, network = service_models.load(settings.model, settings.sample_rate, settings.require_signature)
+    pace = network.input.sample_rate_hz
+    check_rate(settings, network)
+
+    def make_windows(of: Network) -> Windows:
+        return Windows(of, settings.hop, settings.carry)
+
+    windows = make_windows(network)
+    source = open_source(settings.input, network.input, settings.follow, settings.pace)
+    stack.callback(source.close)
+    codec = settings.format or codecs.guess_format(settings.input)
+    decoder = source.decoder or codecs.decoder(codec, network.input, scale_factors(settings.scale))
+    named = firmware_profile(settings.profile, say)
+    keep_to(settings.affinity, named)
+    running = candidate(settings, settings.model, model, network, windows.lanes, named, say)
+    engine = running.engine
+    if model.exported is not None:
+        service_models.check_outputs(running, lambda: stop.requested)
+    chunk = _chunk(settings, str(named.profile.runtime.chunk) if named else "1", engine, windows)
+    adaptive = _adaptive(settings, running, windows, named, say)
+    if settings.listen is not None:
+        from edge_ssm.telemetry import http
+
+        http.parse_listen(settings.listen)
+    # What is there is emptied only once nothing can be wrong with what was asked for.
+    overflow: Overflow = settings.overflow or ("drop-oldest" if source.live else "wait")
+    outlet = open_outlet(settings.output, _file_options(settings), settings.queue, overflow)
+    sink = formats.make(_sink_format(settings), outlet or formats.stdout(), network, settings.logits, settings.truth)
+    facts = Facts(settings.model, model.digest, engine.name, pace, named.name if named else None, source.name)
+    live = Live(sink, facts)
+    closing = stack.enter_context(ExitStack())
+    closing.callback(live.close)
+    periods = settings.deadline or (named.profile.runtime.deadline_periods if named else 1.0)
+    loop = Loop(
+        engine,
+        windows,
+        live,
+        settings.gap,
+        settings.max_gap,
+        settings.strict,
+        _Reporter(source.name, say),
+        chunk,
+        periods / pace if pace and (source.live or settings.pace) else None,
+        settings.stale_after,
+        pace if settings.time_gaps else None,
+    )
+    keeper = Keeper(_state_folder(settings), settings.snapshot_interval, source.name, outlet, decoder)
+    stack.callback(keeper.close)
+    notifier = Notifier()
+    if outlet is not None:
+        outlet.while_waiting = lambda: _waits(notifier, stop)
+    attendant = Attendant(
+        loop,
+        live,
+        stop,
+        keeper,
+        notifier,
+        running,
+        make_windows,
+        say,
+        _reloader(settings, loop, make_windows, named, say) if settings.reload else None,
+        adaptive,
+    )
+    _resume(loop, keeper, source, attendant, say)
+    if settings.listen is not None or adaptive is not None:
+        live.power = _power()
+    live.watch(loop.account)
+    if settings.listen is not None:
+        page = http.serve(live, settings.listen, settings.prometheus)
+        stack.callback(page.close)
+        say(f"status page at http://{page.address}/")
+    if settings.fifo is not None:
+        _real_time(settings.fifo, say)
+    gc.collect()
+    gc.freeze()  # What is there now stays: no later collection looks through it.
+    facts.ready = True
+    notifier.ready(f"runs {settings.model} on {engine.name}")
+    account, failure = loop.account, ""
+    try:
+        loop.run(source, decoder, stop, pace if settings.pace else None, attendant)
+    except RunFailed as error:
+        account.ended_by, failure = "failure", str(error)
+    notifier.stopping()
+    try:
+        if problem := keeper.finish(loop, source):
+            say(problem)
+    except (SinkClosed, RunFailed) as error:  # of what waited for its chunk
+        failure = failure or str(error)
+    closing.close()
+    failure = failure or _undelivered(account, outlet)
+    engine = loop.engine
+    why = attendant.running.why
+    if engine.lost:
+        why += f", lost in mid-stream ({engine.lost}); {engine.name} took over"
+    return Outcome(account, engine.network, why, chunk, source.name, codec, failure)
+
+
+def _undelivered(account: Account, outlet: Outlet | None) -> str:
+    """Put what the outlet dropped into the account; what is wrong with that, if it was not as asked for. Who stops a
+    run while its reader is dead knows what he does."""
+    if outlet is None:
+        return ""
+    account.dropped.update({f"output_{reason}": n for reason, n in outlet.dropped.items()})
+    unsent = outlet.dropped["unsent"]
+    if not unsent or account.ended_by == "signal":
+        return ""
+    return f"{outlet.problem or outlet.name}; {unsent} decisions and events did not get there"
+
+
+def _waits(notifier: Notifier, stop: Stop) -> bool:
+    """A loop that waits for its reader, as it was told to, is not stuck. False: it shall end."""
+    notifier.alive()
+    return not stop.requested
+
+
+def check_rate(settings: Settings, network: Network) -> None:
+    """Raises UsageError where a setting needs the sample rate and nobody states it."""
+    for name, wanted in (("--pace", settings.pace), ("--time-gaps", settings.time_gaps)):
+        if wanted and network.input.sample_rate_hz is None:
+            raise UsageError(f"{name}: the model states no sample rate; give --sample-rate")
+
+
+def _sink_format(settings: Settings) -> str:
+    if settings.output_format:
+        return settings.output_format
+    if settings.output == "-":
+        return formats.stdout_format()
+    return "csv" if settings.output.endswith(".csv") else "ndjson"
+
+
+def _file_options(settings: Settings) -> FileOptions:
+    append = settings.append or settings.state is not None or settings.rotate_bytes > 0
+    torn: Literal["cut", "end"] = "cut" if settings.state is not None else "end"
+    return FileOptions(append, torn, settings.rotate_bytes, settings.rotate_keep)
+
+
+def _state_folder(settings: Settings) -> Path | None:
+    if settings.state is None:
+        return None
+    folder = Path(settings.state)
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise PermissionError(13, "no permission to write there")
+    except OSError as error:
+        raise UsageError(f"{folder}: snapshots can't be kept there ({error.strerror}); see --state") from None
+    return folder
+
+
+def _resume(loop: Loop, keeper: Keeper, source: Source, attendant: Attendant, say: Say) -> None:
+    """Go on where the last snapshot was taken, and say how many samples were missed since."""
+    try:
+        found = keeper.resume(loop, source, attendant.take)
+    except SnapshotError as error:
+        say(str(error))
+        loop.note("snapshot_refused", reason=str(error))
+        return
+    if found is None:
+        return
+    age_s = max(0.0, time.time() - found.saved_at)
+    rate = loop.engine.network.input.sample_rate_hz
+    skipped: int | None = None
+    if keeper.followed_on:
+        skipped = 0
+    elif source.position():
+        loop.note("replaced", source=source.name)
+        say(f"{source.name}: not the file that was read before, or cut short; it is read from its beginning")
+    elif not loop.numbered and rate is not None and source.live:
+        # Nobody counted them: by the clock, which may have been set meanwhile.
+        skipped = round(age_s * rate)
+        loop.lost(min(skipped, 1 << 40), "stopped")
+    told = {None: "unknown" if source.position() else "known with the next sequence number", 0: "0"}.get(
+        skipped, f"about {skipped}"
+    )
+    loop.note("resumed", age_s=round(age_s, 3), skipped=skipped)
+    say(f"resumed at sample {loop.windows.sample}, {age_s:.1f} s after the snapshot; samples skipped: {told}")
+
+
+def candidate(
+    settings: Settings,
+    path: str,
+    model: loading.Model,
+    network: Network,
+    lanes: int,
+    named: boards.NamedProfile | None,
+    say: Say,
+) -> Candidate:
+    """A model on its engine; ``network`` is the model's, or that at another sample rate.
+
+    Raises EngineUnavailable, UsageError.
+    """
+    from edge_ssm.engines import selection
+    from edge_ssm.engines.cpu import cache as kernel_cache
+
+    runtime = named.profile.runtime if named else None
+    gpu_waits = runtime.gpu_waits if runtime else "spin"
+    name = model.engine(settings.engine)
+    off_by = model.exported.document.measured.max_error if model.exported else 0.0
+    if name in ("auto", "cpu", "cpu-float32"):
+        with suppress(EngineUnavailable):  # said again, or gone around, by what follows
+            kernel_cache.load(lambda: say("compiling for this processor, once; takes some seconds"))
+    if name != "auto" or settings.threads is not None:
+        try:
+            engine = create(name, network, lanes, gpu_waits, model.graph, settings.threads)
+        except ArtifactError as error:
+            raise ArtifactError(f"{path}: {error}") from None
+        if engine.warning:
+            say(f"warning: {engine.warning}")
+        why = f"{name} ({engine.where})" if engine.where else name
+        return Candidate(path, model.digest, model.artifact.digest, network, engine, why, off_by)
+    engine, trial = selection.choose(network, lanes, gpu_waits, runtime.engines if runtime else None)
+    why = f"{engine.name} (by trial: {trial.why()})"
+    return Candidate(path, model.digest, model.artifact.digest, network, engine, why)
+
+
+def firmware_profile(name: str, say: Say) -> boards.NamedProfile | None:
+    """The one asked for; a mismatch is a warning."""
+    if name == "none":
+        return None
+    named, warning = boards.chosen(name)
+    if warning:
+        say(f"warning: {warning}")
+    return named
+
+
+def keep_to(affinity: list[int] | None, named: boards.NamedProfile | None) -> None:
+    """Stay on these cores, or on those of the profile. Raises UsageError where none of those given is there."""
+    cores = affinity if affinity is not None else named.profile.runtime.affinity if named else []
+    there = set(cores) & os.sched_getaffinity(0)
+    if affinity and not there:
+        raise UsageError(f"--affinity {affinity}: no such core, expected of {sorted(os.sched_getaffinity(0))}")
+    if there:
+        os.sched_setaffinity(0, there)
+
+
+def _real_time(priority: int, say: Say) -> None:
+    """The loop's thread comes before all ordinary ones."""
+    try:
+        os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(priority))
+    except OSError as error:
+        say(f"warning: no real-time priority ({error.strerror}); a service needs LimitRTPRIO={priority}")
+
+
+def _adaptive(
+    settings: Settings, running: Candidate, windows: Windows, named: boards.NamedProfile | None, say: Say
+) -> Adaptive | None:
+    if not settings.member:
+        return None
+    members = [running]
+    for path in settings.member:
+        model, network = service_models.load(path, settings.sample_rate, settings.require_signature)
+        if not service_models.same_windows(network, running.network):
+            raise UsageError(f"--member {path}: its windows or labels are not those of {running.path}")
+        if model.digest in {member.digest for member in members}:
+            raise UsageError(f"--member {path}: is {running.path}, or there twice; expected a smaller model")
+        member = candidate(settings, path, model, network, windows.lanes, named, say)
+        service_models.check_beside(member, running.network)
+        members.append(member)
+    runtime = named.profile.runtime if named else None
+    limits = Limits(
+        settings.max_misses,
+        settings.max_power or (runtime.max_power_w if runtime else None),
+        settings.max_temperature or (runtime.max_temperature_c if runtime else None),
+        settings.settle,
+    )
+    return Adaptive(Ladder(len(members), limits, time.monotonic()), members)
+
+
+def _reloader(
+    settings: Settings,
+    loop: Loop,
+    make_windows: Callable[[Network], Windows],
+    named: boards.NamedProfile | None,
+    say: Say,
+) -> service_models.Reloader:
+    def prepare() -> Candidate:
+        model, network = service_models.load(settings.model, settings.sample_rate, settings.require_signature)
+        made = candidate(settings, settings.model, model, network, make_windows(network).lanes, named, say)
+        service_models.check_beside(made, loop.engine.network)
+        return made
+
+    return service_models.Reloader(settings.model, prepare)
+
+
+def _power() -> Callable[[], float | None]:
+    """Watts now, by the first meter that is read from files; None where there is none."""
+    from edge_ssm.errors import MeterLost
+    from edge_ssm.telemetry.top import file_meter
+
+    meter = file_meter()
+
+    def read() -> float | None:
+        if meter is None:
+            return None
+        try:
+            reading = meter.read()
+        except MeterLost:
+            return None
+        return None if reading is None else meter.total_w(reading)
+
+    return read
+
+
+def chunk_asked(settings: Settings, default: str) -> int | None:
+    """Samples a call; None: as many as the budget allows, by a trial. Raises UsageError."""
+    from edge_ssm.runtime import batching
+
+    text, budget_ms = str(settings.chunk or default), settings.latency_budget
+    if text != "auto":
+        if budget_ms is not None:
+            raise UsageError("--latency-budget: only with --chunk auto")
+        size = int(text) if text.isascii() and text.isdigit() and len(text) < 10 else 0
+        if not 1 <= size <= batching.LARGEST:
+            raise UsageError(f"--chunk {text!r}: expected auto, or 1 to {batching.LARGEST} samples")
+        return size
+    if budget_ms is None or not math.isfinite(budget_ms):
+        raise UsageError("--chunk auto: needs --latency-budget, in milliseconds")
+    return None
+
+
+def _chunk(settings: Settings, default: str, engine: Engine, windows: Windows) -> int:
+    from edge_ssm.runtime import batching
+
+    asked, budget_ms = chunk_asked(settings, default), settings.latency_budget
+    if asked is not None or budget_ms is None:
+        return asked or 1
+    network = engine.network
+    wait = 0.0
+    if network.pooling == "none":
+        if network.input.sample_rate_hz is None:
+            raise UsageError("--chunk auto: the model states no sample rate; give --sample-rate")
+        wait = 1 / network.input.sample_rate_hz
+    return batching.largest(engine, windows.hop if wait == 0 else batching.LARGEST, budget_ms / 1e3, wait)
+
+
+def scale_factors(text: str) -> list[float]:
+    """Raises UsageError."""
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise UsageError(f"--scale {text!r}: expected numbers separated by commas") from None

@@ -1,0 +1,93 @@
+"""The state of a run as a file: written whole or not at all, checked before it is believed.
+
+8 bytes    "EDGESSM" and the version
+32 bytes   SHA-256 of all that follows
+8 bytes    length n of the document, unsigned little-endian
+n bytes    the document, JSON (``Document``)
+the rest   the engine's states, complex128 little-endian, one (lanes, S) array a block, back to back
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import struct
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+import numpy as np
+
+from edge_ssm.engines.registry import Snapshot
+from edge_ssm.errors import SnapshotError
+from edge_ssm.runtime.pipeline import LoopState
+
+MAGIC = b"EDGESSM\x01"
+LARGEST = 1 << 28
+Size = Annotated[int, msgspec.Meta(ge=0, le=1 << 24)]
+
+
+class Document(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    artifact: str
+    """Digest of the artifact that ran."""
+    fingerprint: str
+    """Of its network at this run's sample rate."""
+    shapes: list[tuple[Size, Size]]
+    loop: LoopState
+    source: str
+    """Where samples came from: ``position`` and ``decoder`` mean something only there."""
+    position: dict[str, int]
+    decoder: dict[str, Any]
+    saved_at: float
+    """Seconds of the epoch, by the clock of then."""
+
+
+def to_bytes(document: Document, state: Snapshot) -> bytes:
+    head = msgspec.json.encode(document)
+    arrays = [np.ascontiguousarray(x, dtype="<c16").tobytes() for x in state.state]
+    body = struct.pack("<Q", len(head)) + head + b"".join(arrays)
+    return MAGIC + hashlib.sha256(body).digest() + body
+
+
+def from_bytes(content: bytes) -> tuple[Document, Snapshot]:
+    """Raises SnapshotError for whatever is not exactly what ``to_bytes`` makes."""
+    if len(content) < 48 or content[:8] != MAGIC:
+        raise SnapshotError("snapshot: not a snapshot of this version; start without it")
+    body = content[40:]
+    if hashlib.sha256(body).digest() != content[8:40]:
+        raise SnapshotError("snapshot: damaged (its checksum differs); start without it")
+    (length,) = struct.unpack_from("<Q", body)
+    if length > len(body) - 8:
+        raise SnapshotError("snapshot: its document is longer than the file; start without it")
+    try:
+        document = msgspec.json.decode(body[8 : 8 + length], type=Document)
+    except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
+        raise SnapshotError(f"snapshot: {' '.join(str(error).split())[:120]}; start without it") from None
+    rest = body[8 + length :]
+    if sum(16 * math.prod(shape) for shape in document.shapes) != len(rest):
+        raise SnapshotError("snapshot: its states are not as many as it says; start without it")
+    arrays, first = [], 0
+    for shape in document.shapes:
+        size = math.prod(shape)
+        arrays.append(np.frombuffer(rest, dtype="<c16", count=size, offset=16 * first).reshape(shape).copy())
+        first += size
+    return document, Snapshot(document.fingerprint, tuple(arrays))
+
+
+def read(path: Path) -> tuple[Document, Snapshot] | None:
+    """None where there is none. Raises SnapshotError."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise SnapshotError(f"{path}: can't be read ({error.strerror}); start without it") from None
+    try:
+        with os.fdopen(descriptor, "rb") as file:
+            content = file.read(LARGEST + 1)
+    except OSError as error:
+        raise SnapshotError(f"{path}: can't be read ({error.strerror}); start without it") from None
+    if len(content) > LARGEST:
+        raise SnapshotError(f"{path}: longer than {LARGEST} bytes; start without it")
+    return from_bytes(content)

@@ -1,0 +1,1 @@
+"""Integration with systemd: notifications, installation, units."""
