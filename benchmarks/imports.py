@@ -67,7 +67,7 @@ def errors(folder: Path, checkpoint: training.Checkpoint, layout: Any, stated: d
         x = verification.samples_for(network, steps)
         for agreement in verification.against_checkpoint(network, read, x):
             found[f"{agreement.engine} {steps}"] = agreement.error
-    return found | {"rank_one": sum(int(b.ssm.low_rank.sum()) for b in network.blocks)}
+    return found | {"rank_one": sum(int(b.ssm.rank_one.sum()) for b in network.blocks)}
 
 
 def step_ratio() -> float:

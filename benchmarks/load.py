@@ -171,7 +171,7 @@ def trial(source: str, engine: str, frames: int, rate: float, seconds: float, ex
             sender = Sender(to, rate, frames, count, codec, pipe)
             cpu_share = share(run, sender.began + min(WARM_UP_S, seconds / 4), sender.began + seconds)
             sent = sender.result()
-            status = run.settled(sent["sent"])
+            status = run.acknowledged(sent["sent"])
             time.sleep(0.1)  # for the last decision
         finally:
             pipe.close()
@@ -222,7 +222,7 @@ def _percentile_ms(ascending: list[float], share: float) -> float:
 
 
 def throughput(engine: str, codec: str, seconds: float) -> dict[str, int]:
-    """Account of a file that is read as fast as it goes, long enough for ``seconds``; every sample stands in it."""
+    """Counters of a file that is read as fast as it goes, long enough for ``seconds``; every sample stands in it."""
     content, rounds, account = b"".join(streams.sends(codec, 1)), 1, {"samples_per_s": 0}
     samples = len(streams.sends(codec, 1))
     with tempfile.TemporaryDirectory() as folder:

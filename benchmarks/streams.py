@@ -265,7 +265,7 @@ class Run:
         except OSError:
             return {}
 
-    def settled(self, samples: int) -> dict[str, Any]:
+    def acknowledged(self, samples: int) -> dict[str, Any]:
         """The status once that many samples came in, or nothing comes any more."""
         status, since = self.status(), time.monotonic()
         while status.get("samples", 0) < samples and time.monotonic() - since < 3:

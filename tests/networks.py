@@ -32,7 +32,7 @@ def random_network(
     dt_max: float = 1e-1,
     rate: float | None = 50.0,
     ragged: bool = False,
-    low_rank: float = 0.0,
+    rank_one: float = 0.0,
     columns: int | None = None,
     rows: int | None = None,
     mixing_dtype: str = "float32",
@@ -62,8 +62,8 @@ def random_network(
         A = (real + 1j * np.pi * n * stretch).astype(np.complex64).astype(np.complex128)
         dt = np.exp(rng.uniform(np.log(dt_min), np.log(dt_max), k)).astype(np.float32).astype(np.float64)
         P = None
-        if low_rank:
-            P = (complex_() * np.repeat(rng.random(k) < low_rank, count)).astype(np.complex128)
+        if rank_one:
+            P = (complex_() * np.repeat(rng.random(k) < rank_one, count)).astype(np.complex128)
         B, C = complex_().astype(np.complex128), complex_().astype(np.complex128)
         D = f32(h)
         bypassed = np.setdiff1d(np.arange(h), chosen)
@@ -113,7 +113,7 @@ def networks(draw: st.DrawFn) -> Network:
         prenorm=draw(st.booleans()),
         discretization=discretization,
         ragged=draw(st.booleans()),
-        low_rank=draw(st.sampled_from([0.0, 0.5, 1.0])) if discretization == "bilinear" else 0.0,
+        rank_one=draw(st.sampled_from([0.0, 0.5, 1.0])) if discretization == "bilinear" else 0.0,
         columns=draw(st.one_of(st.none(), st.integers(0, h))),
         rows=draw(st.one_of(st.none(), st.integers(0, h))),
         mixing_dtype=draw(st.sampled_from(["float32", "float16", "int8"])),

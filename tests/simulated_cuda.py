@@ -125,7 +125,7 @@ def test_a_kernel_that_stays_needs_a_multiprocessor_a_lane_and_its_end_is_notice
 
 
 def test_snapshots_go_to_the_other_engines_and_back():
-    network = random_network(6, h=7, low_rank=0.5, discretization="bilinear", ragged=True)
+    network = random_network(6, h=7, rank_one=0.5, discretization="bilinear", ragged=True)
     samples = samples_for(network, 0, 8)
     engine, reference = create(network), create_engine("reference", network)
     engine.chunk(samples[:4])

@@ -63,7 +63,7 @@ def join(document, tensors, digest=None):
 @pytest.fixture
 def parts():
     network = random_network(
-        active=[4, 6], columns=5, rows=4, mixing_dtype="int8", low_rank=1.0, discretization="bilinear"
+        active=[4, 6], columns=5, rows=4, mixing_dtype="int8", rank_one=1.0, discretization="bilinear"
     )
     content, _ = artifact.to_bytes(network, {"seed": 1})
     document, tensors = split(content)
@@ -125,7 +125,7 @@ def test_a_reader_written_from_the_specification_agrees(tmp_path):
 def test_the_reader_in_the_documentation_runs(tmp_path):
     page = (Path(__file__).parent.parent / "docs" / "artifact.md").read_text()
     code = re.search(r"```python\n(.*?)```", page, re.S).group(1)
-    network = random_network(active=[3, 5], columns=5, mixing_dtype="int8", low_rank=0.5, discretization="bilinear")
+    network = random_network(active=[3, 5], columns=5, mixing_dtype="int8", rank_one=0.5, discretization="bilinear")
     path = tmp_path / "m.safetensors"
     artifact.save(path, network, {})
     namespace = {}

@@ -12,7 +12,7 @@ from test_stream import Stream, logits
 
 from edge_ssm.errors import SnapshotError
 from edge_ssm.io.messages import Frame, Malformed
-from edge_ssm.io.sources.base import Data, Seam, Source
+from edge_ssm.io.sources.base import Batch, Discontinuity, Source
 from edge_ssm.runtime.reorder import Ordering
 
 
@@ -138,10 +138,10 @@ def csv(rows):
 
 def run(network, source, **options):
     from edge_ssm.io.codecs.csv import CsvDecoder
-    from edge_ssm.io.shutdown import Stop
+    from edge_ssm.io.shutdown import ShutdownSignal
 
     stream = Stream(network, **options)
-    stream.loop.run(source, CsvDecoder(network.input), Stop())
+    stream.loop.run(source, CsvDecoder(network.input), ShutdownSignal())
     return stream
 
 
@@ -150,7 +150,14 @@ def test_a_row_that_a_lost_connection_cut_is_no_sample():
     rows = csv(samples_for(network, 0, 40))
     cut = rows[: rows.index(b"\n", 700) - 3]
     stream = run(
-        network, Script(Seam("connected", True), Data(cut), Seam("gone", False), Seam("again", True), Data(rows))
+        network,
+        Script(
+            Discontinuity("connected", True),
+            Batch(cut),
+            Discontinuity("gone", False),
+            Discontinuity("again", True),
+            Batch(rows),
+        ),
     )
     assert stream.account.malformed == 1
     assert stream.account.samples == cut.count(b"\n") + 40
@@ -161,7 +168,7 @@ def test_a_row_that_a_lost_connection_cut_is_no_sample():
 def test_a_header_may_come_again_with_a_new_connection():
     network = random_network(window=20)
     rows = b"c1,c0\n" + csv(samples_for(network, 0, 20)[:, ::-1])
-    stream = run(network, Script(Data(rows), Seam("again", True), Data(rows)))
+    stream = run(network, Script(Batch(rows), Discontinuity("again", True), Batch(rows)))
     assert stream.account.malformed == 0
     one, two = stream.decisions
     assert one["logits"] == two["logits"]
@@ -170,7 +177,7 @@ def test_a_header_may_come_again_with_a_new_connection():
 def test_a_sensor_that_is_silent_is_reported_once_and_its_return_too():
     network = random_network(window=20)
     rows = csv(samples_for(network, 0, 20))
-    stream = run(network, Script(Data(rows), 0.06, 0.06, 0.01, Data(rows)), stale_after_s=0.1)
+    stream = run(network, Script(Batch(rows), 0.06, 0.06, 0.01, Batch(rows)), stale_after_s=0.1)
     assert [e["event"] for e in stream.events] == ["stale", "flowing"]
     assert stream.events[0]["seconds"] >= 0.1
 
@@ -178,8 +185,8 @@ def test_a_sensor_that_is_silent_is_reported_once_and_its_return_too():
 def test_late_decisions_are_counted():
     network = random_network(window=20)
     rows = csv(samples_for(network, 0, 40))
-    assert run(network, Script(Data(rows)), deadline_s=1e-9).account.deadline_misses == 2
-    assert run(network, Script(Data(rows)), deadline_s=60).account.deadline_misses == 0
+    assert run(network, Script(Batch(rows)), deadline_s=1e-9).account.deadline_misses == 2
+    assert run(network, Script(Batch(rows)), deadline_s=60).account.deadline_misses == 0
 
 
 def test_what_is_no_frame_gets_no_number():
@@ -244,7 +251,7 @@ def test_what_was_held_back_is_in_the_state():
 
 def test_datagrams_that_the_system_threw_away_stand_in_the_account():
     network = random_network(window=20)
-    source = Script(Data(csv(samples_for(network, 0, 20))))
+    source = Script(Batch(csv(samples_for(network, 0, 20))))
     source.unread = 7
     stream = run(network, source)
     assert stream.account.dropped == {"unread": 7}

@@ -132,7 +132,7 @@ def test_skip_decays_every_state_in_closed_form(name, network, k):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_gap_is_the_same_stepped_over_and_in_closed_form(name):
-    network = random_network(4, discretization="bilinear", low_rank=0.5)
+    network = random_network(4, discretization="bilinear", rank_one=0.5)
     engine = create(name, network)
     engine.chunk(samples_for(network, 3, 10))
     start = engine.snapshot()

@@ -134,7 +134,7 @@ def test_the_onnx_package_and_runtime_read_the_same_metadata():
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("weights", ["float32", "int8"])
 def test_a_snapshot_goes_from_a_file_to_the_cpu_engine_and_back(kind, weights, tmp_path):
-    network = random_network(5, ragged=True, discretization="bilinear", low_rank=0.5)
+    network = random_network(5, ragged=True, discretization="bilinear", rank_one=0.5)
     path = tmp_path / f"m.{kind}"
     path.write_bytes(sealed(network, kind, weights, [5.0] * 2))
     model = loading.load(path)
@@ -499,7 +499,7 @@ def test_a_graph_that_never_ends_is_refused_and_the_command_ends(demo_files, dem
     constants = {"trips": np.array(2**62), "on": np.array(True)}
     model.graph.initializer.extend([numpy_helper.from_array(value, name) for name, value in constants.items()])
     loop = helper.make_graph(body, "body", inputs, outputs)
-    model.graph.node.append(helper.make_node("Loop", ["trips", "on", "before"], ["output"], body=loop))
+    model.graph.node.append(helper.make_node("Pipeline", ["trips", "on", "before"], ["output"], body=loop))
     path = tmp_path / "endless.onnx"
     path.write_bytes(resealed(model))
     soon = "from edge_ssm.engines import verification as v; v.LIMIT_S = 0.5; from edge_ssm.cli.app import main; main()"

@@ -13,11 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edge_ssm.errors import RunFailed, UsageError
-from edge_ssm.io.backoff import BackOff
+from edge_ssm.io.backoff import Backoff
 from edge_ssm.io.codecs.iio import Element, IioDecoder, Layout, parse_type
 from edge_ssm.io.messages import Malformed
-from edge_ssm.io.shutdown import Stop
-from edge_ssm.io.sources.base import Data, Seam
+from edge_ssm.io.shutdown import ShutdownSignal
+from edge_ssm.io.sources.base import Batch, Discontinuity
 from edge_ssm.io.sources.iio import IioSource
 from edge_ssm.model.network import InputSpec
 
@@ -50,7 +50,7 @@ class Tree:
         os.mkfifo(self.node)
 
     def source(self, device="iio:device0", channels=SPEC, **options):
-        return IioSource(device, channels, sysfs=self.sysfs, dev=self.dev, back_off=BackOff(0.2), **options)
+        return IioSource(device, channels, sysfs=self.sysfs, dev=self.dev, back_off=Backoff(0.2), **options)
 
     def __getitem__(self, path):
         return (self.device / path).read_text().strip()
@@ -58,7 +58,7 @@ class Tree:
 
 @pytest.fixture
 def stop():
-    with Stop() as stop:
+    with ShutdownSignal() as stop:
         yield stop
 
 
@@ -113,7 +113,7 @@ def test_a_device_is_set_up_and_read(tmp_path, stop):
     assert [tree[f"buffer/{name}"] for name in ("length", "watermark", "enable")] == ["64", "8", "0"]
     assert tree["trigger/current_trigger"] == "hr0"
     assert tree["sampling_frequency"] == "12.5"
-    assert source.read(stop, 1) == Seam("connected", True)
+    assert source.read(stop, 1) == Discontinuity("connected", True)
     assert tree["buffer/enable"] == "1"
     node = os.open(tree.node, os.O_WRONLY)
     samples = [(-3, 5, 1_500_000_000), (2047, -2048, 2_500_000_000)]
@@ -127,9 +127,9 @@ def test_a_device_is_set_up_and_read(tmp_path, stop):
         ([(2047 - 2) * 0.5, -4096.0], 2.5),
     ]
     os.close(node)
-    assert source.read(stop, 1) == Seam("lost: the device is gone", False)
+    assert source.read(stop, 1) == Discontinuity("lost: the device is gone", False)
     assert tree["buffer/enable"] == "0"
-    assert source.read(stop, 1) == Seam("connected", True)
+    assert source.read(stop, 1) == Discontinuity("connected", True)
     source.close()
     assert tree["buffer/enable"] == "0"
 
@@ -147,10 +147,10 @@ def test_a_device_that_vanishes_and_comes_back(tmp_path, stop):
     (tmp_path / "away").rename(tree.sysfs / "iio:device3")  # under another number
     tree.node = tree.node.rename(tree.dev / "iio:device3")
     tree.device = tree.sysfs / "iio:device3"
-    assert source.read(stop, 2) == Seam("connected", True)
+    assert source.read(stop, 2) == Discontinuity("connected", True)
     node = os.open(tree.node, os.O_WRONLY)
     os.write(node, bytes(4))
-    assert source.read(stop, 1) == Data(bytes(4))
+    assert source.read(stop, 1) == Batch(bytes(4))
     os.close(node)
     source.close()
     (tree.device / "scan_elements" / "in_accel_x_type").write_text("be:s12/16>>4")

@@ -14,11 +14,11 @@ import pytest
 from mosquitto import Broker
 
 from edge_ssm.errors import UsageError
-from edge_ssm.io.backoff import BackOff
+from edge_ssm.io.backoff import Backoff
 from edge_ssm.io.mqtt import Access, Address, comes_back, parse
-from edge_ssm.io.shutdown import Stop
-from edge_ssm.io.sinks.mqtt import MqttWire
-from edge_ssm.io.sources.base import Data, Seam
+from edge_ssm.io.shutdown import ShutdownSignal
+from edge_ssm.io.sinks.mqtt import MqttTransport
+from edge_ssm.io.sources.base import Batch, Discontinuity
 from edge_ssm.io.sources.mqtt import MqttSource
 
 pytest.importorskip("paho.mqtt.client", reason="paho-mqtt is not installed")
@@ -33,16 +33,16 @@ def broker(tmp_path):
 
 @pytest.fixture
 def stop():
-    with Stop() as stop:
+    with ShutdownSignal() as stop:
         yield stop
 
 
 def listen(broker, *args, topic="s/+/x", **options):
-    return MqttSource(f"{broker.url}/{topic}", *args, back_off=BackOff(0.3), **options)
+    return MqttSource(f"{broker.url}/{topic}", *args, back_off=Backoff(0.3), **options)
 
 
 def ready(source, stop, note="connected"):
-    assert source.read(stop, 10) == Seam(note, True)
+    assert source.read(stop, 10) == Discontinuity(note, True)
     time.sleep(0.2)  # until the topic is subscribed to
 
 
@@ -51,7 +51,7 @@ def take(source, stop, count, seconds=10):
     found, end = [], time.monotonic() + seconds
     while len(found) < count and time.monotonic() < end:
         item = source.read(stop, end - time.monotonic())
-        if isinstance(item, Data):
+        if isinstance(item, Batch):
             found.append((int(item.content), item.token))
     return found
 
@@ -109,13 +109,13 @@ def test_the_broker_killed_in_mid_stream(broker, stop):
     time.sleep(1.5)  # the broker saves once a second
     broker.kill()
     lost = source.read(stop, 10)
-    assert isinstance(lost, Seam)
+    assert isinstance(lost, Discontinuity)
     assert not lost.connected
     assert source.in_flight == 0
-    assert source.read(stop, 0.7) == Seam("Connection refused", False)
+    assert source.read(stop, 0.7) == Discontinuity("Connection refused", False)
     broker.start()
     broker.publish("s/1/x", *range(20, 30))
-    assert source.read(stop, 10) == Seam("connected", True)
+    assert source.read(stop, 10) == Discontinuity("connected", True)
     again = take(source, stop, 20)
     assert numbers(again) == list(range(10, 30))
     source.acknowledge(before[-1][1])  # of a connection that is gone: void
@@ -214,7 +214,7 @@ def until(condition, seconds=20):
 def test_a_broker_that_comes_later_is_waited_for(tmp_path, stop):
     broker = Broker(tmp_path)
     source = listen(broker)
-    assert source.read(stop, 5) == Seam("Connection refused", False)
+    assert source.read(stop, 5) == Discontinuity("Connection refused", False)
     assert source.read(stop, 0.5) is None
     broker.start()
     ready(source, stop)
@@ -256,12 +256,12 @@ def test_users_and_passwords(tmp_path, stop):
     access = Access(username="sensor", password_file=str(secret))
     refused = "the broker refused: not authorized; check the user name and the password"
     source = listen(broker, access)
-    wire = MqttWire(f"{broker.url}/out", access)
-    assert source.read(stop, 5) == Seam(refused, False)
+    wire = MqttTransport(f"{broker.url}/out", access)
+    assert source.read(stop, 5) == Discontinuity(refused, False)
     with pytest.raises(OSError, match=refused):
         wire.connect()
     secret.write_text("right\n")  # a renewed password is taken up without a restart
-    assert source.read(stop, 5) == Seam("connected", True)
+    assert source.read(stop, 5) == Discontinuity("connected", True)
     wire.connect()
     wire.send(["1\n"])
     wire.close()
@@ -296,7 +296,7 @@ def test_tls(tmp_path, certificates, stop):
     access = Access(ca_file=str(certificates / "cert.pem"))
     source = MqttSource(url, access)
     ready(source, stop)
-    wire = MqttWire(url, access)
+    wire = MqttTransport(url, access)
     wire.connect()
     wire.send([f"{k}\n" for k in range(300)])
     found = take(source, stop, 300)
@@ -308,9 +308,9 @@ def test_tls(tmp_path, certificates, stop):
 
 
 def test_a_stop_ends_the_wait_and_close_is_quick(tmp_path):
-    with Stop() as stop:
+    with ShutdownSignal() as stop:
         source = listen(Broker(tmp_path))
-        assert isinstance(source.read(stop, 5), Seam)
+        assert isinstance(source.read(stop, 5), Discontinuity)
         threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
         assert source.read(stop, None) is None
         began = time.monotonic()
@@ -343,7 +343,7 @@ JUNK = [
 @pytest.mark.parametrize("junk", JUNK)
 def test_a_broker_that_sends_junk_does_no_harm(junk, stop):
     with socket.create_server(("127.0.0.1", 0)) as server:
-        source = MqttSource(f"mqtt://127.0.0.1:{server.getsockname()[1]}/a", back_off=BackOff(0.1))
+        source = MqttSource(f"mqtt://127.0.0.1:{server.getsockname()[1]}/a", back_off=Backoff(0.1))
         for _ in range(3):
             connection, _ = server.accept()
             connection.recv(4096)
@@ -353,16 +353,16 @@ def test_a_broker_that_sends_junk_does_no_harm(junk, stop):
             time.sleep(0.05)
             connection.close()
         seams = [seam for _ in range(8) if (seam := source.read(stop, 0.2)) is not None]
-        assert any(isinstance(seam, Seam) and not seam.connected for seam in seams)
+        assert any(isinstance(seam, Discontinuity) and not seam.connected for seam in seams)
         source.close()
         assert not source._thread.is_alive()
 
 
 def test_a_broker_that_never_answers_is_given_up(stop):
     with socket.create_server(("127.0.0.1", 0)) as server:
-        source = MqttSource(f"mqtt://127.0.0.1:{server.getsockname()[1]}/a", keepalive_s=1, back_off=BackOff(0.1))
+        source = MqttSource(f"mqtt://127.0.0.1:{server.getsockname()[1]}/a", keepalive_s=1, back_off=Backoff(0.1))
         seam = source.read(stop, 5)
-        assert isinstance(seam, Seam)
+        assert isinstance(seam, Discontinuity)
         assert not seam.connected
         source.close()
 
@@ -382,7 +382,7 @@ def test_messages_without_acknowledgement_come_too(broker, stop):
 def test_lines_are_published_and_acknowledged(broker, stop):
     source = listen(broker, topic="out/#")
     ready(source, stop)
-    wire = MqttWire(f"{broker.url}/out/decisions")
+    wire = MqttTransport(f"{broker.url}/out/decisions")
     wire.connect()
     wire.send([f"{k}\n" for k in range(100)])
     wire.send([f"{k}\n" for k in range(100, 110)])
@@ -392,7 +392,7 @@ def test_lines_are_published_and_acknowledged(broker, stop):
 
 
 def test_a_lost_broker_is_an_error_and_the_same_lines_go_out_after_it(broker, stop):
-    wire = MqttWire(f"{broker.url}/out", timeout_s=5)
+    wire = MqttTransport(f"{broker.url}/out", timeout_s=5)
     with pytest.raises(OSError, match="not connected"):
         wire.send(["0\n"])
     wire.connect()
@@ -412,7 +412,7 @@ def test_a_lost_broker_is_an_error_and_the_same_lines_go_out_after_it(broker, st
 
 
 def test_a_broker_that_stands_still_is_an_error(broker):
-    wire = MqttWire(f"{broker.url}/out", timeout_s=0.5)
+    wire = MqttTransport(f"{broker.url}/out", timeout_s=0.5)
     wire.connect()
     broker._process.send_signal(signal.SIGSTOP)
     with pytest.raises(OSError, match=r"not acknowledged by the broker within 0\.5 s"):
@@ -482,7 +482,7 @@ def test_access_that_can_not_be(access, problem):
     with pytest.raises(UsageError, match=problem):
         MqttSource("mqtt://127.0.0.1/a", access)
     with pytest.raises(UsageError, match=problem):
-        MqttWire("mqtt://127.0.0.1/a", access)
+        MqttTransport("mqtt://127.0.0.1/a", access)
 
 
 def test_files_of_tls_that_can_not_be(tmp_path):
@@ -494,4 +494,4 @@ def test_files_of_tls_that_can_not_be(tmp_path):
     with pytest.raises(UsageError, match="a key without its certificate"):
         MqttSource("mqtts://127.0.0.1/a", Access(key_file=str(junk)))
     with pytest.raises(UsageError, match="topic 'a/#': expected a topic without"):
-        MqttWire("mqtt://127.0.0.1/a/#")
+        MqttTransport("mqtt://127.0.0.1/a/#")

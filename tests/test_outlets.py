@@ -9,10 +9,10 @@ import time
 import pytest
 
 from edge_ssm.errors import UsageError
-from edge_ssm.io.sinks.base import Wire
-from edge_ssm.io.sinks.file import FileOptions, FileOutlet, StandardOutlet
-from edge_ssm.io.sinks.queue import Queued
-from edge_ssm.io.sinks.registry import open_outlet
+from edge_ssm.io.sinks.base import Transport
+from edge_ssm.io.sinks.file import FileOptions, FileSink, StandardSink
+from edge_ssm.io.sinks.queue import QueuedSink
+from edge_ssm.io.sinks.registry import open_sink
 
 
 def until(condition, limit_s=10.0):
@@ -22,7 +22,7 @@ def until(condition, limit_s=10.0):
         time.sleep(0.005)
 
 
-class Gate(Wire):
+class Gate(Transport):
     """A wire to a list, that can be shut and can fail."""
 
     name = "gate"
@@ -48,68 +48,68 @@ class Gate(Wire):
 @pytest.mark.parametrize("overflow", ["drop-oldest", "drop-newest"])
 def test_a_reader_that_stands_still_costs_only_what_the_policy_says(overflow):
     gate = Gate()
-    outlet = Queued(gate, 10, overflow)
-    outlet.write("first")
-    until(lambda: not outlet._lines)  # it is being sent, and stays so
+    sink = QueuedSink(gate, 10, overflow)
+    sink.write("first")
+    until(lambda: not sink._lines)  # it is being sent, and stays so
     for i in range(100):
-        outlet.write(str(i))
-    assert outlet.dropped["overflow"] == 90
-    assert outlet.depth == 11
-    assert outlet.settled == 0
+        sink.write(str(i))
+    assert sink.dropped["overflow"] == 90
+    assert sink.depth == 11
+    assert sink.acknowledged == 0
     gate.open.set()
-    until(lambda: outlet.settled == outlet.accepted == 101)
+    until(lambda: sink.acknowledged == sink.accepted == 101)
     kept = range(90, 100) if overflow == "drop-oldest" else range(10)
     assert gate.got == ["first", *map(str, kept)]
-    outlet.close()
-    assert outlet.dropped == {"overflow": 90}
+    sink.close()
+    assert sink.dropped == {"overflow": 90}
 
 
 def test_wait_makes_the_writer_wait_and_loses_nothing():
     gate = Gate()
-    outlet = Queued(gate, 4, "wait")
-    writer = threading.Thread(target=lambda: [outlet.write(str(i)) for i in range(1000)])
+    sink = QueuedSink(gate, 4, "wait")
+    writer = threading.Thread(target=lambda: [sink.write(str(i)) for i in range(1000)])
     writer.start()
     time.sleep(0.05)
     assert writer.is_alive()
     gate.open.set()
     writer.join(10)
-    outlet.close()
+    sink.close()
     assert gate.got == [str(i) for i in range(1000)]
-    assert not outlet.dropped
+    assert not sink.dropped
 
 
 def test_what_failed_is_sent_again_in_order_and_the_problem_is_told():
     gate = Gate()
     gate.fail = 3
     gate.open.set()
-    outlet = Queued(gate, 100)
+    sink = QueuedSink(gate, 100)
     for i in range(10):
-        outlet.write(str(i))
-    until(lambda: outlet.problem == "gate: it fails")
-    until(lambda: outlet.settled == 10)
+        sink.write(str(i))
+    until(lambda: sink.problem == "gate: it fails")
+    until(lambda: sink.acknowledged == 10)
     assert gate.got == [str(i) for i in range(10)]
     assert gate.connects == 4
-    assert outlet.problem == ""
-    outlet.close()
+    assert sink.problem == ""
+    sink.close()
 
 
 def test_the_end_waits_for_what_is_queued_and_counts_what_can_not_go(monkeypatch):
     monkeypatch.setattr("edge_ssm.io.sinks.queue.CLOSE_S", 0.3)
     gate = Gate()
-    outlet = Queued(gate, 100)
+    sink = QueuedSink(gate, 100)
     for i in range(5):
-        outlet.write(str(i))
-    outlet.close()
-    assert outlet.dropped == {"unsent": 5}
+        sink.write(str(i))
+    sink.close()
+    assert sink.dropped == {"unsent": 5}
     gate.open.set()
 
 
 def test_a_file_rotates_and_keeps_so_many(tmp_path):
     path = tmp_path / "out"
-    outlet = FileOutlet(str(path), FileOptions(append=True, rotate_bytes=20, keep=2))
+    sink = FileSink(str(path), FileOptions(append=True, rotate_bytes=20, keep=2))
     for i in range(20):
-        outlet.write(f"line {i:02}\n")  # 8 bytes: two a file
-    outlet.close()
+        sink.write(f"line {i:02}\n")  # 8 bytes: two a file
+    sink.close()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "out.1", "out.2"]
     assert path.read_text() == "line 18\nline 19\n"
     assert (tmp_path / "out.2").read_text() == "line 14\nline 15\n"
@@ -118,32 +118,32 @@ def test_a_file_rotates_and_keeps_so_many(tmp_path):
 def test_appending_takes_a_torn_line_back(tmp_path):
     path = tmp_path / "out"
     path.write_bytes(b"whole\ntor")
-    outlet = FileOutlet(str(path), FileOptions(append=True))
-    outlet.write("next\n")
-    outlet.close()
+    sink = FileSink(str(path), FileOptions(append=True))
+    sink.write("next\n")
+    sink.close()
     assert path.read_text() == "whole\nnext\n"
     path.write_bytes(b"somebody's")
-    outlet = FileOutlet(str(path), FileOptions(append=True, torn="end"))
-    outlet.write("next\n")
-    outlet.close()
+    sink = FileSink(str(path), FileOptions(append=True, torn="end"))
+    sink.write("next\n")
+    sink.close()
     assert path.read_text() == "somebody's\nnext\n"
-    FileOutlet(str(path)).close()
+    FileSink(str(path)).close()
     assert path.read_text() == ""
 
 
 def test_every_file_of_a_table_has_its_heading_once(tmp_path):
     path = tmp_path / "out"
     for line in ("1\n", "2\n", "3\n"):
-        outlet = FileOutlet(str(path), FileOptions(append=True, rotate_bytes=6))
-        outlet.heading = "a\n"
-        outlet.write(line)
-        outlet.write(line)
-        outlet.close()
+        sink = FileSink(str(path), FileOptions(append=True, rotate_bytes=6))
+        sink.header = "a\n"
+        sink.write(line)
+        sink.write(line)
+        sink.close()
     assert path.read_text() == "a\n3\n3\n"
     assert (tmp_path / "out.1").read_text() == "a\n2\n2\n"
-    queued = open_outlet(str(tmp_path / "queued"), overflow="drop-oldest")
+    queued = open_sink(str(tmp_path / "queued"), overflow="drop-oldest")
     assert queued.heads_files
-    queued.heading = "a\n"
+    queued.header = "a\n"
     queued.write("1\n")
     queued.close()
     assert (tmp_path / "queued").read_text() == "a\n1\n"
@@ -152,7 +152,7 @@ def test_every_file_of_a_table_has_its_heading_once(tmp_path):
 def test_a_standard_output_that_does_not_block_gets_every_line_whole():
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
-    outlet, got = StandardOutlet(writer, "utf-8"), []
+    sink, got = StandardSink(writer, "utf-8"), []
 
     def read():
         while piece := os.read(reader, 700):
@@ -163,7 +163,7 @@ def test_a_standard_output_that_does_not_block_gets_every_line_whole():
     thread.start()
     lines = [f"{i:05} {'x' * (i % 500)}\n" for i in range(3000)]
     for line in lines:
-        outlet.write(line)
+        sink.write(line)
     os.close(writer)
     thread.join(30)
     os.close(reader)
@@ -173,10 +173,10 @@ def test_a_standard_output_that_does_not_block_gets_every_line_whole():
 def test_a_standard_output_that_nobody_reads_does_not_hold_up_the_end(monkeypatch):
     monkeypatch.setattr("edge_ssm.io.sinks.file.CLOSE_S", 0.1)
     reader, writer = os.pipe()
-    outlet = StandardOutlet(writer, "utf-8")
-    outlet.while_waiting = lambda: False
+    sink = StandardSink(writer, "utf-8")
+    sink.while_waiting = lambda: False
     with pytest.raises(BrokenPipeError):
-        outlet.write("x" * (1 << 20))
+        sink.write("x" * (1 << 20))
     os.close(reader)
     os.close(writer)
 
@@ -191,15 +191,15 @@ def test_a_full_disk_leaves_whole_lines_and_is_waited_out(tmp_path):
     try:
         ballast = disk / "ballast"
         ballast.write_bytes(b"x" * 40_000)
-        outlet = open_outlet(str(disk / "out"), overflow="drop-oldest")
+        sink = open_sink(str(disk / "out"), overflow="drop-oldest")
         lines = [f"{i:05} {'y' * 90}\n" for i in range(400)]
         for line in lines:
-            outlet.write(line)
-        until(lambda: "No space left" in outlet.problem)
+            sink.write(line)
+        until(lambda: "No space left" in sink.problem)
         assert (disk / "out").read_text().endswith("\n")
         ballast.unlink()
-        until(lambda: outlet.settled == 400)
-        outlet.close()
+        until(lambda: sink.acknowledged == 400)
+        sink.close()
         assert (disk / "out").read_text() == "".join(lines)
     finally:
         os.system(f"umount -l {disk}")
@@ -208,30 +208,30 @@ def test_a_full_disk_leaves_whole_lines_and_is_waited_out(tmp_path):
 def test_tcp_lines_arrive_and_a_server_that_comes_back_gets_the_next_ones():
     server = socket.create_server(("127.0.0.1", 0))
     port = server.getsockname()[1]
-    outlet = open_outlet(f"tcp://127.0.0.1:{port}")
-    outlet.write("one\n")
+    sink = open_sink(f"tcp://127.0.0.1:{port}")
+    sink.write("one\n")
     connection, _ = server.accept()
     assert connection.recv(100) == b"one\n"
     connection.close()
-    until(lambda: outlet.settled == 1)
-    outlet.write("two\n")
+    until(lambda: sink.acknowledged == 1)
+    sink.write("two\n")
     connection, _ = server.accept()
     assert connection.recv(100) == b"two\n"
-    outlet.close()
+    sink.close()
     connection.close()
     server.close()
 
 
 def test_a_server_that_never_reads_never_stops_the_writer():
     server = socket.create_server(("127.0.0.1", 0))
-    outlet = open_outlet(f"tcp://127.0.0.1:{server.getsockname()[1]}", queue=8, overflow="drop-oldest")
+    sink = open_sink(f"tcp://127.0.0.1:{server.getsockname()[1]}", queue=8, overflow="drop-oldest")
     longest = 0.0
     for _ in range(3000):
         began = time.perf_counter()
-        outlet.write("z" * 10_000 + "\n")
+        sink.write("z" * 10_000 + "\n")
         longest = max(longest, time.perf_counter() - began)
-    assert outlet.dropped["overflow"] > 0
-    assert outlet.depth <= 8 + 64
+    assert sink.dropped["overflow"] > 0
+    assert sink.depth <= 8 + 64
     assert longest < 5  # it would be for ever
     server.close()
 
@@ -239,24 +239,24 @@ def test_a_server_that_never_reads_never_stops_the_writer():
 def test_udp_and_unix_lines_arrive(tmp_path):
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as reader:
         reader.bind(("127.0.0.1", 0))
-        outlet = open_outlet(f"udp://127.0.0.1:{reader.getsockname()[1]}")
-        outlet.write("a\n")
+        sink = open_sink(f"udp://127.0.0.1:{reader.getsockname()[1]}")
+        sink.write("a\n")
         assert reader.recv(100) == b"a\n"
-        outlet.close()
+        sink.close()
     path = str(tmp_path / "s")
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(path)
         server.listen()
-        outlet = open_outlet(f"unix://{path}")
-        outlet.write("b\n")
+        sink = open_sink(f"unix://{path}")
+        sink.write("b\n")
         assert server.accept()[0].recv(100) == b"b\n"
-        outlet.close()
+        sink.close()
 
 
 @pytest.mark.parametrize("text", ["tcp://host", "serial:///dev/x", "unix://", "/nowhere/at/all"])
 def test_a_place_that_is_none_is_refused(text):
     with pytest.raises(UsageError):
-        open_outlet(text)
+        open_sink(text)
 
 
 @pytest.mark.parametrize(
@@ -271,7 +271,7 @@ def test_a_place_that_is_none_is_refused(text):
 )
 def test_an_address_that_can_not_be_is_refused_before_its_thread_begins(text, problem):
     with pytest.raises(UsageError, match=re.escape(problem)):
-        open_outlet(text)
+        open_sink(text)
 
 
 @pytest.mark.parametrize(
@@ -281,4 +281,4 @@ def test_an_address_that_can_not_be_is_refused_before_its_thread_begins(text, pr
 def test_a_named_pipe_for_a_secret_is_not_waited_for(tmp_path, text):
     os.mkfifo(tmp_path / "fifo")
     with pytest.raises(UsageError, match=r"_file /.*/fifo: not a regular file; expected one"):
-        open_outlet(f"{text}{tmp_path}/fifo")
+        open_sink(f"{text}{tmp_path}/fifo")

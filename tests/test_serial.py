@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 
 from edge_ssm.errors import UsageError
-from edge_ssm.io.backoff import BackOff
+from edge_ssm.io.backoff import Backoff
 from edge_ssm.io.codecs.framed import encode
 from edge_ssm.io.codecs.registry import decoder
 from edge_ssm.io.messages import Frame
-from edge_ssm.io.shutdown import Stop
-from edge_ssm.io.sources.base import Data, Seam
+from edge_ssm.io.shutdown import ShutdownSignal
+from edge_ssm.io.sources.base import Batch, Discontinuity
 from edge_ssm.io.sources.serial import SerialSource
 from edge_ssm.model.network import InputSpec
 
@@ -66,13 +66,13 @@ def line(tmp_path):
 
 @pytest.fixture
 def stop():
-    with Stop() as stop:
+    with ShutdownSignal() as stop:
         yield stop
 
 
 def open_source(line, stop):
-    source = SerialSource(str(line.host), 115200, back_off=BackOff(0.2))
-    assert source.read(stop, 5) == Seam("connected", True)
+    source = SerialSource(str(line.host), 115200, back_off=Backoff(0.2))
+    assert source.read(stop, 5) == Discontinuity("connected", True)
     return source
 
 
@@ -81,7 +81,7 @@ def receive(source, stop, count):
     content = b""
     while len(content) < count:
         item = source.read(stop, 5)
-        assert isinstance(item, Data), item
+        assert isinstance(item, Batch), item
         content += item.content
     return content
 
@@ -130,14 +130,14 @@ def test_unplugged_and_plugged_in_again(line, stop):
         assert receive(source, stop, 1) == b"1"
         line.unplug()
         lost = source.read(stop, 5)
-        assert isinstance(lost, Seam)
+        assert isinstance(lost, Discontinuity)
         assert not lost.connected
         assert lost.reason.startswith("lost: ")
-        assert source.read(stop, 0.5) == Seam("no such device; is it plugged in?", False)
+        assert source.read(stop, 0.5) == Discontinuity("no such device; is it plugged in?", False)
         assert source.read(stop, 0.5) is None  # the same reason is said once
         blockers = os.openpty()  # takes the old number, so that the device comes back under another
         line.plug()
-        assert source.read(stop, 5) == Seam("connected", True)
+        assert source.read(stop, 5) == Discontinuity("connected", True)
         for fd in blockers:
             os.close(fd)
     assert os.stat(line.host).st_ino != inode
@@ -149,13 +149,13 @@ def test_unplugged_and_plugged_in_again(line, stop):
 def test_a_line_is_opened_once(line, stop):
     source = open_source(line, stop)
     other = SerialSource(str(line.host), 115200)
-    assert other.read(stop, 1) == Seam("another program has it open", False)
+    assert other.read(stop, 1) == Discontinuity("another program has it open", False)
     source.close()
     other.close()
 
 
 def test_a_stop_ends_the_wait(line):
-    with Stop() as stop:
+    with ShutdownSignal() as stop:
         source = open_source(line, stop)
         threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
         assert source.read(stop, None) is None

@@ -20,13 +20,13 @@ from test_stream import Stream
 
 from edge_ssm.cli.app import cli
 from edge_ssm.engines.registry import create
-from edge_ssm.engines.state_transfer import handed_over
+from edge_ssm.engines.state_transfer import transfer_state
 from edge_ssm.errors import SnapshotError, UsageError
 from edge_ssm.formats import artifact
 from edge_ssm.model.network import SSM
 from edge_ssm.service import settings
 from edge_ssm.service import snapshot as service_snapshot
-from edge_ssm.service.adaptation import Ladder, Limits, Measures
+from edge_ssm.service.adaptation import AdaptationPolicy, Limits, Measurements
 
 ROOT = Path(__file__).parent.parent
 EDGE_SSM = [sys.executable, "-c", "from edge_ssm.cli.app import main; main()"]
@@ -171,13 +171,13 @@ def test_a_channel_that_both_have_keeps_its_state():
     samples = samples_for(network, 0, 50)
     big.chunk(samples)
     state = big.snapshot().state
-    handed = handed_over(network, state, member)
+    handed = transfer_state(network, state, member)
     for x, y, block in zip(handed, state, network.blocks, strict=True):
         owner = block.ssm.owner
         assert (x == y[:, np.isin(owner, [0, 2, 5])]).all()
     small.restore(replace(small.snapshot(), state=handed))
     # And back: what only the larger one has begins at zero.
-    back = handed_over(member, handed, network)
+    back = transfer_state(member, handed, network)
     for x, y, block in zip(back, state, network.blocks, strict=True):
         shared = np.isin(block.ssm.owner, [0, 2, 5])
         assert (x[:, shared] == y[:, shared]).all()
@@ -191,7 +191,7 @@ def test_a_channel_with_other_poles_begins_at_zero():
     engine = create("reference", network)
     engine.chunk(samples_for(network, 0, 50))
     state = engine.snapshot().state
-    first, second = handed_over(network, state, moved)
+    first, second = transfer_state(network, state, moved)
     assert (first == 0).all()
     assert (second == state[1]).all()
 
@@ -203,7 +203,7 @@ def test_a_swap_between_two_samples_goes_on_with_the_shared_state():
     stream = Stream(network).feed(samples[:13])
     engine = create("reference", same)
     engine.restore(stream.loop.engine.snapshot())
-    stream.loop.swap(engine)
+    stream.loop.replace_engine(engine)
     stream.feed(samples[13:])
     plain = Stream(network).feed(samples)
     assert [d["logits"] for d in stream.decisions] == [d["logits"] for d in plain.decisions]
@@ -213,11 +213,11 @@ def test_a_swap_between_two_samples_goes_on_with_the_shared_state():
 
 
 def measures(misses=0, power=None, celsius=None):
-    return Measures(100, misses, power, celsius)
+    return Measurements(100, misses, power, celsius)
 
 
 def test_the_ladder_goes_down_when_late_and_back_when_well_for_long():
-    ladder = Ladder(3, Limits(0.01, None, None, 10.0), 0.0)
+    ladder = AdaptationPolicy(3, Limits(0.01, None, None, 10.0), 0.0)
     moves = []
     for t in range(200):
         late = 10 if t < 25 else 0
@@ -227,7 +227,7 @@ def test_the_ladder_goes_down_when_late_and_back_when_well_for_long():
 
 
 def test_the_ladder_heeds_power_and_temperature_with_hysteresis():
-    ladder = Ladder(2, Limits(0.01, 10.0, 80.0, 1.0), 0.0)
+    ladder = AdaptationPolicy(2, Limits(0.01, 10.0, 80.0, 1.0), 0.0)
     assert ladder.look(measures(power=9.9, celsius=79.0), 5.0) == ""
     assert "10.50 W" in ladder.look(measures(power=10.5), 6.0)
     for t in range(7, 40):
@@ -237,7 +237,7 @@ def test_the_ladder_heeds_power_and_temperature_with_hysteresis():
 
 
 def test_going_back_too_early_takes_longer_each_time():
-    ladder = Ladder(2, Limits(0.01, None, None, 1.0), 0.0)
+    ladder = AdaptationPolicy(2, Limits(0.01, None, None, 1.0), 0.0)
     ups = []
     for t in range(400):
         late = 50 if ladder.rung == 0 else 0

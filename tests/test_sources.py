@@ -11,10 +11,10 @@ from networks import random_network
 
 from edge_ssm.errors import UsageError
 from edge_ssm.io.address import place
-from edge_ssm.io.backoff import BackOff
+from edge_ssm.io.backoff import Backoff
 from edge_ssm.io.mailbox import Mailbox
-from edge_ssm.io.shutdown import Stop
-from edge_ssm.io.sources.base import Data, Seam
+from edge_ssm.io.shutdown import ShutdownSignal
+from edge_ssm.io.sources.base import Batch, Discontinuity
 from edge_ssm.io.sources.registry import SCHEMES, open_source
 from edge_ssm.io.sources.socket import ConnectSource, ListenSource, UdpSource
 
@@ -25,7 +25,7 @@ def opened(text, **options):
 
 @pytest.fixture
 def stop():
-    return Stop()
+    return ShutdownSignal()
 
 
 def collect(source, stop, until, limit_s=10.0):
@@ -40,11 +40,11 @@ def collect(source, stop, until, limit_s=10.0):
 
 
 def content(items):
-    return b"".join(item.content for item in items if isinstance(item, Data))
+    return b"".join(item.content for item in items if isinstance(item, Batch))
 
 
 def seams(items):
-    return [item.connected for item in items if isinstance(item, Seam)]
+    return [item.connected for item in items if isinstance(item, Discontinuity)]
 
 
 def test_a_file_is_read_to_its_end_and_ends(tmp_path, stop):
@@ -242,7 +242,7 @@ def test_a_mailbox_keeps_order_makes_writers_wait_and_wakes_its_reader(stop):
 
 
 def test_back_off_doubles_to_its_longest_and_success_starts_anew():
-    back_off = BackOff(longest_s=1.0)
+    back_off = Backoff(longest_s=1.0)
     waits = [back_off.failed() for _ in range(10)]
     assert 0.05 <= waits[0] <= 0.1
     assert 0.5 <= waits[-1] <= 1.0

@@ -14,9 +14,9 @@ from edge_ssm.engines.registry import create
 from edge_ssm.errors import RunFailed, UsageError
 from edge_ssm.histogram import LatencyHistogram
 from edge_ssm.io.messages import Frame, Malformed
-from edge_ssm.io.sinks.formats import CsvSink, NdjsonSink
+from edge_ssm.io.sinks.formats import CsvFormatter, NdjsonFormatter
 from edge_ssm.runtime.decisions import decide
-from edge_ssm.runtime.pipeline import Loop
+from edge_ssm.runtime.pipeline import Pipeline
 from edge_ssm.runtime.windows import Closed, Windows
 
 
@@ -26,8 +26,8 @@ class Stream:
     def __init__(self, network, hop=None, carry=False, engine="reference", **options):
         windows = Windows(network, hop, carry)
         self.file = io.StringIO()
-        sink = NdjsonSink(self.file, network, logits=True, truth=True)
-        self.loop = Loop(create(engine, network, windows.lanes), windows, sink, **options)
+        formatter = NdjsonFormatter(self.file, network, logits=True, truth=True)
+        self.loop = Pipeline(create(engine, network, windows.lanes), windows, formatter, **options)
 
     def feed(self, samples, labels=None):
         for i, sample in enumerate(samples):
@@ -310,11 +310,11 @@ def test_percentiles_are_off_by_a_sixty_fourth_at_most(durations, percent):
 def test_a_table_has_another_header_where_another_network_has_other_columns():
     first, second = random_network(window=10), random_network(1, window=10, d_output=2)
     file = io.StringIO()
-    sink = CsvSink(file, first, logits=True, truth=False)
+    formatter = CsvFormatter(file, first, logits=True, truth=False)
     for network in (first, first, second, second):
-        sink.adopt(network)
+        formatter.adopt(network)
         outputs = np.zeros(network.d_output)
-        sink.decision(decide(network, 0, Closed(0, 10, outputs, 0, None), outputs, None))
+        formatter.decision(decide(network, 0, Closed(0, 10, outputs, 0, None), outputs, None))
     widths = [len(line.split(",")) for line in file.getvalue().splitlines()]
     assert widths == [6 + first.d_output + 1] * 3 + [6 + second.d_output + 1] * 3
     assert [line.startswith("index") for line in file.getvalue().splitlines()] == [True, False, False] * 2

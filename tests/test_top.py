@@ -11,8 +11,8 @@ import pytest
 from networks import random_network
 
 from edge_ssm.io.sinks import formats
-from edge_ssm.io.sinks.file import FileOutlet
-from edge_ssm.runtime.counters import Account
+from edge_ssm.io.sinks.file import FileSink
+from edge_ssm.runtime.counters import Counters
 from edge_ssm.telemetry import publisher, top
 
 COMMAND = [sys.executable, "-c", "from edge_ssm.cli.app import main; main()", "top"]
@@ -28,8 +28,8 @@ def shown(*arguments):
 def teller(tmp_path, monkeypatch):
     """A real one of this process; it writes under ``tmp_path / "status"``."""
     monkeypatch.setenv("EDGE_SSM_RUN", str(tmp_path / "status"))
-    sink = formats.make("ndjson", FileOutlet(str(tmp_path / "out")), random_network(), False, False)
-    teller = publisher.Live(sink, publisher.Facts("m.safetensors", "d", "cpu", 50.0))
+    formatter = formats.make("ndjson", FileSink(str(tmp_path / "out")), random_network(), False, False)
+    teller = publisher.StatusPublisher(formatter, publisher.RunInfo("m.safetensors", "d", "cpu", 50.0))
     yield teller
     teller.close()
 
@@ -84,7 +84,7 @@ def test_a_run_removes_what_killed_ones_left(teller, place):
         path.write_bytes(msgspec.json.encode(msgspec.structs.replace(teller.status(), pid=gone.pid)))
     os.utime(kill[1], (0, 0))
     place.write_bytes(msgspec.json.encode(teller.status()))
-    teller.watch(Account())
+    teller.watch(Counters())
     assert sorted(place.parent.iterdir()) == sorted([*keep, place])
 
 
@@ -120,7 +120,7 @@ def test_names_can_not_write_lines_of_their_own(teller, place):
 
 def test_a_decision_in_many_seconds_has_a_rate(teller, monkeypatch):
     monkeypatch.setattr(publisher, "INTERVAL_S", 0.05)
-    account = Account()
+    account = Counters()
     teller.watch(account)
     time.sleep(0.5)
     account.decisions = 1  # and none in the intervals after

@@ -7,7 +7,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from edge_ssm.errors import UsageError
-from edge_ssm.io.sinks.webhook import WebhookWire
+from edge_ssm.io.sinks.webhook import WebhookTransport
 
 
 class Server(ThreadingHTTPServer):
@@ -68,7 +68,7 @@ def server():
 
 
 def open_wire(server, **options):
-    wire = WebhookWire(server.url, **options)
+    wire = WebhookTransport(server.url, **options)
     wire.connect()
     return wire
 
@@ -133,7 +133,7 @@ def test_an_endless_answer_is_cut(server):
 def test_no_server_is_an_error():
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
-    wire = WebhookWire(f"http://127.0.0.1:{port}")
+    wire = WebhookTransport(f"http://127.0.0.1:{port}")
     with pytest.raises(OSError, match="refused"):
         wire.connect()
     with pytest.raises(OSError, match="not connected"):
@@ -156,5 +156,5 @@ def test_no_server_is_an_error():
 )
 def test_what_can_not_be_right(url, options, problem):
     with pytest.raises(UsageError, match=problem) as caught:
-        WebhookWire(url, **options)
+        WebhookTransport(url, **options)
     assert "secret" not in str(caught.value)

@@ -15,11 +15,11 @@ from networks import samples_for
 from edge_ssm.engines.registry import create
 from edge_ssm.formats import artifact
 from edge_ssm.io.codecs import registry as codecs
-from edge_ssm.io.sinks.formats import NdjsonSink
-from edge_ssm.runtime.pipeline import Loop
+from edge_ssm.io.sinks.formats import NdjsonFormatter
+from edge_ssm.runtime.pipeline import Pipeline
 from edge_ssm.runtime.windows import Windows
 from edge_ssm.telemetry.http import serve
-from edge_ssm.telemetry.publisher import Facts, Live
+from edge_ssm.telemetry.publisher import RunInfo, StatusPublisher
 from edge_ssm.telemetry.top import file_meter
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -31,9 +31,9 @@ class Watched:
     def __init__(self, network, lines, hop=None, engine="reference", hz=None, model="demo.safetensors", digest="5eed"):
         windows = Windows(network, hop)
         self.engine = create(engine, network, windows.lanes)
-        self.facts = Facts(model, digest, self.engine.name, network.input.sample_rate_hz, source="recording")
-        self.live = Live(NdjsonSink(io.StringIO(), network, logits=False, truth=False), self.facts)
-        self.loop = Loop(self.engine, windows, self.live, "hold")
+        self.facts = RunInfo(model, digest, self.engine.name, network.input.sample_rate_hz, source="recording")
+        self.live = StatusPublisher(NdjsonFormatter(io.StringIO(), network, logits=False, truth=False), self.facts)
+        self.loop = Pipeline(self.engine, windows, self.live, "hold")
         self.account = self.loop.account
         self._network, self._lines, self._hz = network, lines, hz
         self.stop = threading.Event()

@@ -41,7 +41,7 @@ from edge_ssm.io.codecs import framed
 from edge_ssm.io.codecs import registry as codecs
 from edge_ssm.io.sources import registry as sources
 from edge_ssm.model.network import InputSpec
-from edge_ssm.runtime.pipeline import Loop
+from edge_ssm.runtime.pipeline import Pipeline
 from edge_ssm.runtime.windows import Windows
 from edge_ssm.service import settings, snapshot
 
@@ -503,7 +503,7 @@ def snapshot_content_target() -> Fuzzed:
         body = struct.pack("<Q", len(head)) + head + states
         found, state = snapshot.from_bytes(snapshot.MAGIC + hashlib.sha256(body).digest() + body)
         engine.reset()
-        loop = Loop(engine, Windows(network), Nowhere())
+        loop = Pipeline(engine, Windows(network), Nowhere())
         loop.restore(found.loop, state)
         loop._item(messages.Frame(sample, sequence=1))
         loop.state()

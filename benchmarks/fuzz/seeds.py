@@ -17,7 +17,7 @@ from edge_ssm.engines.registry import create
 from edge_ssm.formats import artifact, signatures
 from edge_ssm.io.codecs.framed import encode
 from edge_ssm.io.messages import Frame
-from edge_ssm.runtime.pipeline import Loop
+from edge_ssm.runtime.pipeline import Pipeline
 from edge_ssm.runtime.windows import Windows
 from edge_ssm.service import snapshot as service_snapshot
 from edge_ssm_build import signing
@@ -53,7 +53,7 @@ def artifacts() -> dict[str, bytes]:
             columns=2,
             rows=1,
             mixing_dtype="int8",
-            low_rank=1.0,
+            rank_one=1.0,
             discretization="bilinear",
             mixing="plain",
             norm=None,
@@ -156,7 +156,7 @@ listen = ":9464"
     network = random_network(**SMALL)
     engine = create("reference", network)
     windows = Windows(network)
-    loop = Loop(engine, windows, Nowhere())
+    loop = Pipeline(engine, windows, Nowhere())
     for i in range(6):
         loop._item(Frame(np.array([0.1 * i]), 0.5, "a", 7 + i))
     state, snapshot = loop.state()

@@ -34,9 +34,9 @@ from edge_ssm.io.codecs import registry as codecs
 from edge_ssm.io.sinks import formats
 from edge_ssm.io.sinks.queue import OVERFLOWS
 from edge_ssm.model.network import Network
-from edge_ssm.runtime.counters import Account
+from edge_ssm.runtime.counters import Counters
 from edge_ssm.runtime.pipeline import GAP_POLICIES
-from edge_ssm.text import printable
+from edge_ssm.text import sanitize
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -197,7 +197,7 @@ def run(context: click.Context, /, config: str | None, stream: bool, **options: 
         )
 
 
-def summary(account: Account, network: Network, engine: str, chunk: int = 1) -> str:
+def summary(account: Counters, network: Network, engine: str, chunk: int = 1) -> str:
     """The account of a run, for people."""
     gaps = ", ".join(f"{n} {reason}" for reason, n in sorted(account.gaps.items())) or "0"
     latency = account.latency
@@ -258,7 +258,7 @@ def verify_signature(model: str, keys: tuple[str, ...]) -> None:
     from edge_ssm.formats import signatures
 
     loaded, key = signatures.load_and_tell(model, [Path(key) for key in keys])
-    click.echo(f"{printable(model)}: signed by key {key}, artifact digest {loaded.digest}")
+    click.echo(f"{sanitize(model)}: signed by key {key}, artifact digest {loaded.digest}")
 
 
 @cli.command()
@@ -331,7 +331,7 @@ def _step_table(place: str, engines: str, context: click.Context, named: set[str
     report.check_places({"--step-table": Path(place)}, {})
     table = profiler_step_table.tabulate(engines)
     profiler_step_table.save_table(Path(place), table)
-    click.echo(f"{printable(place)}: {len(table.rows)} networks measured on {table.machine}, engine {table.engine}")
+    click.echo(f"{sanitize(place)}: {len(table.rows)} networks measured on {table.machine}, engine {table.engine}")
 
 
 def _profile(models: tuple[str, ...], engines: str, options: dict[str, Any], named: set[str]) -> None:
@@ -561,7 +561,7 @@ def service_check(file: str) -> None:
 
     plan = service_plan.check(file)
     for warning in plan.warnings:
-        click.echo(f"edge-ssm: warning: {printable(warning)}", err=True)
+        click.echo(f"edge-ssm: warning: {sanitize(warning)}", err=True)
     click.echo(plan.render())
 
 
@@ -602,7 +602,7 @@ def service_install(
 
 
 def _say(line: str) -> None:
-    click.echo(printable(line))
+    click.echo(sanitize(line))
 
 
 @service_.command("uninstall")
@@ -656,7 +656,7 @@ def run_command(command: click.Command, prog_name: str) -> int:
         hint = f"; see {prog_name} --help" if isinstance(error, click.UsageError) else ""
         message, status = error.format_message() + hint, 2
     with suppress(OSError):  # a full disk may be stderr's too: the status still tells
-        click.echo(f"{prog_name}: error: {printable(' '.join(message.split()), 4000)}", err=True)
+        click.echo(f"{prog_name}: error: {sanitize(' '.join(message.split()), 4000)}", err=True)
     return status
 
 

@@ -88,7 +88,7 @@ class ReferenceEngine(Engine):
         step, x = self._step_parameters[i], self._x[i]
         first, owner = step.first, step.owner
         change = step.delta * x + v[:, owner]
-        if step.low_rank.any():
+        if step.rank_one.any():
             q = 2 * np.add.reduceat(step.r * x, first, axis=1).real + step.beta * v
             change += step.p * q[:, owner]
         x += change

@@ -35,7 +35,7 @@ SMALLER_WEIGHTS: dict[MixingDtype, float] = {"float32": 0.0, "float16": 0.01, "i
 SUFFIX = ".trial"
 
 
-class Trial(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class BenchmarkResult(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     step_us: dict[str, float]
     """Of each engine that loads here."""
     unavailable: dict[str, str]
@@ -74,7 +74,7 @@ def measure(engines: Sequence[Engine], samples: Sequence[Array], rounds: int) ->
 
 def choose(
     network: Network, lanes: int, gpu_waits: str = "spin", allowed: Sequence[str] | None = None
-) -> tuple[Engine, Trial]:
+) -> tuple[Engine, BenchmarkResult]:
     """The fastest engine for ``lanes`` streams, of those ``allowed`` (None: any), and the trial that says so.
 
     Raises EngineUnavailable if none loads."""
@@ -119,11 +119,11 @@ def _key(network: Network, lanes: int, allowed: Sequence[str] | None) -> str:
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:24]
 
 
-def _kept(path: Any, network: Network, allowed: Sequence[str] | None) -> Trial | None:
+def _kept(path: Any, network: Network, allowed: Sequence[str] | None) -> BenchmarkResult | None:
     from edge_ssm.engines.registry import candidates
 
     try:
-        trial = msgspec.json.decode(path.read_bytes(), type=Trial)
+        trial = msgspec.json.decode(path.read_bytes(), type=BenchmarkResult)
     except (OSError, msgspec.DecodeError):
         return None
     named = {*trial.step_us, *trial.unavailable, *trial.inaccurate}
@@ -180,7 +180,7 @@ def _graph_weights(engine: Engine) -> MixingDtype:
     return engine.graph.form.weights if isinstance(engine, ExportedEngine) else "float32"
 
 
-def _tried(network: Network, lanes: int, gpu_waits: str, allowed: Sequence[str] | None) -> Trial:
+def _tried(network: Network, lanes: int, gpu_waits: str, allowed: Sequence[str] | None) -> BenchmarkResult:
     from edge_ssm.engines.reference import ReferenceEngine
     from edge_ssm.engines.registry import candidates
 
@@ -203,4 +203,4 @@ def _tried(network: Network, lanes: int, gpu_waits: str, allowed: Sequence[str] 
         raise EngineUnavailable("; ".join(unavailable.values()) or "no engine that the profile allows is here")
     timed = list(samples[:STEPS])
     steps = measure(list(made.values()), timed, ROUNDS)
-    return Trial(dict(zip(made, steps, strict=True)), unavailable, inaccurate)
+    return BenchmarkResult(dict(zip(made, steps, strict=True)), unavailable, inaccurate)

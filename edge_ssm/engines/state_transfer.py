@@ -11,7 +11,7 @@ SAME_POLES = 0.2
 another reduction gives a channel new ones."""
 
 
-def handed_over(old: Network, state: tuple[Array, ...], new: Network) -> tuple[Array, ...]:
+def transfer_state(old: Network, state: tuple[Array, ...], new: Network) -> tuple[Array, ...]:
     """``Snapshot.state`` of ``new``, (lanes, S) a block, from that of ``old``: a channel that is active in both and has
     the same poles keeps its state, all others begin at zero."""
     lanes = len(state[0]) if state else 1
@@ -28,7 +28,7 @@ def _shared(old: SSM, new: SSM) -> list[tuple[slice, slice]]:
     found = []
     for j, channel in enumerate(new.active):
         i = places.get(int(channel))
-        if i is None or old.pairs[i] != new.pairs[j] or old.low_rank[i] != new.low_rank[j]:
+        if i is None or old.pairs[i] != new.pairs[j] or old.rank_one[i] != new.rank_one[j]:
             continue
         source, target = _states(old, i), _states(new, j)
         was, becomes = old.dt[i] * old.A[source], new.dt[j] * new.A[target]

@@ -70,7 +70,7 @@ class NormDocument(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class BlockDocument(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     active: Count
     states: Count
-    low_rank: bool
+    rank_one: bool = msgspec.field(name="low_rank")
     mixing: Literal["glu", "plain"]
     mixing_dtype: MixingDtype
     columns: Count
@@ -142,7 +142,7 @@ def expected_tensors(document: Document) -> dict[str, tuple[tuple[str, ...], tup
         doubled = 2 if block.mixing == "glu" else 1
         tensors[f"blocks.{i}.ssm.active"] = (("I64",), (k,))
         tensors[f"blocks.{i}.ssm.pairs"] = (("I64",), (k,))
-        for name in ("A", "B", "C", "P") if block.low_rank else ("A", "B", "C"):
+        for name in ("A", "B", "C", "P") if block.rank_one else ("A", "B", "C"):
             tensors[f"blocks.{i}.ssm.{name}"] = (ssm_real, (states, 2))
         tensors[f"blocks.{i}.ssm.D"] = (f32, (h,))
         tensors[f"blocks.{i}.ssm.dt"] = (ssm_real, (k,))
@@ -241,7 +241,7 @@ def _document_of(network: Network, provenance: dict[str, Any]) -> Document:
         BlockDocument(
             active=len(b.ssm.active),
             states=len(b.ssm.A),
-            low_rank=b.ssm.P is not None,
+            rank_one=b.ssm.P is not None,
             mixing=b.mixing.kind,
             mixing_dtype=b.mixing.dtype,
             columns=len(b.mixing.columns),
@@ -390,7 +390,7 @@ def _network_of(document: Document, tensors: dict[str, Array]) -> Network:
             C=_complex(part["ssm.C"]),
             D=part["ssm.D"],
             dt=part["ssm.dt"].astype(np.float64),
-            P=_complex(part["ssm.P"]) if described.low_rank else None,
+            P=_complex(part["ssm.P"]) if described.rank_one else None,
         )
         mixing = Mixing(
             described.mixing,

@@ -26,7 +26,7 @@ def describe(artifact: Artifact, signature: str | None = None) -> dict[str, Any]
             "d_state": 2 * int(block.ssm.pairs.max(initial=0)),
             "states": 2 * c.pairs,
             "channel_states": [2 * int(n) for n in block.ssm.pairs],
-            "low_rank_channels": int(block.ssm.low_rank.sum()),
+            "low_rank_channels": int(block.ssm.rank_one.sum()),
             "mixing": block.mixing.kind,
             "mixing_columns": c.columns,
             "mixing_rows": c.rows,

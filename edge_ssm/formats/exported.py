@@ -22,7 +22,7 @@ from edge_ssm.formats.artifact import Artifact
 from edge_ssm.formats.containers import Kind
 from edge_ssm.formats.graph.parts import Parts, parts_of
 from edge_ssm.model.network import Array, MixingDtype, Network, Pooling, Task, TokenEncoder, fingerprint
-from edge_ssm.text import printable
+from edge_ssm.text import sanitize
 
 VERSION = 1
 DOCUMENT, SOURCE = "edge_ssm", "edge_ssm.artifact"
@@ -232,7 +232,7 @@ def read(content: bytes, kind: Kind) -> Exported:
     _check_form(document.form, network)
     measured = document.measured
     _expect(np.isfinite(measured.max_error), "measured.max_error: is not finite")
-    _expect(printable(measured.samples_from) == measured.samples_from, "measured.samples_from: is not one line of text")
+    _expect(sanitize(measured.samples_from) == measured.samples_from, "measured.samples_from: is not one line of text")
     return Exported(Graph(kind, content, document.form), document, source)
 
 

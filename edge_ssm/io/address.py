@@ -14,7 +14,7 @@ LOOPBACK = "127.0.0.1"
 
 
 @dataclass(frozen=True)
-class Place:
+class Endpoint:
     """``scheme://host:port/path?options``; a plain path has the scheme "file", "-" the scheme "std"."""
 
     text: str
@@ -62,15 +62,15 @@ class Place:
         return int(text)
 
 
-def place(text: str, schemes: tuple[str, ...]) -> Place:
+def place(text: str, schemes: tuple[str, ...]) -> Endpoint:
     """What ``text`` names. Raises UsageError for a scheme that is not among ``schemes``, or a port that is none."""
     if text == "-":
-        return Place(text, "std", "", None, "", {})
+        return Endpoint(text, "std", "", None, "", {})
     scheme, separator, _ = text.partition("://")
     if not separator:
         if not text:
             raise UsageError("an empty path: expected a file, - or an address")
-        return Place(text, "file", "", None, text, {})
+        return Endpoint(text, "file", "", None, text, {})
     if scheme not in schemes:
         raise UsageError(f"{text}: {scheme!r} is unknown, expected a file, -, or {', '.join(schemes)}")
     if scheme in ("mqtt", "mqtts"):
@@ -78,7 +78,7 @@ def place(text: str, schemes: tuple[str, ...]) -> Place:
     try:
         parts = urlsplit(text)
         options = dict(parse_qsl(parts.query, keep_blank_values=True, strict_parsing=bool(parts.query)))
-        found = Place(
+        found = Endpoint(
             text,
             scheme,
             parts.hostname or "",
@@ -96,7 +96,7 @@ def place(text: str, schemes: tuple[str, ...]) -> Place:
     return found
 
 
-def _mqtt(text: str, scheme: str) -> Place:
+def _mqtt(text: str, scheme: str) -> Endpoint:
     """A topic may hold # and %, which mean something else in other addresses; options stand after a ?."""
     url, _, query = text.partition("?")
     try:
@@ -104,7 +104,7 @@ def _mqtt(text: str, scheme: str) -> Place:
     except ValueError as error:
         raise UsageError(f"{url}: not options ({error})") from None
     check_options(options, url)
-    return Place(url, scheme, "", None, "", options)
+    return Endpoint(url, scheme, "", None, "", options)
 
 
 def check_host(host: str, shown: str) -> None:

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     pass
 
 
-class BackOff:
+class Backoff:
     """Waits between tries: 0.1 s, doubled up to ``longest_s``, each shortened at random by up to a half, so that many
     devices do not come back at once. Success starts anew."""
 

@@ -8,7 +8,7 @@ import threading
 from collections import deque
 from typing import Generic, TypeVar
 
-from edge_ssm.io.shutdown import Stop
+from edge_ssm.io.shutdown import ShutdownSignal
 
 Item = TypeVar("Item")
 
@@ -36,7 +36,7 @@ class Mailbox(Generic[Item]):
                 os.write(self._writer, b"\0")
             return True
 
-    def get(self, stop: Stop, seconds: float | None) -> Item | None:
+    def get(self, stop: ShutdownSignal, seconds: float | None) -> Item | None:
         """The oldest item; None if none came within ``seconds``, or a stop was asked for."""
         if not self._items:
             stop.wait(self._reader, seconds)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from edge_ssm.errors import UsageError
-from edge_ssm.io.address import Place, check_host
+from edge_ssm.io.address import Endpoint, check_host
 
 PORTS = {"mqtt": 1883, "mqtts": 8883}
 
@@ -150,7 +150,7 @@ def refusal(reason: object) -> str:
     return f"the broker refused: {text.lower()}"
 
 
-def access_of(place: Place, *others: str) -> Access:
+def access_of(place: Endpoint, *others: str) -> Access:
     """From an address's options: username, password_file, ca_file, cert_file, key_file; ``others`` are known too.
 
     Raises UsageError for an option that is none of them.

@@ -9,7 +9,7 @@ from types import FrameType, TracebackType
 from typing import Any
 
 
-class Stop:
+class ShutdownSignal:
     """While entered, the two signals set ``requested`` instead of ending the process; a second one ends it.
 
     For the main thread only.
@@ -30,7 +30,7 @@ class Stop:
         self._previous: dict[int, Any] = {}
         self._wakeup = -1
 
-    def __enter__(self) -> Stop:
+    def __enter__(self) -> ShutdownSignal:
         self._wakeup = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
         for number in (signal.SIGINT, signal.SIGTERM):
             self._previous[number] = signal.signal(number, self._on_signal)

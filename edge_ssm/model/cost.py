@@ -38,13 +38,13 @@ class Cost:
 def _block_cost(block: Block, h: int) -> BlockCost:
     ssm, mixing = block.ssm, block.mixing
     pairs = int(ssm.pairs.sum())
-    low_rank = int(ssm.pairs[ssm.low_rank].sum())
+    rank_one = int(ssm.pairs[ssm.rank_one].sum())
     columns = len(mixing.columns)
     # A step of one pair: complex times complex (4), and the real part of another such product (2). A rank-one term
     # adds an inner product (2) and its outcome times P (2).
-    macs = 6 * pairs + 4 * low_rank + columns + mixing.weight.size
+    macs = 6 * pairs + 4 * rank_one + columns + mixing.weight.size
     # B is folded into C, so that the step reads (Abar, C): 4 numbers a pair; 4 more for a rank-one term.
-    others = 4 * pairs + 4 * low_rank + columns + mixing.bias.size + (2 * h if block.norm else 0)
+    others = 4 * pairs + 4 * rank_one + columns + mixing.bias.size + (2 * h if block.norm else 0)
     others += 0 if mixing.scale is None else mixing.scale.size
     parameters = others + mixing.weight.size
     weight_bytes = 4 * others + mixing.weight.nbytes

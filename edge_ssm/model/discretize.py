@@ -45,7 +45,7 @@ class StepParameters:
     """(K,)"""
     pairs: npt.NDArray[np.int64]
     """(K,), states of each channel."""
-    low_rank: npt.NDArray[np.bool_]
+    rank_one: npt.NDArray[np.bool_]
     """(K,)"""
 
     @property
@@ -80,14 +80,14 @@ def step_parameters(ssm: SSM, discretization: Discretization) -> StepParameters:
     else:
         delta = bilinear_delta(dt_A)
         Bbar = dt * ssm.B / (1 - dt_A / 2)
-    if ssm.P is None or not ssm.low_rank.any():
+    if ssm.P is None or not ssm.rank_one.any():
         nothing: ComplexArray = np.zeros_like(delta)
         k = len(ssm.pairs)
         return StepParameters(delta, ssm.C * Bbar, nothing, nothing, np.zeros(k), ssm.pairs, np.zeros(k, dtype=bool))
-    return _low_rank_parameters(ssm, ssm.P, delta, dt)
+    return _rank_one_parameters(ssm, ssm.P, delta, dt)
 
 
-def _low_rank_parameters(ssm: SSM, P: ComplexArray, delta: ComplexArray, dt: Array) -> StepParameters:
+def _rank_one_parameters(ssm: SSM, P: ComplexArray, delta: ComplexArray, dt: Array) -> StepParameters:
     """The bilinear step of A - P P*, written as a diagonal and one rank-one term of a real inner product.
 
     x += dt (I - dt/2 (A - P P*))^-1 ((A - P P*) x + B u), the inverse by Sherman and Morrison: with
@@ -112,7 +112,7 @@ def _low_rank_parameters(ssm: SSM, P: ComplexArray, delta: ComplexArray, dt: Arr
     # A state whose B is 0 can't be scaled by it; a tiny B serves, its share of the output being as tiny.
     Bbar = np.where(Bbar == 0, 1e-12, Bbar).astype(np.complex128)
     C: ComplexArray = (ssm.C * Bbar).astype(np.complex128)
-    return StepParameters(delta, C, -dt * E * P / Bbar, r * Bbar, beta, ssm.pairs, ssm.low_rank)
+    return StepParameters(delta, C, -dt * E * P / Bbar, r * Bbar, beta, ssm.pairs, ssm.rank_one)
 
 
 def gap_power(delta: ComplexArray, k: int) -> ComplexArray:
@@ -132,13 +132,13 @@ GAP_STEPS = 256
 def decayed(step: StepParameters, x: ComplexArray, k: int) -> ComplexArray:
     """What a gap of ``k`` samples without input makes of a state: Abar^k x. (..., S) -> (..., S)."""
     result: ComplexArray = x * gap_power(step.delta, k)
-    for channel in np.flatnonzero(step.low_rank):
+    for channel in np.flatnonzero(step.rank_one):
         states = slice(step.first[channel], step.first[channel] + step.pairs[channel])
-        result[..., states] = _low_rank_decayed(step.delta[states], step.p[states], step.r[states], x[..., states], k)
+        result[..., states] = _rank_one_decayed(step.delta[states], step.p[states], step.r[states], x[..., states], k)
     return result
 
 
-def _low_rank_decayed(delta: ComplexArray, p: ComplexArray, r: ComplexArray, x: ComplexArray, k: int) -> ComplexArray:
+def _rank_one_decayed(delta: ComplexArray, p: ComplexArray, r: ComplexArray, x: ComplexArray, k: int) -> ComplexArray:
     """One channel's, (..., M) -> (..., M)."""
     if k <= GAP_STEPS:
         for _ in range(k):

@@ -86,7 +86,7 @@ class SSM:
         return owner
 
     @property
-    def low_rank(self) -> Array:
+    def rank_one(self) -> Array:
         """(K,) bool: which channels have a rank-one term."""
         if self.P is None:
             return np.zeros(len(self.pairs), dtype=bool)

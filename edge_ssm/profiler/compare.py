@@ -10,7 +10,7 @@ from __future__ import annotations
 from edge_ssm.histogram import RESOLUTION
 from edge_ssm.profiler.energy import Energy
 from edge_ssm.profiler.report import Report, Result, short
-from edge_ssm.text import printable
+from edge_ssm.text import sanitize
 
 RUN_TO_RUN = 0.1
 """Share that medians of the same work differ by from run to run (docs/profile.md has the measurement)."""
@@ -39,7 +39,7 @@ def compare(a: Report, b: Report) -> str:
         lines += ["", "nothing to compare: no result of A has its like in B"]
     if invalid:
         lines += ["", f"verdict: none, for a run that is invalid: {' and '.join(invalid)}"]
-    return "\n".join(printable(line) for line in lines)
+    return "\n".join(sanitize(line) for line in lines)
 
 
 def _why_invalid(report: Report) -> list[str]:

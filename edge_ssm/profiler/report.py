@@ -18,7 +18,7 @@ from edge_ssm.histogram import RESOLUTION, LatencyHistogram
 from edge_ssm.profiler.energy import Energy, mean_power, per_step, t95
 from edge_ssm.profiler.protocol import BLOCK_S, ROUNDS, Activity, Run
 from edge_ssm.profiler.sampler import Trace
-from edge_ssm.text import printable
+from edge_ssm.text import sanitize
 
 VERSION = 2
 """1 had a number for every percentile, and 0 misses where there was no deadline; it is read still."""
@@ -355,7 +355,7 @@ def render(report: Report) -> str:
     lines.append(f"resident {report.resident_mib:.0f} MiB{start}; load before the run {report.load_percent:.0f} %")
     lines += [f"note: {note}" for note in report.notes]
     lines += [f"INVALID: {why}" for why in report.invalid_because]
-    return "\n".join(printable(line) for line in lines)
+    return "\n".join(sanitize(line) for line in lines)
 
 
 def _watts(by_rail: dict[str, float]) -> str:

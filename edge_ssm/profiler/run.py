@@ -28,7 +28,7 @@ from edge_ssm.profiler.energy import mean_power
 from edge_ssm.profiler.protocol import Activity, open_meter
 from edge_ssm.profiler.report import MeterInfo, Report
 from edge_ssm.profiler.sampler import Sampler
-from edge_ssm.text import printable
+from edge_ssm.text import sanitize
 
 CHUNKS, LANES = (1, 4, 16, 64), (1, 4, 16)
 """Of a sweep."""
@@ -94,7 +94,7 @@ def measure(request: Request) -> Report:
             if engine.warning and engine.warning not in notes:
                 notes.append(engine.warning)
             for activity in _activities(engine, samples, chunk, found.network, request, runtime):
-                stem = f"{printable(Path(path).stem)} " if len(loaded) > 1 else ""
+                stem = f"{sanitize(Path(path).stem)} " if len(loaded) > 1 else ""
                 activity.name = f"{stem}{activity.name}"
                 if activity.name in model_of and "auto" in names and len(names) > 1:
                     raise UsageError(f"--engine {','.join(names)}: auto chose {engine.name}, which is there already")
@@ -141,8 +141,8 @@ def measure(request: Request) -> Report:
         notes=notes + run.notes,
         machine=machine.describe(),
         profile=None if request.profile is None else request.profile.name,
-        models=[report.Model(printable(path), found.digest) for path, found in loaded],
-        samples_from=printable(samples_from),
+        models=[report.Model(sanitize(path), found.digest) for path, found in loaded],
+        samples_from=sanitize(samples_from),
         rounds=request.rounds,
         block_s=request.block_s,
         seed=request.seed,

@@ -53,7 +53,7 @@ def features(network: Network) -> dict[str, float]:
     ends += 0 if isinstance(network.encoder, TokenEncoder) else network.encoder.weight.size
     found = {"call": 1.0, "ends": float(ends), "blocks": float(len(network.blocks))}
     found["states"] = float(sum(b.pairs for b in total.blocks))
-    found["low_rank_states"] = float(sum(int(b.ssm.pairs[b.ssm.low_rank].sum()) for b in network.blocks))
+    found["low_rank_states"] = float(sum(int(b.ssm.pairs[b.ssm.rank_one].sum()) for b in network.blocks))
     for dtype in ("float32", "float16", "int8"):
         found[f"mixing_{dtype}"] = float(sum(b.mixing.weight.size for b in network.blocks if b.mixing.dtype == dtype))
     found["activations"] = float(sum(b.columns + b.rows for b in total.blocks))
@@ -99,7 +99,7 @@ def _non_negative(A: Array, y: Array) -> Array:
 
 
 def synthetic(
-    h: int, layers: int, active: int, pairs: int, mixed: int, dtype: MixingDtype, low_rank: bool, seed: int = 0
+    h: int, layers: int, active: int, pairs: int, mixed: int, dtype: MixingDtype, rank_one: bool, seed: int = 0
 ) -> Network:
     """A random network of the given sizes, for timing alone; ``mixed`` columns and rows are left."""
     rng = np.random.default_rng(seed)
@@ -109,7 +109,7 @@ def synthetic(
         s = active * pairs
         A = -0.5 + 1j * np.pi * np.tile(np.arange(pairs), active)
         C = rng.standard_normal(s) + 1j * rng.standard_normal(s)
-        P = np.full(s, 0.5 + 0j) if low_rank else None
+        P = np.full(s, 0.5 + 0j) if rank_one else None
         D = np.where(np.arange(h) < mixed, 1.0, 0.0).astype(np.float32)
         number = np.full(active, pairs)
         ssm = SSM(np.arange(active), number, A, np.ones_like(A), C, D, np.geomspace(0.001, 0.1, active), P)
@@ -132,12 +132,12 @@ def tabulate(engine: str) -> StepTable:
     """Measure the steps of synthetic networks on this machine."""
     forms: list[tuple[MixingDtype, bool]] = [("float32", False), ("float16", False), ("int8", False), ("float32", True)]
     networks = []
-    for dtype, low_rank in forms:
+    for dtype, rank_one in forms:
         for h in (16, 32, 64, 128):
             for active, pairs, mixed in ((1, 1, 1.0), (0.5, 8, 1.0), (1, 8, 0.5), (0.25, 2, 0.25), (1, 32, 1.0)):
                 channels = max(1, round(active * h))
                 networks.append(
-                    synthetic(h, 1 if h > 32 else 2, channels, pairs, max(channels, round(mixed * h)), dtype, low_rank)
+                    synthetic(h, 1 if h > 32 else 2, channels, pairs, max(channels, round(mixed * h)), dtype, rank_one)
                 )
     samples = np.random.default_rng(0).standard_normal((STEPS, 1))
     engines = [create(engine, network) for network in networks]

@@ -9,7 +9,7 @@ from edge_ssm.histogram import LatencyHistogram
 
 
 @dataclass
-class Account:
+class Counters:
     """Everything that came in, by what became of it. Nothing is lost without standing here."""
 
     samples: int = 0

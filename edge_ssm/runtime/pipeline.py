@@ -13,11 +13,11 @@ from edge_ssm.engines.registry import Engine, Snapshot
 from edge_ssm.errors import RunFailed, SinkClosed, SnapshotError, UsageError
 from edge_ssm.io.codecs.base import FrameDecoder
 from edge_ssm.io.messages import Decision, Event, Frame, Malformed
-from edge_ssm.io.shutdown import Stop
-from edge_ssm.io.sources.base import Data, Seam, Source
+from edge_ssm.io.shutdown import ShutdownSignal
+from edge_ssm.io.sources.base import Batch, Discontinuity, Source
 from edge_ssm.model.input_range import input_range
 from edge_ssm.model.network import Array
-from edge_ssm.runtime.counters import _COUNTS, Account
+from edge_ssm.runtime.counters import _COUNTS, Counters
 from edge_ssm.runtime.decisions import decide
 from edge_ssm.runtime.reorder import LONGEST_LOSS, Ordering
 from edge_ssm.runtime.windows import Number, Windows, WindowsState
@@ -28,7 +28,7 @@ Sequence = Annotated[str, msgspec.Meta(pattern=r"^-?[0-9]{1,40}\Z")]
 """A whole number, which may pass 64 bits."""
 KNOWN_LOST = 4096
 ROUND_S = 0.1
-"""At most so long between two rounds of the attendant, data or not."""
+"""At most so long between two rounds of the observer, data or not."""
 
 
 class EarlyFrame(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -40,7 +40,7 @@ class EarlyFrame(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     label: str | None
 
 
-class LoopState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class PipelineState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What a loop must know to go on after a restart, beside its engine's state."""
 
     windows: WindowsState
@@ -51,7 +51,7 @@ class LoopState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     stamp: float | None
     early: list[EarlyFrame]
     counts: dict[str, Number]
-    """Of ``Account``, the whole numbers; and gap.* and dropped.*."""
+    """Of ``Counters``, the whole numbers; and gap.* and dropped.*."""
 
 
 class Decisions(Protocol):
@@ -61,23 +61,23 @@ class Decisions(Protocol):
     def event(self, event: Event) -> None: ...
 
 
-class Attendant:
+class PipelineObserver:
     """Who looks after a loop while it runs, from the loop's own thread (``service.attendant``); this one does not."""
 
     keeps_state: bool = False
     """Whether what is held back now will be gone on with by another run."""
 
-    def between_samples(self) -> None:
+    def on_tick(self) -> None:
         """At least every ROUND_S; nothing is half done, but a block of input may be."""
 
-    def between_blocks(self, source: Source, token: Any) -> None:
+    def on_batch_end(self, source: Source, token: Any) -> None:
         """All that was read is stepped; ``token`` is the last one that ``source`` gave."""
 
-    def seam(self, connected: bool) -> None:
+    def on_connection_change(self, connected: bool) -> None:
         """The source lost its connection, or has one."""
 
 
-class Loop:
+class Pipeline:
     """Joins an engine, windows and a sink. ``engine.lanes`` must be ``windows.lanes``.
 
     ``deadline_s``: how long after a sample came its decision is on time; None: not counted. ``stamps_hz``: fill what
@@ -113,7 +113,7 @@ class Loop:
         self._stale_after_s = stale_after_s
         self._stamps_hz = stamps_hz
         self._pending: list[tuple[Array, Frame, bool]] = []  # accepted and not yet stepped: values, frame, gap
-        self.account = Account()
+        self.account = Counters()
         self._held = np.full(engine.network.d_input, np.nan)
         self._in_gap = 0
         self._waiting = False  # after a reset within a gap, until the next good sample
@@ -125,11 +125,11 @@ class Loop:
         self._ordering = Ordering()
         self._came_at = 0.0
         self._next_round = 0.0
-        self._attendant = Attendant()
+        self._observer = PipelineObserver()
         self.stale = False
-        self.whole = True
+        self.is_consistent = True
         """All that was read was taken in, and all that was decided went out: what may be kept as a snapshot."""
-        self._at_rest: Callable[[], None] | None = None
+        self._when_idle: Callable[[], None] | None = None
 
     @property
     def engine(self) -> Engine:
@@ -147,17 +147,17 @@ class Loop:
         self,
         source: Source,
         decoder: FrameDecoder,
-        stop: Stop,
+        stop: ShutdownSignal,
         pace_hz: float | None = None,
-        attendant: Attendant | None = None,
-    ) -> Account:
+        observer: PipelineObserver | None = None,
+    ) -> Counters:
         """Until the source ends, a signal comes, or the reader of the output goes away.
 
         ``pace_hz`` holds a recording back to that many samples a second, until a stop is asked for: what was read is
         decided. Raises RunFailed for a malformed row when ``strict``.
         """
         account = self.account
-        self._attendant = attendant = attendant or Attendant()
+        self._observer = observer = observer or PipelineObserver()
         self._reorder = source.reorder
         early, self._ordering = self._ordering.held, Ordering(source.reorder, source.reorder_wait_s)
         self._ordering.go_on(self._sequence, early)
@@ -167,47 +167,47 @@ class Loop:
         unread = account.dropped["unread"]
         try:
             while not stop.requested and not source.ended:
-                self.whole = True
+                self.is_consistent = True
                 received = source.read(stop, ROUND_S)
-                self.whole = False
-                if isinstance(received, Data):
+                self.is_consistent = False
+                if isinstance(received, Batch):
                     self._came()
                     if source.unread:
                         account.dropped["unread"] = unread + source.unread
                     items: Iterator[Frame | Malformed] = decoder.feed(received.content)
                     token = received.token if received.token is not None else token
-                elif isinstance(received, Seam):
-                    self._seam(received, attendant)
+                elif isinstance(received, Discontinuity):
+                    self._discontinuity(received, observer)
                     items = decoder.restart()
                 else:
                     self._watch_silence()
                     self._overdue()
-                    attendant.between_samples()
-                    attendant.between_blocks(source, token)
+                    observer.on_tick()
+                    observer.on_batch_end(source, token)
                     continue
                 for item in items:
                     if pace_hz is not None and not stop.requested:
                         paced += 1
-                        self._wait_until(began + paced / pace_hz, stop, attendant)
+                        self._wait_until(began + paced / pace_hz, stop, observer)
                     self._item(item)
                     if clock.monotonic() >= self._next_round:
                         self._overdue()
                         self._round()
-                if source.datagrams and isinstance(received, Data):
+                if source.datagrams and isinstance(received, Batch):
                     for item in decoder.finish():
                         self._item(item)
-                attendant.between_blocks(source, token)
+                observer.on_batch_end(source, token)
             if stop.requested:
                 account.ended_by = "signal"
             else:
                 for item in decoder.finish():
                     self._item(item)
-            if not (stop.requested and attendant.keeps_state):
+            if not (stop.requested and observer.keeps_state):
                 for frame in self._ordering.release():
                     self._frame(frame)
             self._flush()
-            attendant.between_blocks(source, token)
-            self.whole = True
+            observer.on_batch_end(source, token)
+            self.is_consistent = True
         except SinkClosed:
             account.ended_by = "closed output"
         finally:
@@ -216,15 +216,15 @@ class Loop:
         return account
 
     def _round(self) -> None:
-        """Of the attendant, where it is time for one."""
+        """Of the observer, where it is time for one."""
         if clock.monotonic() >= self._next_round:
             self._next_round = clock.monotonic() + ROUND_S
-            self._attendant.between_samples()
+            self._observer.on_tick()
 
-    def _wait_until(self, due: float, stop: Stop, attendant: Attendant) -> None:
+    def _wait_until(self, due: float, stop: ShutdownSignal, observer: PipelineObserver) -> None:
         while (ahead := due - clock.monotonic()) > 0 and not stop.requested:
             stop.wait(seconds=min(ahead, ROUND_S))
-            attendant.between_samples()
+            observer.on_tick()
         self._came_at = max(due, self._came_at)
 
     def _came(self) -> None:
@@ -240,13 +240,17 @@ class Loop:
             self.stale = True
             self._sink.event(Event("stale", self._windows.sample, {"seconds": round(silent, 3)}))
 
-    def _seam(self, seam: Seam, attendant: Attendant) -> None:
-        if seam.connected:
+    def _discontinuity(self, discontinuity: Discontinuity, observer: PipelineObserver) -> None:
+        if discontinuity.connected:
             self.account.reconnects += 1
-        attendant.seam(seam.connected)
-        self._report(seam.reason)
+        observer.on_connection_change(discontinuity.connected)
+        self._report(discontinuity.reason)
         self._sink.event(
-            Event("connected" if seam.connected else "disconnected", self._windows.sample, {"reason": seam.reason})
+            Event(
+                "connected" if discontinuity.connected else "disconnected",
+                self._windows.sample,
+                {"reason": discontinuity.reason},
+            )
         )
 
     def _item(self, item: Frame | Malformed) -> None:
@@ -305,7 +309,7 @@ class Loop:
         self._lost = set(range(max(last + 1, number - KNOWN_LOST), number)) | (
             self._lost if len(self._lost) < KNOWN_LOST else set()
         )
-        self.lost(number - last - 1, "lost")
+        self.fill_gap(number - last - 1, "lost")
         return True
 
     def _in_time(self, stamp: float, hz: float) -> None:
@@ -315,9 +319,9 @@ class Loop:
             return
         self._stamp, self._stamp_back = stamp, False
         if last is not None and (skipped := round((stamp - last) * hz) - 1) > 0 and skipped < LONGEST_LOSS:
-            self.lost(skipped, "lost")
+            self.fill_gap(skipped, "lost")
 
-    def lost(self, samples: int, reason: str) -> None:
+    def fill_gap(self, samples: int, reason: str) -> None:
         """Samples that were taken and never came: they get numbers, and are filled by the gap policy."""
         account, blank = self.account, Frame(np.full(self._engine.network.d_input, np.nan))
         bad = np.ones(self._engine.network.d_input, dtype=bool)
@@ -419,8 +423,8 @@ class Loop:
             account.correct += decision.label == decision.truth
         if self._deadline_s is not None and clock.monotonic() - self._came_at > self._deadline_s:
             account.deadline_misses += 1
-        if self._at_rest is not None and windows.resting:
-            act, self._at_rest = self._at_rest, None
+        if self._when_idle is not None and windows.resting:
+            act, self._when_idle = self._when_idle, None
             act()
 
     def _restart(self, event: str, **details: Any) -> None:
@@ -431,20 +435,20 @@ class Loop:
         self._engine.reset()
         self._sink.event(Event(event, self._windows.sample, {**details, "discarded": lost}))
 
-    def note(self, event: str, **details: Any) -> None:
+    def emit_event(self, event: str, **details: Any) -> None:
         """An event of whoever attends to this loop, at the next sample."""
         self._flush()
         self._sink.event(Event(event, self._windows.sample, details))
 
-    def at_rest(self, act: Callable[[], None]) -> None:
+    def call_when_idle(self, act: Callable[[], None]) -> None:
         """Call ``act`` once no window is open, between two samples; now, if none is. One that waits is replaced."""
         self._flush()
         if self._windows.resting:
             act()
         else:
-            self._at_rest = act
+            self._when_idle = act
 
-    def swap(self, engine: Engine, windows: Windows | None = None) -> None:
+    def replace_engine(self, engine: Engine, windows: Windows | None = None) -> None:
         """Go on with another engine, between two samples. Its state is the caller's to hand over (``handover``).
 
         ``windows``: where the new network's differ; those that are open are given up. Raises UsageError if the engine
@@ -460,14 +464,14 @@ class Loop:
         self._engine = engine
         self._range = input_range(engine.network)
 
-    def state(self) -> tuple[LoopState, Snapshot]:
+    def state(self) -> tuple[PipelineState, Snapshot]:
         """What a restart needs, with all that came in stepped."""
         self._flush()
         counts = {name: getattr(self.account, name) for name in _COUNTS}
         counts |= {f"gap.{reason}": n for reason, n in self.account.gaps.items()}
         counts |= {f"dropped.{reason}": n for reason, n in self.account.dropped.items()}
         held = _plain(self._held)
-        state = LoopState(
+        state = PipelineState(
             self._windows.state(),
             held,
             self._in_gap,
@@ -482,7 +486,7 @@ class Loop:
         )
         return state, self._engine.snapshot()
 
-    def restore(self, state: LoopState, snapshot: Snapshot) -> None:
+    def restore(self, state: PipelineState, snapshot: Snapshot) -> None:
         """Go on where ``state`` was taken. Raises SnapshotError if it belongs to another network or other windows."""
         if any(len(values) != len(self._held) for values in (state.held, *(early.values for early in state.early))):
             raise SnapshotError(f"snapshot: {len(state.held)} channels, expected {len(self._held)}; start without it")

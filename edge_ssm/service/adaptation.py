@@ -24,7 +24,7 @@ class Limits:
 
 
 @dataclass(frozen=True)
-class Measures:
+class Measurements:
     """Since the last move, or over the last ``settle_s``."""
 
     decisions: int
@@ -33,7 +33,7 @@ class Measures:
     temperature_c: float | None
 
 
-class Ladder:
+class AdaptationPolicy:
     """Members 0 (the largest) to ``rungs`` - 1. ``look`` says where to stand, and why."""
 
     def __init__(self, rungs: int, limits: Limits, now: float) -> None:
@@ -48,7 +48,7 @@ class Ladder:
     def settle_s(self) -> float:
         return self._limits.settle_s
 
-    def look(self, measures: Measures, now: float) -> str:
+    def look(self, measures: Measurements, now: float) -> str:
         """Why ``rung`` was changed just now; empty if it was not."""
         over = self._over(measures)
         if over or not self._well(measures):
@@ -70,7 +70,7 @@ class Ladder:
     def _move(self, rung: int, now: float) -> None:
         self.rung, self._since, self._well_since = rung, now, now
 
-    def _over(self, m: Measures) -> str:
+    def _over(self, m: Measurements) -> str:
         limits = self._limits
         if m.decisions and m.misses / m.decisions > limits.misses:
             return f"{m.misses} of {m.decisions} decisions late"
@@ -80,7 +80,7 @@ class Ladder:
             return f"{m.temperature_c:.1f} C, limit {limits.temperature_c:g} C"
         return ""
 
-    def _well(self, m: Measures) -> bool:
+    def _well(self, m: Measurements) -> bool:
         limits = self._limits
         return (
             m.misses == 0

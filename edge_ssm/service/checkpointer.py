@@ -1,6 +1,6 @@
 """When a snapshot is taken, when it may be written, and when the source is told that it may forget.
 
-The order is what a kill can't break: what was decided is out (``Outlet.settled``), then the snapshot is on disk, then
+The order is what a kill can't break: what was decided is out (``Sink.settled``), then the snapshot is on disk, then
 the source may forget its samples. A kill before the last step makes some decisions again; none is ever missing. Where
 a source keeps nothing (a serial line), there is nothing to wait for, and a snapshot is written as soon as it is taken.
 """
@@ -21,11 +21,11 @@ from edge_ssm import files
 from edge_ssm.engines.registry import Snapshot
 from edge_ssm.errors import SnapshotError, UsageError
 from edge_ssm.io.codecs.base import FrameDecoder
-from edge_ssm.io.sinks.base import Outlet
+from edge_ssm.io.sinks.base import Sink
 from edge_ssm.io.sources.base import Source
-from edge_ssm.runtime.pipeline import Loop
+from edge_ssm.runtime.pipeline import Pipeline
 from edge_ssm.service import snapshot as service_snapshot
-from edge_ssm.text import printable
+from edge_ssm.text import sanitize
 
 FILE = "snapshot"
 REFUSED = "snapshot.refused"
@@ -58,17 +58,17 @@ class _Taken:
     at: float
 
 
-class Keeper:
+class Checkpointer:
     """``folder`` None: no snapshots; a source that waits to forget is still told so, once its decisions are out."""
 
     def __init__(
-        self, folder: Path | None, interval_s: float, source_name: str, outlet: Outlet | None, decoder: FrameDecoder
+        self, folder: Path | None, interval_s: float, source_name: str, sink: Sink | None, decoder: FrameDecoder
     ) -> None:
         self._path = None if folder is None else folder / FILE
         self._lock = None if folder is None else _alone(folder)
         self._take_after_s = max(0.2 * interval_s, interval_s - max(EARLY_SHARE * interval_s, EARLY_S))
-        self._source_name = printable(source_name)
-        self._outlet = outlet
+        self._source_name = sanitize(source_name)
+        self._sink = sink
         self._decoder = decoder
         self._taken: _Taken | None = None
         self._writing: threading.Thread | None = None
@@ -88,8 +88,10 @@ class Keeper:
     def keeps_state(self) -> bool:
         return self._path is not None
 
-    def resume(self, loop: Loop, source: Source, accept: Callable[[str], bool]) -> service_snapshot.Document | None:
-        """Put loop, source and decoder where the last snapshot was taken; None if there is none.
+    def resume(
+        self, pipeline: Pipeline, source: Source, accept: Callable[[str], bool]
+    ) -> service_snapshot.Document | None:
+        """Put pipeline, source and decoder where the last snapshot was taken; None if there is none.
 
         ``accept`` is asked with the artifact's digest, and may swap the loop's engine for that artifact's. Raises
         SnapshotError for one that does not belong here; it is set aside as ``snapshot.refused``.
@@ -103,7 +105,7 @@ class Keeper:
             document, state = found
             if not accept(document.artifact):
                 raise SnapshotError(f"snapshot: of artifact {document.artifact[:12]}..., not of this one")
-            loop.restore(document.loop, state)
+            pipeline.restore(document.loop, state)
         except SnapshotError:
             with suppress(OSError):
                 self._path.replace(self._path.with_name(REFUSED))
@@ -113,12 +115,12 @@ class Keeper:
             self._decoder.resume(document.decoder)
         return document
 
-    def round(self, loop: Loop, source: Source, token: Any) -> str:
+    def tick(self, pipeline: Pipeline, source: Source, token: Any) -> str:
         """Between blocks: take, write, acknowledge, each when it is time. Returns what a user must be told, or ""."""
         self._token = token
         now = time.monotonic()
         if self._taken is None and (now >= self._due or self._sender_waits(source, now)):
-            self._take(loop, source, now)
+            self._take(pipeline, source, now)
         if self._taken is not None and self._writing is None and self._settled(self._taken, source):
             self._write()
         if self._writing is not None and not self._writing.is_alive():
@@ -134,16 +136,16 @@ class Keeper:
             source.in_flight >= FEW_IN_FLIGHT and now - self._same_since > STALLED_S
         )
 
-    def _take(self, loop: Loop, source: Source, now: float) -> None:
+    def _take(self, pipeline: Pipeline, source: Source, now: float) -> None:
         # Taken early, so that it is written when the interval is over: no more than that is ever done again.
         self._due = now + self._take_after_s
         content = None
         if self._path is not None:
-            state, snapshot = loop.state()
+            state, snapshot = pipeline.state()
             content = service_snapshot.to_bytes(self._document(state, snapshot, source), snapshot)
         elif self._token is None:
             return
-        self._taken = _Taken(content, self._outlet.accepted if self._outlet else 0, self._token, now)
+        self._taken = _Taken(content, self._sink.accepted if self._sink else 0, self._token, now)
 
     def _document(self, state: Any, snapshot: Snapshot, source: Source) -> service_snapshot.Document:
         position = source.position()
@@ -163,7 +165,7 @@ class Keeper:
 
     def _settled(self, taken: _Taken, source: Source) -> bool:
         # The position last: a file is read for it, and this is asked again and again.
-        out = self._outlet is None or self._outlet.settled >= taken.mark
+        out = self._sink is None or self._sink.acknowledged >= taken.mark
         return out or (taken.token is None and not source.position())
 
     def _write(self) -> None:
@@ -186,14 +188,14 @@ class Keeper:
         if taken is not None and taken.token is not None:
             source.acknowledge(taken.token)
 
-    def finish(self, loop: Loop, source: Source, limit_s: float = 5.0) -> str:
+    def finish(self, pipeline: Pipeline, source: Source, limit_s: float = 5.0) -> str:
         """At the end of a run: the last snapshot, once all that was decided is out. None is taken of a run that ended
         within a block or lost a decision: the next one goes on from the last snapshot, and makes both again."""
         end = time.monotonic() + limit_s
-        self._drain(loop, source, end)
-        if self._taken is None and loop.whole:
-            self._take(loop, source, time.monotonic())
-            self._drain(loop, source, end)
+        self._drain(pipeline, source, end)
+        if self._taken is None and pipeline.is_consistent:
+            self._take(pipeline, source, time.monotonic())
+            self._drain(pipeline, source, end)
         return self._problem
 
     def close(self) -> None:
@@ -201,9 +203,9 @@ class Keeper:
         if self._lock is not None:
             os.close(self._lock)
 
-    def _drain(self, loop: Loop, source: Source, end: float) -> None:
+    def _drain(self, pipeline: Pipeline, source: Source, end: float) -> None:
         """Until what was taken is written and acknowledged, or ``end`` (time.monotonic())."""
         pause = threading.Event()
         while self._taken is not None and time.monotonic() < end:
-            self.round(loop, source, self._token)
+            self.tick(pipeline, source, self._token)
             pause.wait(0.005)

@@ -20,7 +20,7 @@ LOOK_S = 1.0
 
 
 @dataclass(frozen=True)
-class Candidate:
+class LoadedModel:
     path: str
     digest: str
     artifact: str
@@ -61,13 +61,13 @@ def check_channels(path: str, network: Network, running: Network) -> None:
         raise InputRefused(f"{path}: reads {', '.join(channels)}; the stream has {', '.join(running.input.channels)}")
 
 
-def check_beside(candidate: Candidate, running: Network) -> None:
+def check_beside(candidate: LoadedModel, running: Network) -> None:
     """Raises EdgeSSMError unless the candidate can take the running stream over and computes what it should."""
     check_channels(candidate.path, candidate.network, running)
     check_outputs(candidate)
 
 
-def check_outputs(candidate: Candidate, stopped: Callable[[], bool] = lambda: False) -> None:
+def check_outputs(candidate: LoadedModel, stopped: Callable[[], bool] = lambda: False) -> None:
     """Raises InputRefused unless the engine computes what the artifact says, within reasonable time."""
     verification.hold(candidate.path, candidate.engine, candidate.off_by, stopped)
 
@@ -75,13 +75,13 @@ def check_outputs(candidate: Candidate, stopped: Callable[[], bool] = lambda: Fa
 class Reloader:
     """Prepares a model in a thread when its file changes or when asked, and hands it over when it is ready."""
 
-    def __init__(self, path: str, prepare: Callable[[], Candidate]) -> None:
+    def __init__(self, path: str, prepare: Callable[[], LoadedModel]) -> None:
         self._path, self._prepare = path, prepare
         self._seen = self._stamp()
         self._changing: tuple[int, int, int] | None = None
         self._look_at = time.monotonic() + LOOK_S
         self._thread: threading.Thread | None = None
-        self._result: Candidate | str | None = None
+        self._result: LoadedModel | str | None = None
         self._asked = False
 
     def _stamp(self) -> tuple[int, int, int] | None:
@@ -95,7 +95,7 @@ class Reloader:
         """Load the file again, changed or not."""
         self._asked = True
 
-    def poll(self) -> Candidate | str | None:
+    def poll(self) -> LoadedModel | str | None:
         """From the loop: what was prepared, or why it could not be; None while there is nothing."""
         if self._thread is not None:
             if self._thread.is_alive():
@@ -118,8 +118,8 @@ class Reloader:
         if now is None or now == self._seen:
             self._changing = None
             return False
-        settled, self._changing = now == self._changing, now
-        return settled
+        acknowledged, self._changing = now == self._changing, now
+        return acknowledged
 
     def _run(self) -> None:
         try:

@@ -17,7 +17,7 @@ from edge_ssm.errors import EdgeSSMError, UsageError
 from edge_ssm.formats import signatures
 from edge_ssm.hardware import boards
 from edge_ssm.io import address, mqtt
-from edge_ssm.io.address import Place
+from edge_ssm.io.address import Endpoint
 from edge_ssm.io.codecs import registry as codecs
 from edge_ssm.io.sinks import registry as sinks
 from edge_ssm.io.sources import registry as sources
@@ -28,7 +28,7 @@ from edge_ssm.service import run as service_run
 from edge_ssm.service import settings as service_settings
 from edge_ssm.service.settings import Settings
 from edge_ssm.telemetry import http, prometheus
-from edge_ssm.text import printable
+from edge_ssm.text import sanitize
 
 LISTENING = ("tcp-listen", "unix-listen", "udp")
 """Sources whose socket systemd may open in their place."""
@@ -37,8 +37,8 @@ LISTENING = ("tcp-listen", "unix-listen", "udp")
 @dataclass
 class Plan:
     settings: Settings
-    source: Place
-    sink: Place
+    source: Endpoint
+    sink: Endpoint
     lines: list[tuple[str, str]] = field(default_factory=list)
     """What will run: a word, and a line about it."""
     warnings: list[str] = field(default_factory=list)
@@ -47,7 +47,7 @@ class Plan:
 
     def render(self) -> str:
         # A path or a label is somebody's text: a newline in one must not make a line of its own.
-        return "\n".join(printable(f"{word:<9} {line}") for word, line in self.lines)
+        return "\n".join(sanitize(f"{word:<9} {line}") for word, line in self.lines)
 
 
 def check(path: str) -> Plan:
@@ -69,9 +69,9 @@ class _Check:
     def __init__(self, path: str, settings: Settings) -> None:
         self._path, self._settings = path, settings
         with self._at("input"):
-            source = sources.look_at(settings.input)
+            source = sources.validate(settings.input)
         with self._at("output"):
-            sink = sinks.look_at(settings.output)
+            sink = sinks.validate(settings.output)
             feedback.check(settings)
             address.check_apart(settings.output, [path])
         self.plan = Plan(settings, source, sink)
@@ -254,7 +254,7 @@ class _Check:
         self._open("listen", host)
         self._say("page", f"{host} port {port}{', with metrics' if self._settings.prometheus else ''}")
 
-    def _needs(self, name: str, found: Place) -> None:
+    def _needs(self, name: str, found: Endpoint) -> None:
         if found.scheme in ("serial", "iio"):
             self.plan.needs[found.scheme] = name
         elif found.scheme in ("mqtt", "mqtts"):

@@ -17,27 +17,27 @@ from edge_ssm.errors import ArtifactError, EngineUnavailable, RunFailed, SinkClo
 from edge_ssm.formats import loading
 from edge_ssm.hardware import boards
 from edge_ssm.io.codecs import registry as codecs
-from edge_ssm.io.shutdown import Stop
+from edge_ssm.io.shutdown import ShutdownSignal
 from edge_ssm.io.sinks import formats
-from edge_ssm.io.sinks.base import Outlet
+from edge_ssm.io.sinks.base import Sink
 from edge_ssm.io.sinks.file import FileOptions
 from edge_ssm.io.sinks.queue import Overflow
-from edge_ssm.io.sinks.registry import open_outlet
+from edge_ssm.io.sinks.registry import open_sink
 from edge_ssm.io.sources.base import Source
 from edge_ssm.io.sources.registry import open_source
 from edge_ssm.model.network import Network
-from edge_ssm.runtime.counters import Account
-from edge_ssm.runtime.pipeline import Loop
+from edge_ssm.runtime.counters import Counters
+from edge_ssm.runtime.pipeline import Pipeline
 from edge_ssm.runtime.windows import Windows
 from edge_ssm.service import feedback
 from edge_ssm.service import models as service_models
-from edge_ssm.service.adaptation import Ladder, Limits
-from edge_ssm.service.checkpointer import Keeper
-from edge_ssm.service.models import Candidate
+from edge_ssm.service.adaptation import AdaptationPolicy, Limits
+from edge_ssm.service.checkpointer import Checkpointer
+from edge_ssm.service.models import LoadedModel
 from edge_ssm.service.settings import Settings
-from edge_ssm.service.supervisor import Adaptive, Attendant
+from edge_ssm.service.supervisor import Adaptation, Supervisor
 from edge_ssm.service.systemd.notify import Notifier
-from edge_ssm.telemetry.publisher import Facts, Live
+from edge_ssm.telemetry.publisher import RunInfo, StatusPublisher
 
 Say = Callable[[str], None]
 MAX_REPORTED = 20
@@ -46,7 +46,7 @@ REPORTED_AGAIN_S = 600.0
 
 @dataclass(frozen=True)
 class Outcome:
-    account: Account
+    account: Counters
     network: Network
     """That ran last."""
     engine: str
@@ -88,7 +88,7 @@ def run(settings: Settings, say: Say) -> Outcome:
 
 def _run(settings: Settings, say: Say, stack: ExitStack) -> Outcome:
     # The first to come and the last to go: a signal ends whatever waits here in good order, with an account.
-    stop = stack.enter_context(Stop(hangups=settings.reload))
+    stop = stack.enter_context(ShutdownSignal(hangups=settings.reload))
     feedback.check(settings)
     model, network = service_models.load(settings.model, settings.sample_rate, settings.require_signature)
     pace = network.input.sample_rate_hz
@@ -116,14 +116,14 @@ def _run(settings: Settings, say: Say, stack: ExitStack) -> Outcome:
         http.parse_listen(settings.listen)
     # What is there is emptied only once nothing can be wrong with what was asked for.
     overflow: Overflow = settings.overflow or ("drop-oldest" if source.live else "wait")
-    outlet = open_outlet(settings.output, _file_options(settings), settings.queue, overflow)
-    sink = formats.make(_sink_format(settings), outlet or formats.stdout(), network, settings.logits, settings.truth)
-    facts = Facts(settings.model, model.digest, engine.name, pace, named.name if named else None, source.name)
-    live = Live(sink, facts)
+    sink = open_sink(settings.output, _file_options(settings), settings.queue, overflow)
+    formatter = formats.make(_sink_format(settings), sink or formats.stdout(), network, settings.logits, settings.truth)
+    facts = RunInfo(settings.model, model.digest, engine.name, pace, named.name if named else None, source.name)
+    live = StatusPublisher(formatter, facts)
     closing = stack.enter_context(ExitStack())
     closing.callback(live.close)
     periods = settings.deadline or (named.profile.runtime.deadline_periods if named else 1.0)
-    loop = Loop(
+    pipeline = Pipeline(
         engine,
         windows,
         live,
@@ -136,27 +136,27 @@ def _run(settings: Settings, say: Say, stack: ExitStack) -> Outcome:
         settings.stale_after,
         pace if settings.time_gaps else None,
     )
-    keeper = Keeper(_state_folder(settings), settings.snapshot_interval, source.name, outlet, decoder)
-    stack.callback(keeper.close)
+    checkpointer = Checkpointer(_state_folder(settings), settings.snapshot_interval, source.name, sink, decoder)
+    stack.callback(checkpointer.close)
     notifier = Notifier()
-    if outlet is not None:
-        outlet.while_waiting = lambda: _waits(notifier, stop)
-    attendant = Attendant(
-        loop,
+    if sink is not None:
+        sink.while_waiting = lambda: _waits(notifier, stop)
+    supervisor = Supervisor(
+        pipeline,
         live,
         stop,
-        keeper,
+        checkpointer,
         notifier,
         running,
         make_windows,
         say,
-        _reloader(settings, loop, make_windows, named, say) if settings.reload else None,
+        _reloader(settings, pipeline, make_windows, named, say) if settings.reload else None,
         adaptive,
     )
-    _resume(loop, keeper, source, attendant, say)
+    _resume(pipeline, checkpointer, source, supervisor, say)
     if settings.listen is not None or adaptive is not None:
         live.power = _power()
-    live.watch(loop.account)
+    live.watch(pipeline.account)
     if settings.listen is not None:
         page = http.serve(live, settings.listen, settings.prometheus)
         stack.callback(page.close)
@@ -167,39 +167,39 @@ def _run(settings: Settings, say: Say, stack: ExitStack) -> Outcome:
     gc.freeze()  # What is there now stays: no later collection looks through it.
     facts.ready = True
     notifier.ready(f"runs {settings.model} on {engine.name}")
-    account, failure = loop.account, ""
+    account, failure = pipeline.account, ""
     try:
-        loop.run(source, decoder, stop, pace if settings.pace else None, attendant)
+        pipeline.run(source, decoder, stop, pace if settings.pace else None, supervisor)
     except RunFailed as error:
         account.ended_by, failure = "failure", str(error)
     notifier.stopping()
     try:
-        if problem := keeper.finish(loop, source):
+        if problem := checkpointer.finish(pipeline, source):
             say(problem)
     except (SinkClosed, RunFailed) as error:  # of what waited for its chunk
         failure = failure or str(error)
     closing.close()
-    failure = failure or _undelivered(account, outlet)
-    engine = loop.engine
-    why = attendant.running.why
+    failure = failure or _undelivered(account, sink)
+    engine = pipeline.engine
+    why = supervisor.running.why
     if engine.lost:
         why += f", lost in mid-stream ({engine.lost}); {engine.name} took over"
     return Outcome(account, engine.network, why, chunk, source.name, codec, failure)
 
 
-def _undelivered(account: Account, outlet: Outlet | None) -> str:
+def _undelivered(account: Counters, sink: Sink | None) -> str:
     """Put what the outlet dropped into the account; what is wrong with that, if it was not as asked for. Who stops a
     run while its reader is dead knows what he does."""
-    if outlet is None:
+    if sink is None:
         return ""
-    account.dropped.update({f"output_{reason}": n for reason, n in outlet.dropped.items()})
-    unsent = outlet.dropped["unsent"]
+    account.dropped.update({f"output_{reason}": n for reason, n in sink.dropped.items()})
+    unsent = sink.dropped["unsent"]
     if not unsent or account.ended_by == "signal":
         return ""
-    return f"{outlet.problem or outlet.name}; {unsent} decisions and events did not get there"
+    return f"{sink.problem or sink.name}; {unsent} decisions and events did not get there"
 
 
-def _waits(notifier: Notifier, stop: Stop) -> bool:
+def _waits(notifier: Notifier, stop: ShutdownSignal) -> bool:
     """A loop that waits for its reader, as it was told to, is not stuck. False: it shall end."""
     notifier.alive()
     return not stop.requested
@@ -239,33 +239,33 @@ def _state_folder(settings: Settings) -> Path | None:
     return folder
 
 
-def _resume(loop: Loop, keeper: Keeper, source: Source, attendant: Attendant, say: Say) -> None:
+def _resume(pipeline: Pipeline, checkpointer: Checkpointer, source: Source, supervisor: Supervisor, say: Say) -> None:
     """Go on where the last snapshot was taken, and say how many samples were missed since."""
     try:
-        found = keeper.resume(loop, source, attendant.take)
+        found = checkpointer.resume(pipeline, source, supervisor.take)
     except SnapshotError as error:
         say(str(error))
-        loop.note("snapshot_refused", reason=str(error))
+        pipeline.emit_event("snapshot_refused", reason=str(error))
         return
     if found is None:
         return
     age_s = max(0.0, time.time() - found.saved_at)
-    rate = loop.engine.network.input.sample_rate_hz
+    rate = pipeline.engine.network.input.sample_rate_hz
     skipped: int | None = None
-    if keeper.followed_on:
+    if checkpointer.followed_on:
         skipped = 0
     elif source.position():
-        loop.note("replaced", source=source.name)
+        pipeline.emit_event("replaced", source=source.name)
         say(f"{source.name}: not the file that was read before, or cut short; it is read from its beginning")
-    elif not loop.numbered and rate is not None and source.live:
+    elif not pipeline.numbered and rate is not None and source.live:
         # Nobody counted them: by the clock, which may have been set meanwhile.
         skipped = round(age_s * rate)
-        loop.lost(min(skipped, 1 << 40), "stopped")
+        pipeline.fill_gap(min(skipped, 1 << 40), "stopped")
     told = {None: "unknown" if source.position() else "known with the next sequence number", 0: "0"}.get(
         skipped, f"about {skipped}"
     )
-    loop.note("resumed", age_s=round(age_s, 3), skipped=skipped)
-    say(f"resumed at sample {loop.windows.sample}, {age_s:.1f} s after the snapshot; samples skipped: {told}")
+    pipeline.emit_event("resumed", age_s=round(age_s, 3), skipped=skipped)
+    say(f"resumed at sample {pipeline.windows.sample}, {age_s:.1f} s after the snapshot; samples skipped: {told}")
 
 
 def candidate(
@@ -276,7 +276,7 @@ def candidate(
     lanes: int,
     named: boards.NamedProfile | None,
     say: Say,
-) -> Candidate:
+) -> LoadedModel:
     """A model on its engine; ``network`` is the model's, or that at another sample rate.
 
     Raises EngineUnavailable, UsageError.
@@ -299,10 +299,10 @@ def candidate(
         if engine.warning:
             say(f"warning: {engine.warning}")
         why = f"{name} ({engine.where})" if engine.where else name
-        return Candidate(path, model.digest, model.artifact.digest, network, engine, why, off_by)
+        return LoadedModel(path, model.digest, model.artifact.digest, network, engine, why, off_by)
     engine, trial = selection.choose(network, lanes, gpu_waits, runtime.engines if runtime else None)
     why = f"{engine.name} (by trial: {trial.why()})"
-    return Candidate(path, model.digest, model.artifact.digest, network, engine, why)
+    return LoadedModel(path, model.digest, model.artifact.digest, network, engine, why)
 
 
 def firmware_profile(name: str, say: Say) -> boards.NamedProfile | None:
@@ -334,8 +334,8 @@ def _real_time(priority: int, say: Say) -> None:
 
 
 def _adaptive(
-    settings: Settings, running: Candidate, windows: Windows, named: boards.NamedProfile | None, say: Say
-) -> Adaptive | None:
+    settings: Settings, running: LoadedModel, windows: Windows, named: boards.NamedProfile | None, say: Say
+) -> Adaptation | None:
     if not settings.member:
         return None
     members = [running]
@@ -355,20 +355,20 @@ def _adaptive(
         settings.max_temperature or (runtime.max_temperature_c if runtime else None),
         settings.settle,
     )
-    return Adaptive(Ladder(len(members), limits, time.monotonic()), members)
+    return Adaptation(AdaptationPolicy(len(members), limits, time.monotonic()), members)
 
 
 def _reloader(
     settings: Settings,
-    loop: Loop,
+    pipeline: Pipeline,
     make_windows: Callable[[Network], Windows],
     named: boards.NamedProfile | None,
     say: Say,
 ) -> service_models.Reloader:
-    def prepare() -> Candidate:
+    def prepare() -> LoadedModel:
         model, network = service_models.load(settings.model, settings.sample_rate, settings.require_signature)
         made = candidate(settings, settings.model, model, network, make_windows(network).lanes, named, say)
-        service_models.check_beside(made, loop.engine.network)
+        service_models.check_beside(made, pipeline.engine.network)
         return made
 
     return service_models.Reloader(settings.model, prepare)

@@ -21,7 +21,7 @@ import numpy as np
 
 from edge_ssm.engines.registry import Snapshot
 from edge_ssm.errors import SnapshotError
-from edge_ssm.runtime.pipeline import LoopState
+from edge_ssm.runtime.pipeline import PipelineState
 
 MAGIC = b"EDGESSM\x01"
 LARGEST = 1 << 28
@@ -34,7 +34,7 @@ class Document(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     fingerprint: str
     """Of its network at this run's sample rate."""
     shapes: list[tuple[Size, Size]]
-    loop: LoopState
+    loop: PipelineState
     source: str
     """Where samples came from: ``position`` and ``decoder`` mean something only there."""
     position: dict[str, int]

@@ -1,4 +1,4 @@
-"""What is looked after while a loop runs, from the loop's own thread, between two samples: that systemd knows it is
+"""What is looked after while a pipeline runs, from the pipeline's own thread, between two samples: that systemd knows it is
 alive, that its state is kept, which network it runs, and that whoever watches is told."""
 
 from __future__ import annotations
@@ -9,46 +9,46 @@ from dataclasses import dataclass
 from typing import Any
 
 from edge_ssm.engines.registry import Snapshot
-from edge_ssm.engines.state_transfer import handed_over
+from edge_ssm.engines.state_transfer import transfer_state
 from edge_ssm.errors import EdgeSSMError
 from edge_ssm.hardware import machine
-from edge_ssm.io.shutdown import Stop
+from edge_ssm.io.shutdown import ShutdownSignal
 from edge_ssm.io.sources.base import Source
-from edge_ssm.runtime import pipeline as stream
+from edge_ssm.runtime.pipeline import Pipeline, PipelineObserver
 from edge_ssm.runtime.windows import Windows
-from edge_ssm.service.adaptation import Ladder, Measures
-from edge_ssm.service.checkpointer import Keeper
-from edge_ssm.service.models import Candidate, Reloader, same_windows
+from edge_ssm.service.adaptation import AdaptationPolicy, Measurements
+from edge_ssm.service.checkpointer import Checkpointer
+from edge_ssm.service.models import LoadedModel, Reloader, same_windows
 from edge_ssm.service.systemd.notify import Notifier
-from edge_ssm.telemetry.publisher import Live
+from edge_ssm.telemetry.publisher import StatusPublisher
 
 LOOK_S = 1.0
 STATUS_S = 10.0
 
 
 @dataclass
-class Adaptive:
-    ladder: Ladder
-    members: list[Candidate]
+class Adaptation:
+    ladder: AdaptationPolicy
+    members: list[LoadedModel]
     """The largest first; member 0 is the model itself."""
 
 
-class Attendant(stream.Attendant):
+class Supervisor(PipelineObserver):
     def __init__(
         self,
-        loop: stream.Loop,
-        live: Live,
-        stop: Stop,
-        keeper: Keeper,
+        pipeline: Pipeline,
+        live: StatusPublisher,
+        stop: ShutdownSignal,
+        checkpointer: Checkpointer,
         notifier: Notifier,
-        running: Candidate,
+        running: LoadedModel,
         make_windows: Callable[[Any], Windows],
         say: Callable[[str], None],
         reloader: Reloader | None = None,
-        adaptive: Adaptive | None = None,
+        adaptive: Adaptation | None = None,
     ) -> None:
-        self._loop, self._live, self._stop = loop, live, stop
-        self._keeper, self._notifier, self._say = keeper, notifier, say
+        self._pipeline, self._live, self._stop = pipeline, live, stop
+        self._checkpointer, self._notifier, self._say = checkpointer, notifier, say
         self._make_windows = make_windows
         self._reloader, self._adaptive = reloader, adaptive
         self.running = running
@@ -58,14 +58,14 @@ class Attendant(stream.Attendant):
         self._lost_said = False
         self._outlet_problem = ""
         self._connected: bool | None = None
-        keeper.artifact = running.artifact
-        self.keeps_state = keeper.keeps_state
+        checkpointer.artifact = running.artifact
+        self.keeps_state = checkpointer.keeps_state
 
-    def between_samples(self) -> None:
+    def on_tick(self) -> None:
         now = time.monotonic()
         self._notifier.alive()
         facts = self._live.facts
-        facts.loop_at, facts.snapshot_at = now, self._keeper.written_at
+        facts.loop_at, facts.snapshot_at = now, self._checkpointer.written_at
         facts.source_state = self._source_state()
         if self._reloader is not None:
             self._reload(self._reloader)
@@ -73,27 +73,27 @@ class Attendant(stream.Attendant):
             self._look_at = now + LOOK_S
             self._look(now)
 
-    def between_blocks(self, source: Source, token: Any) -> None:
-        if problem := self._keeper.round(self._loop, source, token):
+    def on_batch_end(self, source: Source, token: Any) -> None:
+        if problem := self._checkpointer.tick(self._pipeline, source, token):
             self._say(problem)
-            self._loop.note("snapshot_failed", reason=problem)
+            self._pipeline.emit_event("snapshot_failed", reason=problem)
 
-    def seam(self, connected: bool) -> None:
+    def on_connection_change(self, connected: bool) -> None:
         self._connected = connected
 
     def _source_state(self) -> str:
         if self._connected is False:
             return "lost"
-        if self._loop.stale:
+        if self._pipeline.stale:
             return "stale"
-        return "flowing" if self._loop.account.samples else "waiting"
+        return "flowing" if self._pipeline.account.samples else "waiting"
 
     def _look(self, now: float) -> None:
-        engine = self._loop.engine
+        engine = self._pipeline.engine
         if engine.lost and not self._lost_said:
             self._lost_said = True
-            self._loop.account.engine_losses += 1
-            self._loop.note("engine_lost", reason=engine.lost, engine=engine.name)
+            self._pipeline.account.engine_losses += 1
+            self._pipeline.emit_event("engine_lost", reason=engine.lost, engine=engine.name)
             self._say(f"engine lost ({engine.lost}); {engine.name} took over")
         self._live.facts.engine = engine.name
         self._tell_of_outlet()
@@ -109,12 +109,10 @@ class Attendant(stream.Attendant):
 
     def _tell_of_outlet(self) -> None:
         """A dead reader, once, and its return."""
-        outlet = self._live.outlet
-        problem = outlet.problem if outlet is not None else ""
-        if problem != self._outlet_problem and outlet is not None:
-            self._say(
-                f"{problem}; decisions wait, {outlet.size} at most" if problem else f"{outlet.name}: delivers again"
-            )
+        sink = self._live.sink
+        problem = sink.problem if sink is not None else ""
+        if problem != self._outlet_problem and sink is not None:
+            self._say(f"{problem}; decisions wait, {sink.size} at most" if problem else f"{sink.name}: delivers again")
             self._outlet_problem = problem
 
     def _reload(self, reloader: Reloader) -> None:
@@ -129,47 +127,47 @@ class Attendant(stream.Attendant):
             self._refused(result)
         elif result.digest == (self._adaptive.members[0] if self._adaptive else self.running).digest:
             self._notifier.ready("the model is the same")
-            self._loop.note("reloaded", model=result.path, digest=result.digest[:12], changed=False)
+            self._pipeline.emit_event("reloaded", model=result.path, digest=result.digest[:12], changed=False)
         else:
             self._adopt(result)
 
     def _refused(self, why: str) -> None:
         self._notifier.ready(f"a new model was refused: {why}")
         self._say(f"reload failed, the old model goes on: {why}")
-        self._loop.account.reload_failures += 1
-        self._loop.note("reload_failed", reason=why)
+        self._pipeline.account.reload_failures += 1
+        self._pipeline.emit_event("reload_failed", reason=why)
 
-    def _adopt(self, new: Candidate) -> None:
+    def _adopt(self, new: LoadedModel) -> None:
         """A reloaded model: at the end of the open window where windows do not overlap, so that no window is lost."""
-        loop = self._loop
-        same = same_windows(loop.engine.network, new.network)
+        pipeline = self._pipeline
+        same = same_windows(pipeline.engine.network, new.network)
         try:
-            windows = None if same and loop.windows.lanes == new.engine.lanes else self._make_windows(new.network)
+            windows = None if same and pipeline.windows.lanes == new.engine.lanes else self._make_windows(new.network)
         except EdgeSSMError as error:  # a hop that is longer than the new window
             self._refused(str(error))
             return
 
-        def swap() -> None:
+        def replace_engine() -> None:
             if windows is None:
                 self._hand_over(new)
             else:
-                loop.swap(new.engine, windows)
+                pipeline.replace_engine(new.engine, windows)
                 self._live.adopt(new.network)
-            loop.account.reloads += 1
+            pipeline.account.reloads += 1
             self._now_runs(new)
             self._lead_family(new)
-            loop.note("reloaded", model=new.path, digest=new.digest[:12], changed=True)
+            pipeline.emit_event("reloaded", model=new.path, digest=new.digest[:12], changed=True)
             self._say(f"{new.path}: reloaded, digest {new.digest[:12]}, engine {new.why}")
             self._notifier.ready(f"runs {new.path}, digest {new.digest[:12]}")
 
-        if loop.windows.carry or loop.windows.lanes > 1:
-            swap()
+        if pipeline.windows.carry or pipeline.windows.lanes > 1:
+            replace_engine()
         else:
             self._say(f"{new.path}: ready, digest {new.digest[:12]}; taken over when the open window ends")
             self._notifier.ready(f"{new.path} is taken over when the open window ends")
-            loop.at_rest(swap)
+            pipeline.call_when_idle(replace_engine)
 
-    def _lead_family(self, new: Candidate) -> None:
+    def _lead_family(self, new: LoadedModel) -> None:
         """A reloaded model takes the place of the largest member, if the others can follow it."""
         adaptive = self._adaptive
         if adaptive is None:
@@ -181,15 +179,15 @@ class Attendant(stream.Attendant):
             self._adaptive = None
             self._say(f"{new.path}: its windows or labels are not those of the smaller members; no moves any more")
 
-    def _hand_over(self, new: Candidate) -> None:
-        old = self._loop.engine.snapshot()
-        state = handed_over(self._loop.engine.network, old.state, new.network)
+    def _hand_over(self, new: LoadedModel) -> None:
+        old = self._pipeline.engine.snapshot()
+        state = transfer_state(self._pipeline.engine.network, old.state, new.network)
         new.engine.restore(Snapshot(new.engine.fingerprint, state))
-        self._loop.swap(new.engine)
+        self._pipeline.replace_engine(new.engine)
 
-    def _now_runs(self, new: Candidate) -> None:
+    def _now_runs(self, new: LoadedModel) -> None:
         self.running = new
-        self._keeper.artifact = new.artifact
+        self._checkpointer.artifact = new.artifact
         facts = self._live.facts
         facts.model, facts.model_digest, facts.engine = new.path, new.digest, new.engine.name
 
@@ -200,17 +198,17 @@ class Attendant(stream.Attendant):
         for rung, member in enumerate(self._adaptive.members if self._adaptive else []):
             if member.artifact == digest and self._adaptive is not None:
                 self._adaptive.ladder.rung = rung
-                self._loop.swap(member.engine)
+                self._pipeline.replace_engine(member.engine)
                 self._now_runs(member)
                 return True
         return False
 
-    def _adapt(self, adaptive: Adaptive, now: float) -> None:
-        account = self._loop.account
+    def _adapt(self, adaptive: Adaptation, now: float) -> None:
+        account = self._pipeline.account
         decisions, misses = account.decisions - self._before[0], account.deadline_misses - self._before[1]
         celsius = max(machine.temperatures().values(), default=None)
         before = adaptive.ladder.rung
-        why = adaptive.ladder.look(Measures(decisions, misses, self._live.facts.power_w, celsius), now)
+        why = adaptive.ladder.look(Measurements(decisions, misses, self._live.facts.power_w, celsius), now)
         if decisions and now - self._counted_at >= adaptive.ladder.settle_s:
             self._before, self._counted_at = (account.decisions, account.deadline_misses), now
         if not why:
@@ -221,7 +219,7 @@ class Attendant(stream.Attendant):
         account.moves += 1
         self._now_runs(member)
         direction = "smaller" if adaptive.ladder.rung > before else "larger"
-        self._loop.note("adapted", to=member.path, direction=direction, reason=why)
+        self._pipeline.emit_event("adapted", to=member.path, direction=direction, reason=why)
         self._say(f"moved to the {direction} {member.path}: {why}")
 
     _counted_at = 0.0

@@ -28,7 +28,7 @@ from edge_ssm.errors import UsageError
 from edge_ssm.io import address as io_address
 from edge_ssm.telemetry.health import unhealthy, unready
 from edge_ssm.telemetry.prometheus import CONTENT_TYPE, Metrics
-from edge_ssm.telemetry.publisher import Live
+from edge_ssm.telemetry.publisher import StatusPublisher
 from edge_ssm.telemetry.status_document import document
 
 PAGE = Path(__file__).with_name("status_page.html")
@@ -86,7 +86,7 @@ class Web:
         self._thread.join(5)
 
 
-def serve(live: Live, listen: str, prometheus: bool, stuck_after_s: float = 10.0) -> Web:
+def serve(live: StatusPublisher, listen: str, prometheus: bool, stuck_after_s: float = 10.0) -> Web:
     """Serve ``live`` at ``listen`` (``parse_listen``; port 0: any that is free), /metrics with ``prometheus``.
 
     ``stuck_after_s``: how long the loop may not go round before /healthz says 503. To be called before the loop's
@@ -111,7 +111,7 @@ class _Server(ThreadingHTTPServer):
     request_queue_size = 64
 
     def __init__(
-        self, family: int, address: Any, host: str, live: Live, metrics: Metrics | None, stuck_after_s: float
+        self, family: int, address: Any, host: str, live: StatusPublisher, metrics: Metrics | None, stuck_after_s: float
     ) -> None:
         self.address_family = family
         self.live = live

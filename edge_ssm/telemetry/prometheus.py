@@ -1,4 +1,4 @@
-"""Prometheus metrics of a run (prometheus.io/docs/practices/naming), read from ``Live`` when somebody scrapes: the loop
+"""Prometheus metrics of a run (prometheus.io/docs/practices/naming), read when somebody scrapes: the loop
 counts nothing twice and pays nothing. ``docs/observing.md`` is their table."""
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from edge_ssm import __version__
 from edge_ssm.errors import UsageError
-from edge_ssm.telemetry.publisher import Live
+from edge_ssm.telemetry.publisher import StatusPublisher
 from edge_ssm.telemetry.status import Status
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ def require() -> None:
 class Metrics:
     """What ``/metrics`` answers for one run. Raises UsageError where prometheus-client is missing."""
 
-    def __init__(self, live: Live) -> None:
+    def __init__(self, live: StatusPublisher) -> None:
         require()
         from prometheus_client import CollectorRegistry, ProcessCollector
 

@@ -18,10 +18,10 @@ from edge_ssm import files
 from edge_ssm.hardware import machine
 from edge_ssm.histogram import LatencyHistogram
 from edge_ssm.io.messages import Decision, Event
-from edge_ssm.io.sinks.base import Outlet
-from edge_ssm.io.sinks.formats import Sink
+from edge_ssm.io.sinks.base import Sink
+from edge_ssm.io.sinks.formats import Formatter
 from edge_ssm.model.network import Network
-from edge_ssm.runtime.counters import Account
+from edge_ssm.runtime.counters import Counters
 from edge_ssm.telemetry.status import VERSION, Point, Status, in_words
 from edge_ssm.telemetry.status_files import SUFFIX, _clear, _own, _ticks, folders
 
@@ -35,8 +35,8 @@ RATE_S = 60.0
 
 
 @dataclass
-class Facts:
-    """What a run is, beside its account. The loop's thread changes it, ``Live``'s thread reads it."""
+class RunInfo:
+    """What a run is, beside its account. The loop's thread changes it, ``StatusPublisher``'s thread reads it."""
 
     model: str
     model_digest: str
@@ -54,13 +54,13 @@ class Facts:
     """Measured by whoever watches budgets, so that a meter is opened once."""
 
 
-class Live:
+class StatusPublisher:
     """A sink that passes everything on, and a thread of its own that tells of it once a second."""
 
-    def __init__(self, sink: Sink, facts: Facts) -> None:
-        self._sink = sink
+    def __init__(self, formatter: Formatter, facts: RunInfo) -> None:
+        self._formatter = formatter
         self.facts = facts
-        self._account = Account()
+        self._account = Counters()
         self._labels: Counter[str] = Counter()
         self._last: Decision | None = None
         self._recent: deque[Decision] = deque(maxlen=RECENT)
@@ -77,28 +77,28 @@ class Live:
         """Watts now; called once a second from this object's thread."""
 
     @property
-    def outlet(self) -> Outlet | None:
-        return self._sink.outlet
+    def sink(self) -> Sink | None:
+        return self._formatter.sink
 
     def adopt(self, network: Network) -> None:
         """Decisions are another network's from now on."""
-        self._sink.adopt(network)
+        self._formatter.adopt(network)
 
     def decision(self, decision: Decision) -> None:
-        self._sink.decision(decision)
+        self._formatter.decision(decision)
         if decision.label is not None:
             self._labels[decision.label] += 1
         self._last = decision
         self._recent.append(decision)
 
     def event(self, event: Event) -> None:
-        self._sink.event(event)
+        self._formatter.event(event)
         details = ", ".join(f"{key} {value}" for key, value in event.details.items())
         self._events.append(
             (time.time(), f"sample {event.sample}: {event.event}" + (f" ({details})" if details else ""))
         )
 
-    def watch(self, account: Account) -> None:
+    def watch(self, account: Counters) -> None:
         """Tell of ``account`` from now on; in a file too, where a folder can be written to."""
         self._account = account
         folder = next((folder for folder in folders() if _own(folder)), None)
@@ -135,12 +135,12 @@ class Live:
 
     def status(self) -> Status:
         """As of now. From any thread."""
-        account, facts, outlet, now = self._account, self.facts, self.outlet, time.monotonic()
+        account, facts, sink, now = self._account, self.facts, self.sink, time.monotonic()
         p50, p99, longest = (account.latency.percentile_ns(p) / 1e3 for p in (50, 99, 100))
         dropped = account.dropped.copy()
         dropped.update({"malformed": account.malformed, "discarded": account.discarded})
-        if outlet is not None:
-            dropped.update({f"output_{reason}": n for reason, n in outlet.dropped.copy().items()})
+        if sink is not None:
+            dropped.update({f"output_{reason}": n for reason, n in sink.dropped.copy().items()})
         return Status(
             version=VERSION,
             pid=os.getpid(),
@@ -169,9 +169,9 @@ class Live:
             reload_failures=account.reload_failures,
             moves=account.moves,
             engine_losses=account.engine_losses,
-            queue=outlet.depth if outlet else 0,
-            queue_size=outlet.size if outlet else 0,
-            output_problem=outlet.problem if outlet else "",
+            queue=sink.depth if sink else 0,
+            queue_size=sink.size if sink else 0,
+            output_problem=sink.problem if sink else "",
             snapshot_age_s=None if facts.snapshot_at is None else now - facts.snapshot_at,
             power_w=facts.power_w,
             temperature_c=max(machine.temperatures().values(), default=None),
@@ -208,4 +208,4 @@ class Live:
             self._thread.join(5)
         if self._path is not None:
             self._path.unlink(missing_ok=True)
-        self._sink.close()
+        self._formatter.close()

@@ -8,13 +8,13 @@ import msgspec
 
 from edge_ssm.io.messages import Decision
 from edge_ssm.telemetry.health import _fit, unhealthy, unready
-from edge_ssm.telemetry.publisher import Live
+from edge_ssm.telemetry.publisher import StatusPublisher
 
 VALUES = 64
 """Most outputs of a decision that are shown."""
 
 
-def document(live: Live, stuck_after_s: float, since: float = 0.0) -> bytes:
+def document(live: StatusPublisher, stuck_after_s: float, since: float = 0.0) -> bytes:
     """JSON of all that the status page shows. ``since``, seconds of the epoch: history from there on only."""
     status = live.status()
     latency = live.latency()

@@ -12,7 +12,7 @@ from edge_ssm.hardware.meters.base import Meter
 from edge_ssm.hardware.meters.registry import METERS
 from edge_ssm.telemetry.publisher import EVENTS
 from edge_ssm.telemetry.status import Status
-from edge_ssm.text import printable
+from edge_ssm.text import sanitize
 
 STALE_S = 5.0
 BAR = 30
@@ -67,10 +67,10 @@ def page(statuses: Sequence[Status], meter: Meter | None, now: Callable[[], floa
         lines.append(f"  source     {s.source} ({s.source_state})" + (f", waiting {s.queue}" if s.queue else ""))
         most = max([1, *s.labels.values()])
         for label, count in sorted(s.labels.items(), key=lambda item: -item[1])[:8]:
-            lines.append(f"  {printable(label, 20):20} {count:8} {'#' * round(BAR * count / most)}")
+            lines.append(f"  {sanitize(label, 20):20} {count:8} {'#' * round(BAR * count / most)}")
         lines += [f"  event      {event}" for event in s.events[-EVENTS:]]
     # Names and events are other people's text: a newline in one must not make a line of its own.
-    return "\n".join(printable(line) for line in lines)
+    return "\n".join(sanitize(line) for line in lines)
 
 
 def _rate(s: Status) -> str:

@@ -49,11 +49,11 @@ def block_stack(
     for i, block in enumerate(model.layers()):
         name, ssm = f"s4_layers.{i}.layer", block.ssm
         A = torch.complex(-torch.exp(ssm.log_A_real), ssm.A_imag)
-        B = torch.view_as_complex(ssm.B) if ssm.low_rank else torch.ones_like(A)
+        B = torch.view_as_complex(ssm.B) if ssm.rank_one else torch.ones_like(A)
         C = torch.view_as_complex(ssm.C)
         # Theirs stores the other half of the spectrum, with a negative imaginary part.
         A, B, C = A.conj(), B.conj(), C.conj()
-        P = torch.view_as_complex(ssm.P).conj() if ssm.low_rank else None
+        P = torch.view_as_complex(ssm.P).conj() if ssm.rank_one else None
         if tied:
             A, B, P = A[:1], B[:1], None if P is None else P[:1]
         step = torch.exp(ssm.log_dt)[:, None]
@@ -75,9 +75,9 @@ def block_stack(
 
 def s4op(model: SSMNetwork):
     """S4oP's file: what pruning left of each layer, and which channels those are."""
-    low_rank = model.config.kernel == "s4"
+    rank_one = model.config.kernel == "s4"
     names = {"encoder": "embedding", "decoder": "fc"}
-    state = block_stack(model, **names) if low_rank else minimal_s4d(model, "s4d_layers", **names)
+    state = block_stack(model, **names) if rank_one else minimal_s4d(model, "s4d_layers", **names)
     return {"model_state_dict": state, "active_idx_layers": [list(a) for a in model.active()]}
 
 

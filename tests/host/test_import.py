@@ -145,13 +145,13 @@ def fourier(checkpoint):
 def test_each_channel_takes_the_form_that_float32_holds(made, tmp_path):
     _, path, arch = made("S4Block dplr, N 64", epochs=1)
     legs, agreements = importing.write(read(path, arch), path, tmp_path / "legs.safetensors")
-    assert all(b.ssm.low_rank.all() for b in legs.blocks)
+    assert all(b.ssm.rank_one.all() for b in legs.blocks)
     assert max(a.error for a in agreements) < 1e-4
     ours, path, arch = made("S4Block dplr", epochs=1)
     fourier(ours)
     torch.save(layouts.block_stack(ours.model), path)
     network, agreements = importing.write(read(path, arch), path, tmp_path / "fourier.safetensors")
-    assert not any(b.ssm.low_rank.any() for b in network.blocks)
+    assert not any(b.ssm.rank_one.any() for b in network.blocks)
     assert max(a.error for a in agreements) < 1e-4
 
 

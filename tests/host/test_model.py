@@ -15,7 +15,7 @@ from edge_ssm.model.transforms import quantised
 torch = pytest.importorskip("torch", reason="the host tool needs torch: pip install 'edge-ssm[host]'")
 
 from edge_ssm_build import convert, exporting, rounding, training  # noqa: E402
-from edge_ssm_build.kernels import diagonal_kernel, initial_A, initial_low_rank  # noqa: E402
+from edge_ssm_build.kernels import diagonal_kernel, initial_A, initial_rank_one  # noqa: E402
 from edge_ssm_build.rotation import rotate  # noqa: E402
 
 SPLITS = ("train", "test")
@@ -86,7 +86,7 @@ def test_an_identity_stays_one_and_a_fitted_gain_trains_on(fresh, data):
 
 
 def test_the_start_of_s4_is_hippo():
-    A, P, B = initial_low_rank("legs", 8)
+    A, P, B = initial_rank_one("legs", 8)
     both = [torch.cat([v, v.conj()]) for v in (A, P, B)]
     dense = np.diag(both[0].numpy()) - np.outer(both[1].numpy(), both[1].numpy().conj())
     p = np.sqrt(2 * np.arange(8) + 1.0)
@@ -98,7 +98,7 @@ def test_the_start_of_s4_is_hippo():
         assert np.isclose(np.vdot(own, own).real, theirs @ theirs)
         own, theirs = dense @ own, hippo @ theirs
     with pytest.raises(UsageError, match="starts from legs only"):
-        initial_low_rank("lin", 8)
+        initial_rank_one("lin", 8)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "int8"])

@@ -277,7 +277,7 @@ def test_a_reduced_rank_one_channel_is_diagonal_and_one_that_keeps_all_is_not(fr
     states.reduce(checkpoint.model, statistics, 50, 100, "h2")
     network = network_of(checkpoint)
     for block in network.blocks:
-        assert np.array_equal(block.ssm.low_rank, block.ssm.pairs == 8)
+        assert np.array_equal(block.ssm.rank_one, block.ssm.pairs == 8)
     assert sum(len(b.ssm.A) for b in network.blocks) <= 100
 
 

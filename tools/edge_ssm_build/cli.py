@@ -173,10 +173,10 @@ def train(name: str, output: str, **options: Any) -> None:
     folder = _folder(output)
     config_names, recipe_names = ({f.name for f in fields(kind)} for kind in (Config, training.Recipe))
     options["prenorm"] = bool(options["prenorm"])
-    low_rank = options["kernel"] == "s4"
-    options["init"] = options["init"] or ("legs" if low_rank else "lin")
-    options["discretization"] = options["discretization"] or ("bilinear" if low_rank else "zoh")
-    options["l_kernel"] = options["window"] if low_rank else 0
+    rank_one = options["kernel"] == "s4"
+    options["init"] = options["init"] or ("legs" if rank_one else "lin")
+    options["discretization"] = options["discretization"] or ("bilinear" if rank_one else "zoh")
+    options["l_kernel"] = options["window"] if rank_one else 0
     config = Config(
         d_input=len(dataset.channels),
         d_output=len(dataset.labels),

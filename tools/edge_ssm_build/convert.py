@@ -83,7 +83,7 @@ def ssm_of(ssm: torch_model.SSM) -> SSM:
     A = (-np.exp(_wide(ssm.log_A_real)) + 1j * _wide(ssm.A_imag))[kept]
     C, dt, pairs = states(ssm.C), np.exp(_wide(ssm.log_dt)), ssm.pairs.numpy().astype(np.int64)
     B, P = np.ones_like(A), None
-    if ssm.low_rank:
+    if ssm.rank_one:
         B, P = states(ssm.B), states(ssm.P)
         C = untruncated_C(A, P, C, dt, pairs, ssm.l_kernel)
         P = P if P.any() else None
@@ -133,7 +133,7 @@ def to_model(network: Network, dtype: torch.dtype = torch.float32) -> SSMNetwork
     for b in network.blocks:
         lists = (b.ssm.active, b.ssm.pairs, b.mixing.columns, b.mixing.rows)
         shapes.append(LayerShape(*(tuple(indices.tolist()) for indices in lists)))
-    low_rank = any(b.ssm.P is not None for b in network.blocks)
+    rank_one = any(b.ssm.P is not None for b in network.blocks)
     config = Config(
         d_input=network.d_input,
         d_output=network.d_output,
@@ -146,9 +146,9 @@ def to_model(network: Network, dtype: torch.dtype = torch.float32) -> SSMNetwork
         mixing=mixing,
         pooling=network.pooling,
         discretization=network.discretization,
-        kernel="s4" if low_rank else "s4d",
-        init="legs" if low_rank else "lin",
-        l_kernel=network.window if low_rank else 0,
+        kernel="s4" if rank_one else "s4d",
+        init="legs" if rank_one else "lin",
+        l_kernel=network.window if rank_one else 0,
         layers=tuple(shapes),
     )
     model = SSMNetwork(config, mixing_dtype, network.rounding_error).to(dtype)
@@ -176,7 +176,7 @@ def _fill_ssm(target: torch_model.SSM, ssm: SSM) -> None:
     _put(target.log_A_real, np.log(-A.real))
     _put(target.A_imag, A.imag)
     _put(target.D, ssm.D)
-    if target.low_rank:
+    if target.rank_one:
         whole = ssm if ssm.P is not None else replace(ssm, P=np.zeros_like(ssm.A))
         assert whole.P is not None
         put_states(target.B, ssm.B)

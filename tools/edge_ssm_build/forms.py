@@ -82,6 +82,6 @@ def _joined(ssm: SSM, slices: list[slice], forms: list[tuple[Array, Array] | Non
             values.append(part)
         pairs.append(len(parts[0]))
     joined = [np.concatenate(values).astype(np.complex128) for values in columns]
-    low_rank = joined[3] if joined[3].any() else None
+    rank_one = joined[3] if joined[3].any() else None
     number = np.array(pairs, dtype=np.int64)
-    return replace(ssm, pairs=number, A=joined[0], B=joined[1], C=joined[2], P=low_rank)
+    return replace(ssm, pairs=number, A=joined[0], B=joined[1], C=joined[2], P=rank_one)

@@ -18,7 +18,7 @@ from edge_ssm.formats.containers import Kind
 from edge_ssm.formats.exported import Measured
 from edge_ssm.io import recording
 from edge_ssm.model.network import Array, Mixing, MixingDtype, Network, TokenEncoder
-from edge_ssm.text import printable
+from edge_ssm.text import sanitize
 
 SAMPLES = 2048
 ORDINARY = 10.0
@@ -73,7 +73,7 @@ def reach_of(network: Network, samples: Array) -> list[float]:
 def samples_of(network: Network, path: str | None) -> tuple[Array, str]:
     """(n, d_input) in the sensor's units that the graph is tried on, and where they are from."""
     if path is not None:
-        return recording.read(path, network), printable(os.path.basename(path), exported.LONGEST_NAME)
+        return recording.read(path, network), sanitize(os.path.basename(path), exported.LONGEST_NAME)
     rng = np.random.default_rng(0)
     if isinstance(network.encoder, TokenEncoder):
         tokens = rng.integers(0, len(network.encoder.embedding), (SAMPLES, 1))

@@ -38,7 +38,7 @@ def initial_A(init: str, d_state: int) -> Tensor:
     return _legs(d_state)[0]  # eq. 6 and 7
 
 
-def initial_low_rank(init: str, d_state: int) -> tuple[Tensor, Tensor, Tensor]:
+def initial_rank_one(init: str, d_state: int) -> tuple[Tensor, Tensor, Tensor]:
     """(A, P, B) of a diagonal-plus-rank-one start, each (N/2,) complex128. Only HiPPO-LegS has one here."""
     if init != "legs":
         raise UsageError(f"init {init!r}: the s4 kernel starts from legs only (HiPPO-LegS)")
@@ -57,7 +57,7 @@ def diagonal_kernel(log_Abar: Tensor, Cbar: Tensor, length: int) -> Tensor:
     return 2 * blocks.real.reshape(len(log_Abar), -1)[:, :length]
 
 
-def low_rank_kernel(A: Tensor, P: Tensor, B: Tensor, C: Tensor, dt: Tensor, length: int) -> Tensor:
+def rank_one_kernel(A: Tensor, P: Tensor, B: Tensor, C: Tensor, dt: Tensor, length: int) -> Tensor:
     """(K, length): the bilinear kernel of x' = (diag(A) - P P*) x + B u over exactly ``length`` samples.
 
     ``C`` is the truncated one of S4, C (I - Abar^length). The generating function is taken at the roots of unity z

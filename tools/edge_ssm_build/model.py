@@ -17,7 +17,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from edge_ssm.errors import UsageError
 from edge_ssm.model.network import MixingDtype
-from edge_ssm_build.kernels import convolve, diagonal_kernel, initial_A, initial_low_rank, low_rank_kernel
+from edge_ssm_build.kernels import convolve, diagonal_kernel, initial_A, initial_rank_one, rank_one_kernel
 
 Kernel = Literal["s4d", "s4"]
 
@@ -81,14 +81,14 @@ class SSM(nn.Module):
         super().__init__()
         h, k, m = config.d_model, len(shape.active), config.d_state // 2
         m = max(shape.pairs, default=m) if config.layers is not None else m
-        self.low_rank = config.kernel == "s4"
+        self.rank_one = config.kernel == "s4"
         self.discretization = config.discretization
         self.l_kernel = config.l_kernel
-        if self.low_rank and (config.discretization != "bilinear" or config.l_kernel < 1):
+        if self.rank_one and (config.discretization != "bilinear" or config.l_kernel < 1):
             raise UsageError("kernel s4: needs --discretization bilinear and the window as l_kernel")
         span = math.log(config.dt_max) - math.log(config.dt_min)
-        if self.low_rank:
-            A, P, B = initial_low_rank(config.init, 2 * m)
+        if self.rank_one:
+            A, P, B = initial_rank_one(config.init, 2 * m)
             self.P = nn.Parameter(torch.view_as_real(P).float().expand(k, m, 2).clone())
             self.B = nn.Parameter(torch.view_as_real(B).float().expand(k, m, 2).clone())
         else:
@@ -120,11 +120,11 @@ class SSM(nn.Module):
         A = torch.complex(-torch.exp(self.log_A_real.double()), self.A_imag.double())
         dt = torch.exp(self.log_dt.double())
         C = (torch.view_as_complex(self.C) * self.kept).to(wide)
-        if self.low_rank:
+        if self.rank_one:
             if length > self.l_kernel:
                 raise UsageError(f"kernel s4: made for windows of up to {self.l_kernel} samples, not {length}")
             P, B = torch.view_as_complex(self.P) * self.kept, torch.view_as_complex(self.B)
-            kernel = low_rank_kernel(A, P.to(wide), B.to(wide), C, dt, self.l_kernel)[:, :length]
+            kernel = rank_one_kernel(A, P.to(wide), B.to(wide), C, dt, self.l_kernel)[:, :length]
         else:
             dt_A = dt[:, None] * A
             if self.discretization == "zoh":

@@ -73,7 +73,7 @@ def _install(ssm: SSM, modes: Modes, pairs: Tensor) -> None:
         A = 2 / dt * (a - 1) / (a + 1)
         C = modes.c * (1 - dt * A / 2) / dt
     kept = torch.arange(modes.p.shape[1]) < pairs[:, None]
-    if ssm.low_rank:
+    if ssm.rank_one:
         C = C * (1 - torch.exp(modes.p * ssm.l_kernel))
         one, nothing = torch.ones_like(A), torch.zeros_like(A)
         ssm.B = torch.nn.Parameter(torch.view_as_real(one).float())

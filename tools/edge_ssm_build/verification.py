@@ -23,7 +23,7 @@ from edge_ssm.model.input_range import input_range
 from edge_ssm.model.network import ENGINE_ERROR, SSM, Array, Block, Network, TokenEncoder
 from edge_ssm_build.convert import truncated_C
 from edge_ssm_build.foreign import Checkpoint, Layer
-from edge_ssm_build.kernels import low_rank_kernel
+from edge_ssm_build.kernels import rank_one_kernel
 
 BOUND = ENGINE_ERROR
 """Largest difference of a logit (docs/import.md)."""
@@ -62,7 +62,7 @@ def _generating(A: Array, P: Array, B: Array, C: Array, dt: Array, length: int) 
     rows = []
     for k in range(len(A)):
         a, p, b, c = (torch.from_numpy(np.ascontiguousarray(values[k : k + 1])) for values in (A, P, B, C))
-        rows.append(low_rank_kernel(a, p, b, c, torch.from_numpy(dt[k : k + 1]), length)[0].numpy())
+        rows.append(rank_one_kernel(a, p, b, c, torch.from_numpy(dt[k : k + 1]), length)[0].numpy())
     return np.array(rows).reshape(len(A), length)
 
 
@@ -93,13 +93,13 @@ def checkpoint_kernel(layer: Layer, discretization: str, length: int) -> Array:
 def network_kernel(ssm: SSM, discretization: str, length: int) -> Array:
     """(K, length) of an artifact's layer, whose channels may differ in their states."""
     rows = []
-    low_rank = ssm.low_rank
+    rank_one = ssm.rank_one
     ends = np.cumsum(ssm.pairs)
-    truncated = truncated_C(ssm, length) if low_rank.any() else ssm.C
+    truncated = truncated_C(ssm, length) if rank_one.any() else ssm.C
     for k, end in enumerate(ends):
         at = slice(int(end - ssm.pairs[k]), int(end))
         A, B, dt = ssm.A[None, at], ssm.B[None, at], ssm.dt[k : k + 1]
-        if low_rank[k]:
+        if rank_one[k]:
             assert ssm.P is not None
             rows.append(_generating(A, ssm.P[None, at], B, truncated[None, at], dt, length)[0])
         else:

@@ -16,7 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from edge_ssm import files
-from edge_ssm.engines.cpu.kernel_file import TARGETS, Image, Kernel, decode, processor_features, sources_digest
+from edge_ssm.engines.cpu.kernel_file import TARGETS, Kernel, KernelImage, decode, processor_features, sources_digest
 from edge_ssm.errors import EngineUnavailable, InputRefused, RunFailed, UsageError
 
 SUFFIX = ".kernel"
@@ -59,7 +59,7 @@ def load(before_compiling: Callable[[], None] = lambda: None) -> Kernel:
     return _loaded
 
 
-def best() -> Image | None:
+def best() -> KernelImage | None:
     """The kept image that ``load`` takes: of those that run here, the one that makes most of the processor."""
     found = []
     for place in folders():
@@ -83,7 +83,7 @@ def content_of(path: Path, limit: int) -> bytes:
     return content
 
 
-def read(path: Path) -> Image:
+def read(path: Path) -> KernelImage:
     """Raises InputRefused, which names the file, where it does not run here or anyone could have written it."""
     content = content_of(path, _LIMIT)
     try:
@@ -92,14 +92,14 @@ def read(path: Path) -> Image:
         raise InputRefused(f"{path}: {error}; compile it anew with edge-ssm compile") from None
 
 
-def build() -> Image:
+def build() -> KernelImage:
     """Compile for this processor and keep the image where the folder can be written."""
     return compile_and_keep("host", None, None, must_keep=False)[1]
 
 
 def compile_and_keep(
     target: str, output: Path | None, assembly: Path | None, must_keep: bool = True
-) -> tuple[Path, Image]:
+) -> tuple[Path, KernelImage]:
     """Compile for "host" or one of ``image.TARGETS``, in a process of its own; (where it is kept, the image).
 
     Without ``output`` it is kept in the folder. Raises UsageError for an unknown target, EngineUnavailable where it

@@ -141,7 +141,7 @@ define internal i64 @body(ptr %call) noinline "no-builtins" {{
     )
 
 
-def compile_for(target: Target, label: str) -> tuple[kernel_file.Image, str]:
+def compile_for(target: Target, label: str) -> tuple[kernel_file.KernelImage, str]:
     """(image, assembly) of the kernel for ``target``."""
     import llvmlite.binding as llvm
 

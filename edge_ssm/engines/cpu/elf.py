@@ -6,15 +6,15 @@ import hashlib
 import struct
 from dataclasses import dataclass
 
-from edge_ssm.engines.cpu.kernel_file import ENTRY, Header, Image, sources_digest
+from edge_ssm.engines.cpu.kernel_file import ENTRY, Header, KernelImage, sources_digest
 from edge_ssm.errors import EngineUnavailable
 
 
-def link(machine: str, target: str, features: tuple[str, ...], elf: bytes) -> Image:
+def link(machine: str, target: str, features: tuple[str, ...], elf: bytes) -> KernelImage:
     """The image of a relocatable object's function ENTRY. Raises EngineUnavailable if the code does not stand alone."""
     code, entry = _Object(elf).laid_out()
     digest = hashlib.sha256(code).hexdigest()
-    return Image(Header(machine, target, features, sources_digest(), digest, entry), code)
+    return KernelImage(Header(machine, target, features, sources_digest(), digest, entry), code)
 
 
 @dataclass

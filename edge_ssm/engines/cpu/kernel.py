@@ -58,7 +58,7 @@ def _recurrence(channels: Any, head: int, values: int) -> Any:
     return run
 
 
-_diagonal, _low_rank = _recurrence(simd.diagonal, 0, 4), _recurrence(simd.low_rank, 1, 8)
+_diagonal, _rank_one = _recurrence(simd.diagonal, 0, 4), _recurrence(simd.rank_one, 1, 8)
 
 
 def _mixer(kind: str) -> Any:
@@ -133,7 +133,7 @@ def _block(
     first = vectors * WIDTH
     vectors, pairs = table[row + at.LOW_RANK], behind(table, table[row + at.LOW_RANK_PAIRS])
     weights, state = behind(w, table[row + at.LOW_RANK_W]), behind(memory, table[row + at.LOW_RANK_X])
-    _low_rank(weights, state, pairs, vectors, lanes, items, behind(gathered, first), behind(y, first), stride)
+    _rank_one(weights, state, pairs, vectors, lanes, items, behind(gathered, first), behind(y, first), stride)
     for item in range(items):
         simd.gelu(behind(y, item * stride), width)
     glu = table[row + at.GLU]

@@ -75,7 +75,7 @@ class Header(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 @dataclass(frozen=True)
-class Image:
+class KernelImage:
     header: Header
     code: bytes
 
@@ -122,7 +122,7 @@ def processor_features() -> frozenset[str]:
     return frozenset()
 
 
-def decode(content: bytes, foreign: bool = False) -> Image:
+def decode(content: bytes, foreign: bool = False) -> KernelImage:
     """Raises InputRefused where the content is not a whole image of these sources, and for this machine unless
     ``foreign``."""
     text, separator, code = content.removeprefix(MAGIC).partition(b"\n")
@@ -137,19 +137,19 @@ def decode(content: bytes, foreign: bool = False) -> Image:
     if header.sources != sources_digest():
         raise InputRefused("made by another version of edge-ssm")
     if foreign:
-        return Image(header, code)
+        return KernelImage(header, code)
     if header.machine != platform.machine():
         raise InputRefused(f"made for {header.machine}, this machine is {platform.machine()}")
     missing = sorted(set(header.features) - processor_features())
     if missing:
         raise InputRefused(f"made for {header.target}; this processor lacks {', '.join(missing[:5])}")
-    return Image(header, code)
+    return KernelImage(header, code)
 
 
 class Kernel:
     """An image in memory, ready to be called with the address of ``layout.CALL_COLUMNS``."""
 
-    def __init__(self, image: Image) -> None:
+    def __init__(self, image: KernelImage) -> None:
         self.header = image.header
         # A file without a name: nobody can change it after the digest was checked, it lies on no "noexec" file system,
         # and memory that is never writable and executable at once is also what systemd's MemoryDenyWriteExecute wants.

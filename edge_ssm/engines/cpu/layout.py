@@ -73,9 +73,9 @@ _BLOCK_COLUMNS = (
     "diagonal_pairs",  # i: states of each vector, in pairs
     "diagonal_w",  # w: of each vector [pair][dr, di, cr, ci][WIDTH]
     "diagonal_x",  # x: of each vector [lane][pair][re, im][WIDTH]
-    "low_rank",  # vectors of channels with a rank-one term, behind them
+    "rank_one",  # vectors of channels with a rank-one term, behind them
     "low_rank_pairs",
-    "low_rank_w",  # w: of each vector beta [WIDTH], [pair][dr, di, cr, ci, pr, pi, rr, ri][WIDTH]
+    "rank_one_w",  # w: of each vector beta [WIDTH], [pair][dr, di, cr, ci, pr, pi, rr, ri][WIDTH]
     "low_rank_x",
     "dtype",  # of mixing: 0 float32, 1 float16, 2 int8
     "mixing",  # w: slabs of SLAB vectors of rows, then one: [column][rows] in that type; int8: [column pair][rows][2]
@@ -233,7 +233,7 @@ class _Packer:
 
     def _block(self, row: Array, block: Block, step: StepParameters) -> None:
         ssm, mixing = block.ssm, block.mixing
-        kinds = [np.flatnonzero(~step.low_rank), np.flatnonzero(step.low_rank)]
+        kinds = [np.flatnonzero(~step.rank_one), np.flatnonzero(step.rank_one)]
         kinds = [chosen[np.argsort(-step.pairs[chosen], kind="stable")] for chosen in kinds]
         channels = self._order(ssm.active, kinds, mixing.columns)
         present = channels >= 0

@@ -264,7 +264,7 @@ def diagonal(e: _Emit, w: Any, x: Any, pairs: Any, gathered: Any, y: Any) -> Non
 
 
 @_function(_P, _P, _I, _P, _P)
-def low_rank(e: _Emit, w: Any, x: Any, pairs: Any, gathered: Any, y: Any) -> None:
+def rank_one(e: _Emit, w: Any, x: Any, pairs: Any, gathered: Any, y: Any) -> None:
     """The same with a rank-one term: q = 2 Re(r x) + beta u first, then x += delta x + u + p q.
 
     w: [beta], then [pair][dr di cr ci pr pi rr ri]; the factor 2 is in r.

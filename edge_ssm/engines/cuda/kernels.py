@@ -156,7 +156,7 @@ def kernels(lanes_together: int) -> tuple[Any, Any]:
             base += width
 
     @cuda.jit(device=True, inline="always")
-    def low_rank(shared: Any, v: Any, y: Any, wide: Any, partial: Any, w: Any, weights: Any, table: Any, row: Any,
+    def rank_one(shared: Any, v: Any, y: Any, wide: Any, partial: Any, w: Any, weights: Any, table: Any, row: Any,
                  state: Any, x: Any, lane_size: Any, lanes: Any, first: Any, last: Any) -> None:  # fmt: skip
         """The same with a rank-one term: q = Re(r x) + beta v, x += delta x + v + p q; channels behind the diagonal."""
         tid, threads = cuda.threadIdx.x, cuda.blockDim.x
@@ -292,7 +292,7 @@ def kernels(lanes_together: int) -> tuple[Any, Any]:
             diagonal(shared, v, y, wide, partial, weights, table[row + at.DIAGONAL_W], table, row, state,
                      x + table[row + at.DIAGONAL_X], lane_size, here, min(first, diagonals),
                      min(last, diagonals))  # fmt: skip
-            low_rank(shared, v, y, wide, partial, weights, table[row + at.LOW_RANK_W], table, row, state,
+            rank_one(shared, v, y, wide, partial, weights, table[row + at.LOW_RANK_W], table, row, state,
                      x + table[row + at.LOW_RANK_X], lane_size, here,
                      min(max(first - diagonals, 0), low_ranks),
                      min(max(last - diagonals, 0), low_ranks))  # fmt: skip

@@ -31,13 +31,13 @@ H, D_INPUT, D_OUTPUT, VOCABULARY, PRENORM, LAYERS, LANE, ENCODER, DECODER = rang
 _ROW = (
     "columns",  # of mixing: channels with a diagonal operator, with a rank-one term, bypassed
     "diagonal",  # how many of the first kind
-    "low_rank",  # and of the second
+    "rank_one",  # and of the second
     "gather",  # i: [columns], the channel of each
-    "pairs",  # i: [diagonal + low_rank], states of each, in pairs
+    "pairs",  # i: [diagonal + rank_one], states of each, in pairs
     "D",  # w: [columns]
     "diagonal_w",  # w: [pair][dr di cr ci][diagonal]
     "diagonal_x",  # x: [pair][re im][diagonal]
-    "low_rank_w",  # w: beta [low_rank], then [pair][dr di cr ci pr pi rr ri][low_rank]
+    "rank_one_w",  # w: beta [rank_one], then [pair][dr di cr ci pr pi rr ri][rank_one]
     "low_rank_x",
     "dtype",  # 0 float32, 1 float16, 2 int8
     "mixing",  # m: [column][values, then gates]
@@ -137,7 +137,7 @@ class _Packer:
     def _block(self, block: Block, step: StepParameters, network: Network) -> Array:
         row = np.full(ROW, -1)
         ssm, mixing = block.ssm, block.mixing
-        kinds = [np.flatnonzero(~step.low_rank), np.flatnonzero(step.low_rank)]
+        kinds = [np.flatnonzero(~step.rank_one), np.flatnonzero(step.rank_one)]
         # By their number of states, so that the threads of a warp have about as much to do.
         kinds = [chosen[np.argsort(-step.pairs[chosen], kind="stable")] for chosen in kinds]
         order = np.concatenate(kinds)

@@ -95,7 +95,7 @@ def groups_of(network: Network, block: Block) -> tuple[Group, ...]:
     step = step_parameters(block.ssm, network.discretization)
     groups = []
     for ranked in (False, True):
-        channels = np.flatnonzero(step.low_rank == ranked)
+        channels = np.flatnonzero(step.rank_one == ranked)
         groups += [_group(step, members) for members in _rectangles(channels, step.pairs)]
     return tuple(groups)
 
@@ -137,7 +137,7 @@ def _group(step: StepParameters, channels: Array) -> Group:
         flat[cells] = values[states]
         return np.stack([flat.real, flat.imag]).reshape(2, k, n).astype(np.float32)
 
-    ranked = bool(step.low_rank[channels].any())
+    ranked = bool(step.rank_one[channels].any())
     return Group(
         channels=channels,
         states=states,

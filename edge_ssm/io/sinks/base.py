@@ -7,11 +7,11 @@ from collections import Counter
 from collections.abc import Callable
 
 
-class Outlet(ABC):
+class Sink(ABC):
     """Owned by the loop. ``write`` returns at once or, for a plain file or pipe, when the line is out.
 
-    ``accepted`` counts lines taken, ``settled`` those of them that reached where they go, or were dropped and counted:
-    a snapshot is written only once all that was decided before it is settled, so that a kill loses no decision.
+    ``accepted`` counts lines taken, ``acknowledged`` those that were delivered, or dropped and counted:
+    a snapshot is written only once all that was decided before it is acknowledged, so that a kill loses no decision.
     """
 
     name: str
@@ -21,12 +21,12 @@ class Outlet(ABC):
     size: int = 0
     """Most lines that may wait; 0: none ever does."""
     accepted: int = 0
-    settled: int = 0
+    acknowledged: int = 0
     problem: str = ""
     """Why nothing gets out at the moment; empty while it does."""
     heads_files: bool = False
     """Whether ``heading`` is written at the beginning of each file that is new or empty."""
-    heading: str = ""
+    header: str = ""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -44,16 +44,16 @@ class Outlet(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Settle what can be settled within some seconds."""
+        """Settle what can be acknowledged within some seconds."""
 
 
-class Wire(ABC):
+class Transport(ABC):
     """What a ``queued.Queued`` outlet feeds from a thread of its own: a connection that can be lost and made anew."""
 
     name: str
     heads_files: bool = False
-    heading: str = ""
-    """As ``Outlet``'s."""
+    header: str = ""
+    """As ``Sink``'s."""
     final: bool = False
     """A reader that went away (BrokenPipeError) never comes back: standard output's."""
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from edge_ssm.errors import UsageError
-from edge_ssm.io.sinks.base import Outlet, Wire
+from edge_ssm.io.sinks.base import Sink, Transport
 
 CLOSE_S = 5.0
 """How long a run that ends waits for a reader of standard output that does not read."""
@@ -44,7 +44,7 @@ class _LineFile:
 
     def __init__(self, path: str, options: FileOptions) -> None:
         self._path, self._rotate_bytes, self._keep = path, options.rotate_bytes, options.keep
-        self.heading = ""
+        self.header = ""
         # Truncated only once it is ours alone. A pipe without a reader is no file to wait for: ENXIO.
         self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NONBLOCK, 0o644)
         os.set_blocking(self._fd, True)
@@ -86,7 +86,7 @@ class _LineFile:
         if self._regular and self._rotate_bytes and self._size and self._size + len(content) > self._rotate_bytes:
             self._rotate()
         if not self._size:
-            content = _encoded(self.heading) + content
+            content = _encoded(self.header) + content
         sent = 0
         try:
             while sent < len(content):
@@ -114,7 +114,7 @@ class _LineFile:
         os.close(self._fd)
 
 
-class FileOutlet(Outlet):
+class FileSink(Sink):
     """Each line is handed to the system before ``write`` returns. Raises UsageError if the file can't be written."""
 
     heads_files = True
@@ -144,17 +144,17 @@ class FileOutlet(Outlet):
 
     def write(self, text: str) -> None:
         file = self._opened()
-        file.heading = self.heading
+        file.header = self.header
         file.write(_encoded(text))
         self.accepted += 1
-        self.settled += 1
+        self.acknowledged += 1
 
     def close(self) -> None:
         if self._file is not None:
             self._file.close()
 
 
-class FileWire(Wire):
+class FileTransport(Transport):
     """The same from a queue's thread: a full disk is waited out."""
 
     heads_files = True
@@ -176,14 +176,14 @@ class FileWire(Wire):
 
     def send(self, lines: list[str]) -> None:
         assert self._file is not None
-        self._file.heading = self.heading
+        self._file.header = self.header
         self._file.write(_encoded("".join(lines)))
 
     def close(self) -> None:
         """Nothing: the file stays open across a full disk, and is closed with the process."""
 
 
-class StandardOutlet(Outlet):
+class StandardSink(Sink):
     """Standard output, each line handed to the system before ``write`` returns. Whoever started us may have made it
     one that does not block: then we wait all the same."""
 
@@ -208,34 +208,34 @@ class StandardOutlet(Outlet):
                 if time.monotonic() >= end:
                     raise BrokenPipeError(errno.EPIPE, "nobody reads it")
         self.accepted += 1
-        self.settled += 1
+        self.acknowledged += 1
 
     def close(self) -> None:
         """Nothing: it is the process's."""
 
 
-def standard() -> StandardOutlet | None:
+def standard() -> StandardSink | None:
     """None where Python's standard output is none of the system's, as in a program that captures it."""
     try:
-        return StandardOutlet(sys.stdout.fileno(), sys.stdout.encoding)
+        return StandardSink(sys.stdout.fileno(), sys.stdout.encoding)
     except (AttributeError, OSError, ValueError):
         return None
 
 
-class DescriptorWire(Wire):
+class DescriptorTransport(Transport):
     """Standard output from a queue's thread. What a reader that went away leaves can't be delivered again."""
 
     final = True
 
     def __init__(self, fd: int, name: str) -> None:
         self.name = name
-        self._outlet = StandardOutlet(fd, "utf-8")
+        self._sink = StandardSink(fd, "utf-8")
 
     def connect(self) -> None:
         pass
 
     def send(self, lines: list[str]) -> None:
-        self._outlet.write("".join(lines))
+        self._sink.write("".join(lines))
 
     def close(self) -> None:
         pass

@@ -13,7 +13,7 @@ from typing import Any, TextIO
 
 from edge_ssm.errors import RunFailed, SinkClosed
 from edge_ssm.io.messages import Decision, Event
-from edge_ssm.io.sinks.base import Outlet
+from edge_ssm.io.sinks.base import Sink
 from edge_ssm.model.network import Network
 
 
@@ -22,17 +22,17 @@ def discard(file: TextIO) -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
 
 
-class Sink(ABC):
-    def __init__(self, file: TextIO | Outlet, network: Network, logits: bool, truth: bool) -> None:
+class Formatter(ABC):
+    def __init__(self, file: TextIO | Sink, network: Network, logits: bool, truth: bool) -> None:
         self._file = file
         self._logits = logits
         self._truth = truth
         self.adopt(network)
 
     @property
-    def outlet(self) -> Outlet | None:
+    def sink(self) -> Sink | None:
         """Where the lines go, if it is more than a file."""
-        return self._file if isinstance(self._file, Outlet) else None
+        return self._file if isinstance(self._file, Sink) else None
 
     def adopt(self, network: Network) -> None:
         """Write decisions of another network from now on."""
@@ -57,7 +57,7 @@ class Sink(ABC):
             self._file.write(text)
             self._file.flush()
         except OSError as error:
-            if not isinstance(self._file, Outlet):
+            if not isinstance(self._file, Sink):
                 discard(self._file)
             if isinstance(error, BrokenPipeError):
                 raise SinkClosed from None
@@ -68,7 +68,7 @@ class Sink(ABC):
             self._file.close()
 
 
-class NdjsonSink(Sink):
+class NdjsonFormatter(Formatter):
     def _decision(self, d: Decision) -> str:
         document: dict[str, Any] = {"index": d.index, "start": d.start, "end": d.end}
         if d.time is not None:
@@ -89,7 +89,7 @@ class NdjsonSink(Sink):
         return json.dumps({"event": e.event, "sample": e.sample, **e.details}, separators=(",", ":")) + "\n"
 
 
-class CsvSink(Sink):
+class CsvFormatter(Formatter):
     """Events have no place in a table of decisions and go to stderr. The header comes again where columns change."""
 
     _columns: Sequence[str] = ()
@@ -108,10 +108,10 @@ class CsvSink(Sink):
         if columns == self._columns:
             return line
         first, self._columns = not self._columns, columns
-        header, outlet = _csv_line(columns), self.outlet
-        if outlet is None or not outlet.heads_files:
+        header, sink = _csv_line(columns), self.sink
+        if sink is None or not sink.heads_files:
             return header + line
-        outlet.heading = header
+        sink.header = header
         return line if first else header + line
 
     def _event(self, e: Event) -> str:
@@ -125,7 +125,7 @@ def _csv_line(fields: Iterable[object]) -> str:
     return text.getvalue()
 
 
-class TextSink(Sink):
+class TextFormatter(Formatter):
     _header_written = False
 
     def _decision(self, d: Decision) -> str:
@@ -163,8 +163,8 @@ def _in_words(e: Event) -> str:
     return f"{e.event.replace('_', ' ')} at sample {e.sample}" + (f" ({details})" if details else "")
 
 
-_SINKS: dict[str, type[Sink]] = {"ndjson": NdjsonSink, "csv": CsvSink, "text": TextSink}
-FORMATS = tuple(_SINKS)
+_FORMATTERS: dict[str, type[Formatter]] = {"ndjson": NdjsonFormatter, "csv": CsvFormatter, "text": TextFormatter}
+FORMATS = tuple(_FORMATTERS)
 
 
 def stdout() -> TextIO:
@@ -179,6 +179,6 @@ def stdout_format() -> str:
     return "text" if sys.stdout is not None and sys.stdout.isatty() else "ndjson"
 
 
-def make(form: str, file: TextIO | Outlet, network: Network, logits: bool, truth: bool) -> Sink:
+def make(form: str, file: TextIO | Sink, network: Network, logits: bool, truth: bool) -> Formatter:
     """A sink that writes ``form``, one of FORMATS, to ``file``."""
-    return _SINKS[form](file, network, logits, truth)
+    return _FORMATTERS[form](file, network, logits, truth)

@@ -8,12 +8,12 @@ from typing import Any
 
 from edge_ssm.errors import UsageError
 from edge_ssm.io.mqtt import Access, client, parse, refusal
-from edge_ssm.io.sinks.base import Wire
+from edge_ssm.io.sinks.base import Transport
 
 KEEPALIVE_S = 30
 
 
-class MqttWire(Wire):
+class MqttTransport(Transport):
     """timeout_s: for a connection, and for the acknowledgement of all lines of one ``send``. retain: the broker keeps
     the last line for those who subscribe later.
 

@@ -7,28 +7,28 @@ import time
 from collections import deque
 from typing import Literal
 
-from edge_ssm.io.backoff import BackOff
-from edge_ssm.io.sinks.base import Outlet, Wire
+from edge_ssm.io.backoff import Backoff
+from edge_ssm.io.sinks.base import Sink, Transport
 
 Overflow = Literal["drop-oldest", "drop-newest", "wait"]
 OVERFLOWS: tuple[Overflow, ...] = ("drop-oldest", "drop-newest", "wait")
 BATCH = 64
-"""Lines that one ``Wire.send`` is given at most."""
+"""Lines that one ``Transport.send`` is given at most."""
 WAIT_S = 0.1
 """Between two calls of ``while_waiting``."""
 CLOSE_S = 5.0
 """How long the end of a run waits for what is queued."""
 
 
-class Queued(Outlet):
+class QueuedSink(Sink):
     """Lines wait for ``wire`` here, ``size`` at most; then ``overflow`` says which goes (counted), or that the loop
     waits after all. A wire that fails is connected anew with back-off and given the same lines again."""
 
-    def __init__(self, wire: Wire, size: int = 1024, overflow: Overflow = "drop-oldest") -> None:
-        super().__init__(wire.name)
+    def __init__(self, transport: Transport, size: int = 1024, overflow: Overflow = "drop-oldest") -> None:
+        super().__init__(transport.name)
         self.size = size
-        self._wire, self._overflow = wire, overflow
-        self.heads_files = wire.heads_files
+        self._transport, self._overflow = transport, overflow
+        self.heads_files = transport.heads_files
         self._lines: deque[tuple[int, str]] = deque()
         self._sending: list[tuple[int, str]] = []
         self._changed = threading.Condition()
@@ -63,10 +63,10 @@ class Queued(Outlet):
     def _account(self) -> None:
         self.depth = len(self._lines) + len(self._sending)
         first = self._sending[0] if self._sending else self._lines[0] if self._lines else None
-        self.settled = self.accepted if first is None else first[0]
+        self.acknowledged = self.accepted if first is None else first[0]
 
     def _deliver(self) -> None:
-        back_off, connected = BackOff(), False
+        back_off, connected = Backoff(), False
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._lines or self._closing)
@@ -80,10 +80,10 @@ class Queued(Outlet):
             while True:
                 try:
                     if not connected:
-                        self._wire.connect()
+                        self._transport.connect()
                         connected = True
-                    self._wire.heading = self.heading
-                    self._wire.send(lines)
+                    self._transport.header = self.header
+                    self._transport.send(lines)
                     break
                 except OSError as error:
                     if not self._failed(error, back_off):
@@ -95,15 +95,15 @@ class Queued(Outlet):
                 self._sending = []
                 self._account()
                 self._changed.notify_all()
-        self._wire.close()
+        self._transport.close()
 
-    def _failed(self, error: OSError, back_off: BackOff) -> bool:
+    def _failed(self, error: OSError, back_off: Backoff) -> bool:
         """Note it, wait; False: give up, since the run ends or nobody will ever read."""
-        self._wire.close()
+        self._transport.close()
         self.problem = f"{self.name}: {error.strerror or error}"
         wait = back_off.failed()
         with self._changed:
-            if isinstance(error, BrokenPipeError) and self._wire.final:
+            if isinstance(error, BrokenPipeError) and self._transport.final:
                 self._gone = True
                 self._changed.notify_all()
                 return False

@@ -5,13 +5,13 @@ from __future__ import annotations
 import select
 import socket
 
-from edge_ssm.io.sinks.base import Wire
+from edge_ssm.io.sinks.base import Transport
 from edge_ssm.io.sources.socket import Address, connected, keep_alive
 
 SEND_S = 10.0
 
 
-class ConnectWire(Wire):
+class ConnectTransport(Transport):
     """A connection to a server that reads lines. Lines that were handed to the system when it broke may be lost with
     it: TCP does not tell. MQTT and a webhook do."""
 
@@ -38,7 +38,7 @@ class ConnectWire(Wire):
             self._socket = None
 
 
-class UdpWire(Wire):
+class UdpTransport(Transport):
     """A datagram a line: sent, and never heard of again."""
 
     def __init__(self, name: str, address: tuple[str, int]) -> None:

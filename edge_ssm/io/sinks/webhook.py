@@ -11,14 +11,14 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from edge_ssm.errors import UsageError
-from edge_ssm.io.sinks.base import Wire
+from edge_ssm.io.sinks.base import Transport
 
 _MOST_ANSWER = 1 << 16
 """Bytes of an answer that are read; none of them is used."""
 _RETRY = (408, 429)
 
 
-class WebhookWire(Wire):
+class WebhookTransport(Transport):
     """url: http:// or https://. headers: sent along as they are. token_file: its first line goes out as bearer token,
     read anew for every connection. ca_file: certificates that are trusted in place of the system's. timeout_s: for each
     wait on the network.

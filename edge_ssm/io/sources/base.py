@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from edge_ssm.io.shutdown import Stop
+from edge_ssm.io.shutdown import ShutdownSignal
 
 if TYPE_CHECKING:
     from edge_ssm.io.codecs.base import FrameDecoder
@@ -17,14 +17,14 @@ BLOCK = 1 << 16
 
 
 @dataclass(frozen=True, slots=True)
-class Data:
+class Batch:
     content: bytes
     token: Any = None
     """What ``Source.acknowledge`` takes, where the sender keeps what was not acknowledged (MQTT)."""
 
 
 @dataclass(frozen=True, slots=True)
-class Seam:
+class Discontinuity:
     """What follows does not continue what came before: a connection was lost or made anew. A decoder begins again."""
 
     reason: str
@@ -59,7 +59,7 @@ class Source(ABC):
     """Nothing will come any more."""
 
     @abstractmethod
-    def read(self, stop: Stop, seconds: float | None) -> Data | Seam | None:
+    def read(self, stop: ShutdownSignal, seconds: float | None) -> Batch | Discontinuity | None:
         """What is there, waiting for it ``seconds`` at most (None: for ever). None: nothing came, or a stop was asked
         for, or ``ended``. Connections that are lost are made anew in here, with back-off.
 

@@ -6,17 +6,17 @@ import os
 import time
 from abc import abstractmethod
 
-from edge_ssm.io.backoff import BackOff
-from edge_ssm.io.shutdown import Stop
-from edge_ssm.io.sources.base import BLOCK, Data, Seam, Source
+from edge_ssm.io.backoff import Backoff
+from edge_ssm.io.shutdown import ShutdownSignal
+from edge_ssm.io.sources.base import BLOCK, Batch, Discontinuity, Source
 
 
 class DeviceSource(Source):
-    """Every opening and every loss is a ``Seam``; of tries that fail for the same reason only the first."""
+    """Every opening and every loss is a ``Discontinuity``; of tries that fail for the same reason only the first."""
 
-    def __init__(self, name: str, back_off: BackOff | None = None) -> None:
+    def __init__(self, name: str, back_off: Backoff | None = None) -> None:
         self.name = name
-        self._back_off = back_off or BackOff()
+        self._back_off = back_off or Backoff()
         self._fd: int | None = None
         self._said = ""
 
@@ -27,7 +27,7 @@ class DeviceSource(Source):
     @abstractmethod
     def _close(self, fd: int) -> None: ...
 
-    def read(self, stop: Stop, seconds: float | None) -> Data | Seam | None:
+    def read(self, stop: ShutdownSignal, seconds: float | None) -> Batch | Discontinuity | None:
         end = None if seconds is None else time.monotonic() + seconds
         while not stop.requested:
             left = None if end is None else end - time.monotonic()
@@ -44,15 +44,15 @@ class DeviceSource(Source):
                 return None
         return None
 
-    def _try(self) -> Seam | None:
+    def _try(self) -> Discontinuity | None:
         try:
             self._fd = self._open()
         except OSError as error:
             return self._failed(error.strerror or str(error))
         self._said = ""
-        return Seam("connected", True)
+        return Discontinuity("connected", True)
 
-    def _take(self, fd: int) -> Data | Seam | None:
+    def _take(self, fd: int) -> Batch | Discontinuity | None:
         try:
             content = os.read(fd, BLOCK)
         except BlockingIOError:
@@ -63,18 +63,18 @@ class DeviceSource(Source):
             return self._lost("the device is gone")
         # Not on opening: a device that opens and fails at once, again and again, must not be tried without a pause.
         self._back_off.succeeded()
-        return Data(content)
+        return Batch(content)
 
-    def _lost(self, reason: str) -> Seam | None:
+    def _lost(self, reason: str) -> Discontinuity | None:
         self.close()
         return self._failed(f"lost: {reason}")
 
-    def _failed(self, reason: str) -> Seam | None:
+    def _failed(self, reason: str) -> Discontinuity | None:
         self._back_off.failed()
         if reason == self._said:
             return None
         self._said = reason
-        return Seam(reason, False)
+        return Discontinuity(reason, False)
 
     def close(self) -> None:
         fd, self._fd = self._fd, None

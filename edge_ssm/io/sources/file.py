@@ -8,8 +8,8 @@ import zlib
 from contextlib import suppress
 
 from edge_ssm.errors import RunFailed, UsageError
-from edge_ssm.io.shutdown import Stop
-from edge_ssm.io.sources.base import BLOCK, Data, Seam, Source
+from edge_ssm.io.shutdown import ShutdownSignal
+from edge_ssm.io.sources.base import BLOCK, Batch, Discontinuity, Source
 
 FOLLOW_S = 0.2
 """How often a followed file is looked at."""
@@ -51,7 +51,7 @@ class FileSource(Source):
         except OSError as error:
             raise UsageError(f"{self._path}: can't be read ({error.strerror})") from None
 
-    def read(self, stop: Stop, seconds: float | None) -> Data | Seam | None:
+    def read(self, stop: ShutdownSignal, seconds: float | None) -> Batch | Discontinuity | None:
         if not stop.wait(self._fd, seconds):
             return None
         try:
@@ -62,13 +62,13 @@ class FileSource(Source):
             raise RunFailed(f"{self.name}: reading failed ({error.strerror})") from None
         if content:
             self._offset += len(content)
-            return Data(content)
+            return Batch(content)
         if not self._follow:
             self.ended = True
             return None
         return self._renewed(stop, seconds)
 
-    def _renewed(self, stop: Stop, seconds: float | None) -> Seam | None:
+    def _renewed(self, stop: ShutdownSignal, seconds: float | None) -> Discontinuity | None:
         """At the end of a followed file: wait a little, and see whether it is still the one of that name."""
         stop.wait(seconds=FOLLOW_S if seconds is None else min(seconds, FOLLOW_S))
         try:
@@ -85,11 +85,11 @@ class FileSource(Source):
                 return None
             os.close(self._fd)
             self._fd, self._offset = replaced, 0
-            return Seam("the file was replaced", True)
+            return Discontinuity("the file was replaced", True)
         if self._regular and here.st_size < self._offset:
             os.lseek(self._fd, 0, os.SEEK_SET)
             self._offset = 0
-            return Seam("the file was cut short", True)
+            return Discontinuity("the file was cut short", True)
         return None
 
     def position(self) -> dict[str, int]:

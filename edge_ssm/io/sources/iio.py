@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from edge_ssm.errors import RunFailed, UsageError
-from edge_ssm.io.backoff import BackOff
+from edge_ssm.io.backoff import Backoff
 from edge_ssm.io.codecs.iio import TIMESTAMP, IioDecoder, Layout, choose, read_elements, read_text
 from edge_ssm.io.sources.device import DeviceSource
 from edge_ssm.model.network import InputSpec
@@ -44,7 +44,7 @@ class IioSource(DeviceSource):
         trigger: str | None = None,
         sampling_frequency: float | None = None,
         raw: bool = False,
-        back_off: BackOff | None = None,
+        back_off: Backoff | None = None,
         sysfs: Path = SYSFS,
         dev: Path = DEV,
     ) -> None:

@@ -15,11 +15,11 @@ from collections import deque
 from typing import Any
 
 from edge_ssm.errors import EdgeSSMError, UsageError
-from edge_ssm.io.backoff import BackOff
+from edge_ssm.io.backoff import Backoff
 from edge_ssm.io.mailbox import Mailbox
 from edge_ssm.io.mqtt import Access, client, device_id, log_in, parse, refusal
-from edge_ssm.io.shutdown import Stop
-from edge_ssm.io.sources.base import BLOCK, Data, Seam, Source
+from edge_ssm.io.shutdown import ShutdownSignal
+from edge_ssm.io.sources.base import BLOCK, Batch, Discontinuity, Source
 
 CONNECT_S = 10.0
 STEADY_S = 10.0
@@ -54,7 +54,7 @@ class MqttSource(Source):
         receive_maximum: int = 1000,
         session_expiry_s: int = WEEK_S,
         keepalive_s: int = 30,
-        back_off: BackOff | None = None,
+        back_off: Backoff | None = None,
     ) -> None:
         self.name = url
         self._address = parse(url, wildcards=True)
@@ -77,10 +77,10 @@ class MqttSource(Source):
         self._client.on_message = self._on_message
         self._client.on_disconnect = self._on_disconnect
 
-        self._back_off = back_off or BackOff()
+        self._back_off = back_off or Backoff()
         # Room for all that the broker may send at once, and some seams: the network's thread waits for the loop only
         # where messages come with QoS 0, or again after a new connection.
-        self._mailbox: Mailbox[Data | Seam] = Mailbox(receive_maximum + 8)
+        self._mailbox: Mailbox[Batch | Discontinuity] = Mailbox(receive_maximum + 8)
         self._lock = threading.Lock()
         self._connection = 0  # tokens of another one are void: the broker uses its numbers (mid) again
         self._received = 0
@@ -105,7 +105,7 @@ class MqttSource(Source):
         broker allows less) no more will come."""
         return len(self._unacknowledged)
 
-    def read(self, stop: Stop, seconds: float | None) -> Data | Seam | None:
+    def read(self, stop: ShutdownSignal, seconds: float | None) -> Batch | Discontinuity | None:
         return self._mailbox.get(stop, seconds)
 
     def acknowledge(self, token: Any) -> None:
@@ -211,7 +211,7 @@ class MqttSource(Source):
         reason = self._reason or "connection lost"
         if reason != self._said and not self._closing:
             self._said = reason
-            self._mailbox.put(Seam(reason, False))
+            self._mailbox.put(Discontinuity(reason, False))
 
     def _wait(self, seconds: float) -> None:
         """That long, or until ``close``; acknowledgements can wait for a connection."""
@@ -236,7 +236,7 @@ class MqttSource(Source):
         if self._accepted_before and not flags.session_present:
             note = "connected; the broker has lost the session, and with it what came in the meantime"
         self._accepted_before, self._said, self._since = True, "", time.monotonic()
-        self._mailbox.put(Seam(note, True))
+        self._mailbox.put(Discontinuity(note, True))
         # A retained message is an old sample, which would come again at each connection.
         keep_out = SubscribeOptions.RETAIN_DO_NOT_SEND
         network.subscribe(self._address.topic, options=SubscribeOptions(qos=1, retainHandling=keep_out))
@@ -252,7 +252,7 @@ class MqttSource(Source):
             token = (self._connection, self._received)
             if message.qos:
                 self._unacknowledged.append((self._received, message.mid))
-        self._mailbox.put(Data(message.payload, token))
+        self._mailbox.put(Batch(message.payload, token))
 
     def _on_disconnect(self, _network: Any, _data: Any, flags: Any, reason: Any, _properties: Any) -> None:
         if flags.is_disconnect_packet_from_server:

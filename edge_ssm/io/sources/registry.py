@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from edge_ssm.errors import UsageError
-from edge_ssm.io.address import Place, place
+from edge_ssm.io.address import Endpoint, place
 from edge_ssm.io.sources.base import BLOCK, Source
 from edge_ssm.model.network import InputSpec
 
@@ -36,7 +36,7 @@ def open_source(text: str, spec: InputSpec, follow: bool = False, paced: bool = 
     return made(found.shown, address)
 
 
-def _device(found: Place, spec: InputSpec) -> Source:
+def _device(found: Endpoint, spec: InputSpec) -> Source:
     if found.scheme == "serial":
         return _serial(found)
     if found.scheme == "iio":
@@ -56,7 +56,7 @@ def _device(found: Place, spec: InputSpec) -> Source:
     return made
 
 
-def _serial(found: Place) -> Source:
+def _serial(found: Endpoint) -> Source:
     from edge_ssm.io.sources.serial import SerialSource
 
     options = found.known_options("baud", "parity", "stop_bits", "data_bits", "flow")
@@ -76,7 +76,7 @@ def _serial(found: Place) -> Source:
     )
 
 
-def _iio(found: Place, spec: InputSpec) -> Source:
+def _iio(found: Endpoint, spec: InputSpec) -> Source:
     from edge_ssm.io.sources.iio import IioSource
 
     options = found.known_options(*_IIO_OPTIONS)
@@ -99,7 +99,7 @@ def _iio(found: Place, spec: InputSpec) -> Source:
     )
 
 
-def look_at(text: str) -> Place:
+def validate(text: str) -> Endpoint:
     """What ``text`` names, checked as far as it can be without opening anything. Raises UsageError."""
     found = place(text, SCHEMES)
     if found.scheme == "serial":

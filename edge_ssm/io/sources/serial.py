@@ -10,7 +10,7 @@ import termios
 from typing import Any
 
 from edge_ssm.errors import RunFailed, UsageError
-from edge_ssm.io.backoff import BackOff
+from edge_ssm.io.backoff import Backoff
 from edge_ssm.io.sources.device import DeviceSource
 
 PARITIES = {"none": "N", "even": "E", "odd": "O", "mark": "M", "space": "S"}
@@ -42,7 +42,7 @@ class SerialSource(DeviceSource):
         stop_bits: float = 1,
         data_bits: int = 8,
         flow: str = "none",
-        back_off: BackOff | None = None,
+        back_off: Backoff | None = None,
     ) -> None:
         super().__init__(path, back_off)
         try:

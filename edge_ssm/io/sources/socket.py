@@ -10,10 +10,10 @@ from abc import abstractmethod
 from contextlib import suppress
 
 from edge_ssm.errors import RunFailed, UsageError
-from edge_ssm.io.backoff import BackOff
-from edge_ssm.io.shutdown import Stop
+from edge_ssm.io.backoff import Backoff
+from edge_ssm.io.shutdown import ShutdownSignal
 from edge_ssm.io.socket_activation import inherited
-from edge_ssm.io.sources.base import BLOCK, Data, Seam, Source
+from edge_ssm.io.sources.base import BLOCK, Batch, Discontinuity, Source
 
 CONNECT_S = 5.0
 BUFFER = 1 << 20
@@ -116,10 +116,10 @@ class _ConnectionSource(Source):
         self._connection: socket.socket | None = None
 
     @abstractmethod
-    def _next(self, stop: Stop, seconds: float | None) -> socket.socket | Seam | None:
+    def _next(self, stop: ShutdownSignal, seconds: float | None) -> socket.socket | Discontinuity | None:
         """Wait for a connection."""
 
-    def read(self, stop: Stop, seconds: float | None) -> Data | Seam | None:
+    def read(self, stop: ShutdownSignal, seconds: float | None) -> Batch | Discontinuity | None:
         if self._connection is None:
             made = self._next(stop, seconds)
             if not isinstance(made, socket.socket):
@@ -127,7 +127,7 @@ class _ConnectionSource(Source):
             keep_alive(made)
             made.setblocking(False)
             self._connection = made
-            return Seam("connected", True)
+            return Discontinuity("connected", True)
         if not stop.wait(self._connection.fileno(), seconds):
             return None
         try:
@@ -136,13 +136,13 @@ class _ConnectionSource(Source):
             return None
         except OSError as error:
             return self._lost(error.strerror or "connection lost")
-        return Data(content) if content else self._lost("the other side closed the connection")
+        return Batch(content) if content else self._lost("the other side closed the connection")
 
-    def _lost(self, reason: str) -> Seam:
+    def _lost(self, reason: str) -> Discontinuity:
         if self._connection is not None:
             self._connection.close()
         self._connection = None
-        return Seam(reason, False)
+        return Discontinuity(reason, False)
 
     def close(self) -> None:
         if self._connection is not None:
@@ -155,10 +155,10 @@ class ConnectSource(_ConnectionSource):
     def __init__(self, name: str, address: Address) -> None:
         super().__init__(name)
         self._address = address
-        self._back_off = BackOff()
+        self._back_off = Backoff()
         self._said = ""
 
-    def _next(self, stop: Stop, seconds: float | None) -> socket.socket | Seam | None:
+    def _next(self, stop: ShutdownSignal, seconds: float | None) -> socket.socket | Discontinuity | None:
         wait = self._back_off.left_s
         if wait:
             stop.wait(seconds=wait if seconds is None else min(wait, seconds))
@@ -171,7 +171,7 @@ class ConnectSource(_ConnectionSource):
             if reason == self._said:
                 return None
             self._said = reason
-            return Seam(reason, False)
+            return Discontinuity(reason, False)
         self._back_off.succeeded()
         self._said = ""
         return made
@@ -192,7 +192,7 @@ class ListenSource(_ConnectionSource):
     def port(self) -> int:
         return int(self._listener.getsockname()[1])
 
-    def _next(self, stop: Stop, seconds: float | None) -> socket.socket | Seam | None:
+    def _next(self, stop: ShutdownSignal, seconds: float | None) -> socket.socket | Discontinuity | None:
         if not stop.wait(self._listener.fileno(), seconds):
             return None
         try:
@@ -200,8 +200,8 @@ class ListenSource(_ConnectionSource):
         except OSError as error:
             if isinstance(error, (BlockingIOError, ConnectionAbortedError)):
                 return None
-            stop.wait(seconds=BackOff.SHORTEST_S)  # Out of descriptors, say: do not spin.
-            return Seam(f"a connection could not be taken ({error.strerror})", False)
+            stop.wait(seconds=Backoff.SHORTEST_S)  # Out of descriptors, say: do not spin.
+            return Discontinuity(f"a connection could not be taken ({error.strerror})", False)
 
     def close(self) -> None:
         super().close()
@@ -229,7 +229,7 @@ class UdpSource(Source):
     def port(self) -> int:
         return int(self._socket.getsockname()[1])
 
-    def read(self, stop: Stop, seconds: float | None) -> Data | Seam | None:
+    def read(self, stop: ShutdownSignal, seconds: float | None) -> Batch | Discontinuity | None:
         if not stop.wait(self._socket.fileno(), seconds):
             return None
         try:
@@ -240,7 +240,7 @@ class UdpSource(Source):
             raise RunFailed(f"{self.name}: reading failed ({error.strerror})") from None
         for _, _, value in told:
             self.unread = int.from_bytes(value, sys.byteorder)
-        return Data(content)
+        return Batch(content)
 
     def close(self) -> None:
         self._socket.close()

@@ -17,7 +17,7 @@ from typing import Any
 
 from edge_ssm import files as edge_ssm_files
 from edge_ssm.errors import RunFailed, UsageError
-from edge_ssm.io.address import Place
+from edge_ssm.io.address import Endpoint
 from edge_ssm.service import plan as service_plan
 from edge_ssm.service import settings as service_settings
 
@@ -200,7 +200,7 @@ def _check_visible(request: Request, plan: service_plan.Plan) -> None:
         raise UsageError(f"{key}: {settings.state!r}; the service keeps its state in {state}, leave it out")
 
 
-def _check_path(request: Request, field: str, found: Place, state: str) -> None:
+def _check_path(request: Request, field: str, found: Endpoint, state: str) -> None:
     path, key = os.path.normpath(found.path), service_settings.where(request.config, field)
     if not os.path.isabs(path):
         raise UsageError(f"{key}: {path!r}; a service has no folder that it starts in, give the whole path")
@@ -244,7 +244,7 @@ def _units(request: Request, plan: service_plan.Plan, say: Say) -> list[_File]:
     return files
 
 
-def _listening(source: Place) -> bytes:
+def _listening(source: Endpoint) -> bytes:
     """The drop-in of the socket unit that has the source's address."""
     kind = "ListenDatagram" if source.scheme == "udp" else "ListenStream"
     if source.scheme == "unix-listen":

@@ -7,7 +7,7 @@ import subprocess
 from edge_ssm.errors import RunFailed, UsageError
 from edge_ssm.service.systemd.install import unit
 from edge_ssm.telemetry import status, status_files
-from edge_ssm.text import printable
+from edge_ssm.text import sanitize
 
 _PROPERTIES = (
     "Id",
@@ -79,7 +79,7 @@ def in_words(found: dict[str, str], told: status.Status | None) -> str:
             lines.append(f"  output    {told.output_problem}")
         lines += [f"  event     {event}" for event in told.events[-3:]]
     # What a run tells holds names from files and addresses, which are other people's text.
-    return "\n".join(printable(line) for line in lines)
+    return "\n".join(sanitize(line) for line in lines)
 
 
 def _all() -> list[str]:
