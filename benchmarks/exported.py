@@ -35,7 +35,7 @@ from edge_ssm import load
 from edge_ssm.engines.registry import create
 from edge_ssm.formats import exported
 from edge_ssm.model.network import MIXING_DTYPES, InputSpec
-from edge_ssm_build import graphs
+from edge_ssm_build.export import graphs
 
 SHAPES = {"small": (64, 2), "ecg": (128, 4), "large": (256, 6)}
 PRUNED = (0, 50, 90)
@@ -122,8 +122,8 @@ def initial(kernel: Any, percent: int) -> Any:
     """A network as training begins with it, with some of its operators bypassed."""
     import torch
 
-    from edge_ssm_build.convert import to_network
-    from edge_ssm_build.model import Config, LayerShape, SSMNetwork
+    from edge_ssm_build.export.convert import to_network
+    from edge_ssm_build.training.network import Config, LayerShape, SSMNetwork
 
     torch.manual_seed(0)
     rng = np.random.default_rng(percent)

@@ -23,9 +23,13 @@ import torch
 
 from edge_ssm.engines.registry import create
 from edge_ssm.profiler import step_table
-from edge_ssm_build import datasets, foreign, importing, training, verification
-from edge_ssm_build.executors import prepare_process
-from edge_ssm_build.model import Config
+from edge_ssm_build.data import datasets
+from edge_ssm_build.importers import checkpoints as importers_checkpoints
+from edge_ssm_build.importers import convert, verification
+from edge_ssm_build.pruning.executors import prepare_process
+from edge_ssm_build.training import checkpoint as checkpoints
+from edge_ssm_build.training import loop
+from edge_ssm_build.training.network import Config
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tests" / "host"))
@@ -44,24 +48,24 @@ FORMS = {
 }
 
 
-def checkpoints(data: datasets.Dataset, n: int, options: dict[str, object]) -> dict[str, training.Checkpoint]:
+def saved_checkpoints(data: datasets.Dataset, n: int, options: dict[str, object]) -> dict[str, checkpoints.Checkpoint]:
     shape = {"d_input": len(data.channels), "d_output": len(data.labels), "d_model": 16, "d_state": n, **options}
-    recipe = training.Recipe(window=WINDOW, epochs=3)
+    recipe = checkpoints.Recipe(window=WINDOW, epochs=3)
     made = {}
     for age in ("fresh", "trained"):
-        made[age] = training.new_checkpoint(data, "watch", Config(**shape), recipe)
-    training.fit(made["trained"], data, recipe)
+        made[age] = checkpoints.new_checkpoint(data, "watch", Config(**shape), recipe)
+    loop.fit(made["trained"], data, recipe)
     return made
 
 
-def errors(folder: Path, checkpoint: training.Checkpoint, layout: Any, stated: dict[str, str]) -> dict[str, float]:
+def errors(folder: Path, checkpoint: checkpoints.Checkpoint, layout: Any, stated: dict[str, str]) -> dict[str, float]:
     path, arch = folder / "model.pth", folder / "arch.toml"
     torch.save(layout(checkpoint.model), path)
     spec = checkpoint.spec
     fields = {"prenorm": False, "pooling": "mean", "window": WINDOW, "channels": list(spec.channels)}
     arch.write_text(layouts.arch_toml(**fields, mean=spec.mean.tolist(), std=spec.std.tolist(), **stated))
-    read = foreign.read(path, "auto", foreign.read_arch(arch))
-    network = importing.to_network(read)
+    read = importers_checkpoints.read(path, "auto", importers_checkpoints.read_arch(arch))
+    network = convert.to_network(read)
     found = {}
     for steps in (1000, 20_000):
         x = verification.samples_for(network, steps)
@@ -85,10 +89,10 @@ def main() -> None:
     data, rows = datasets.load("watch"), []
     with tempfile.TemporaryDirectory() as folder:
         for n in (16, 32, 64):
-            made: dict[str, dict[str, training.Checkpoint]] = {}
+            made: dict[str, dict[str, checkpoints.Checkpoint]] = {}
             for form, (options, layout, stated) in FORMS.items():
                 key = json.dumps(options)
-                made.setdefault(key, checkpoints(data, n, options))
+                made.setdefault(key, saved_checkpoints(data, n, options))
                 for age, checkpoint in made[key].items():
                     row = {"form": form, "N": n, "age": age, **errors(Path(folder), checkpoint, layout, stated)}
                     rows.append(row)

@@ -20,7 +20,9 @@ import numpy as np
 import torch
 
 from edge_ssm import load
-from edge_ssm_build import convert, datasets, exporting, recording, training
+from edge_ssm_build.data import datasets, recording
+from edge_ssm_build.export import artifact, convert
+from edge_ssm_build.training import scoring
 
 ROOT = Path(__file__).parent.parent
 
@@ -33,8 +35,8 @@ def main() -> None:
     network = load(model).network
     torch_network = convert.to_model(network, torch.float64)
     data = datasets.load("watch")
-    x, y = training.split_windows(data, "test", network.window)
-    expected = exporting.convolve_windows(torch_network, network.input, x)
+    x, y = scoring.split_windows(data, "test", network.window)
+    expected = artifact.convolve_windows(torch_network, network.input, x)
     rows, failed = [], False
     with tempfile.TemporaryDirectory() as folder:
         stream = Path(folder) / "test.csv"
@@ -45,7 +47,7 @@ def main() -> None:
             done = subprocess.run(command, capture_output=True, text=True, check=True)
             decisions = [json.loads(line) for line in done.stdout.splitlines()]
             found = np.array([d["logits"] for d in decisions])
-            agreement = exporting.agreement_of(expected, found, 1e-4)
+            agreement = artifact.agreement_of(expected, found, 1e-4)
             # The label that is shown is that of the largest logit.
             assert [d["label"] for d in decisions] == [network.labelled[i] for i in found.argmax(axis=1)]
             row = {

@@ -17,9 +17,10 @@ from scipy.signal import resample_poly
 
 from edge_ssm import load
 from edge_ssm.model.transforms import at_sample_rate
-from edge_ssm_build import datasets, verification
-from edge_ssm_build.exporting import stream_windows
-from edge_ssm_build.training import split_windows
+from edge_ssm_build.data import datasets
+from edge_ssm_build.export.artifact import stream_windows
+from edge_ssm_build.importers import verification
+from edge_ssm_build.training.scoring import split_windows
 
 
 def main() -> None:

@@ -420,7 +420,7 @@ def streams(*arguments):
 def demo_files(tmp_path_factory, demo_model):
     folder = tmp_path_factory.mktemp("demo")
     for kind in ("onnx", "tflite"):
-        code = "from edge_ssm_build.cli import main; main()"
+        code = "from edge_ssm_build.cli.app import main; main()"
         command = [sys.executable, "-c", code, "export", demo_model, "--to", kind, "--output", folder / f"m.{kind}"]
         subprocess.run(command, check=True, capture_output=True, timeout=120)
     (folder / "m.safetensors").write_bytes(demo_model.read_bytes())
@@ -466,7 +466,7 @@ def test_a_graph_that_was_exchanged_is_refused(demo_files, demo_stream, tmp_path
     build = [
         sys.executable,
         "-c",
-        "from edge_ssm_build.cli import main; main()",
+        "from edge_ssm_build.cli.app import main; main()",
         "export",
         demo_files / "m.safetensors",
     ]
@@ -514,7 +514,7 @@ def test_an_exported_file_is_known_by_its_content_and_can_be_signed(demo_files, 
     pytest.importorskip("cryptography")
     odd = tmp_path / "model.bin"
     odd.write_bytes((demo_files / f"m.{kind}").read_bytes())
-    build = [sys.executable, "-c", "from edge_ssm_build.cli import main; main()"]
+    build = [sys.executable, "-c", "from edge_ssm_build.cli.app import main; main()"]
     subprocess.run([*build, "keygen", "--output", tmp_path / "k"], check=True, capture_output=True, timeout=60)
     private = next(p for p in tmp_path.iterdir() if p.name.startswith("k") and "pub" not in p.name)
     public = next(p for p in tmp_path.iterdir() if p.name.startswith("k") and "pub" in p.name)
@@ -528,7 +528,7 @@ def test_an_exported_file_is_known_by_its_content_and_can_be_signed(demo_files, 
     ("name", "problem"), [("none", "no such file"), ("", "not a regular file"), ("m.onnx", "already")]
 )
 def test_what_can_not_be_exported_is_said_plainly(demo_files, tmp_path, name, problem):
-    build = [sys.executable, "-c", "from edge_ssm_build.cli import main; main()"]
+    build = [sys.executable, "-c", "from edge_ssm_build.cli.app import main; main()"]
     command = [*build, "export", demo_files / name, "--to", "onnx", "--output", tmp_path / "x.onnx"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2

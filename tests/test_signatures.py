@@ -29,7 +29,7 @@ from securesystemslib.signer import SSlibKey
 from edge_ssm.errors import ArtifactError, InputRefused, SignatureRefused, UsageError
 from edge_ssm.formats import artifact, signatures
 from edge_ssm.model.network import fingerprint
-from edge_ssm_build import signing
+from edge_ssm_build.export import signing
 
 ROOT = Path(__file__).parent.parent
 
@@ -447,7 +447,7 @@ def test_any_bytes_are_refused(shared, content):
 
 
 def run(program, *arguments, env=None, data=b""):
-    module = {"edge-ssm": "edge_ssm.cli.app", "edge-ssm-build": "edge_ssm_build.cli"}[program]
+    module = {"edge-ssm": "edge_ssm.cli.app", "edge-ssm-build": "edge_ssm_build.cli.app"}[program]
     code = f"import sys; sys.argv[0] = {program!r}; from {module} import main; main()"
     command = [sys.executable, *(["-S"] if env else []), "-c", code, *map(str, arguments)]
     return subprocess.run(command, input=data, capture_output=True, env=env, timeout=300)

@@ -379,7 +379,7 @@ def signature_target() -> Fuzzed:
 def signature_content_target() -> Fuzzed:
     """A statement with changes that the input spells, signed rightly, in an envelope with changes: if it is taken, it
     says what was signed."""
-    from edge_ssm_build import signing
+    from edge_ssm_build.export import signing
 
     keys, private = _trusted(), fuzzing_key()
     text = (CORPUS / "signature" / "valid").read_bytes()

@@ -20,7 +20,7 @@ from edge_ssm.io.messages import Frame
 from edge_ssm.runtime.pipeline import Pipeline
 from edge_ssm.runtime.windows import Windows
 from edge_ssm.service import snapshot as service_snapshot
-from edge_ssm_build import signing
+from edge_ssm_build.export import signing
 
 sys.path.insert(0, str(ROOT / "tests"))
 from networks import random_network

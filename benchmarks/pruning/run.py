@@ -28,6 +28,8 @@ from typing import Any
 
 import numpy as np
 
+from edge_ssm_build.training import checkpoint as checkpoints
+
 HERE = Path(__file__).parent
 
 
@@ -65,7 +67,7 @@ def _cell(work: Path, task: str, kernel: str, seed: int) -> Path:
 
 
 def _config(task: Task, data: Any, kernel: str, d_model: int) -> Any:
-    from edge_ssm_build.model import Config
+    from edge_ssm_build.training.network import Config
 
     shape = {"d_model": d_model, "d_state": task.d_state, "n_layers": task.n_layers}
     if kernel == "s4":
@@ -74,11 +76,11 @@ def _config(task: Task, data: Any, kernel: str, d_model: int) -> Any:
 
 
 def _train(task: Task, data: Any, kernel: str, seed: int, epochs: int, d_model: int) -> Any:
-    from edge_ssm_build import training
+    from edge_ssm_build.training import loop
 
-    recipe = training.Recipe(window=task.window, epochs=epochs, seed=seed)
-    checkpoint = training.new_checkpoint(data, task.data, _config(task, data, kernel, d_model), recipe)
-    reached = training.fit(checkpoint, data, recipe)
+    recipe = checkpoints.Recipe(window=task.window, epochs=epochs, seed=seed)
+    checkpoint = checkpoints.new_checkpoint(data, task.data, _config(task, data, kernel, d_model), recipe)
+    reached = loop.fit(checkpoint, data, recipe)
     checkpoint.history.append({"stage": "train", "seed": seed, "epochs": epochs, "validation": asdict(reached)})
     return checkpoint
 
@@ -89,8 +91,8 @@ def _row(checkpoint: Any, data: Any, name: str, folder: Path, **known: Any) -> d
     A network whose artifact fails has no score, only the reason.
     """
     from edge_ssm.model.cost import cost
-    from edge_ssm_build.exporting import export
-    from edge_ssm_build.search import FAILURES, network_of
+    from edge_ssm_build.export.artifact import export
+    from edge_ssm_build.pruning.search import FAILURES, network_of
 
     try:
         agreements, made_by = export(checkpoint, data, folder / f"{name}.safetensors")
@@ -114,13 +116,13 @@ def _row(checkpoint: Any, data: Any, name: str, folder: Path, **known: Any) -> d
 
 
 def _plan(method: str, base: Any, rates: tuple[float, ...]) -> Any:
-    from edge_ssm_build import pruning
+    from edge_ssm_build.pruning import plan
 
-    return pruning.plan_of(pruning.METHODS[method], rates, base)
+    return plan.plan_of(plan.METHODS[method], rates, base)
 
 
 def _family(method: str, task: Task, base: Any, data: Any, seed: int, folder: Path) -> list[dict[str, Any]]:
-    from edge_ssm_build import pruning
+    from edge_ssm_build.pruning import plan
 
     todo = _plan(method, base, task.rates)
     if method == "s4op":
@@ -130,7 +132,7 @@ def _family(method: str, task: Task, base: Any, data: Any, seed: int, folder: Pa
         todo = replace(todo, seeds=(seed,))
     current, rows = base, []
     for step, rate in enumerate(task.rates):
-        made = [pruning.candidate(current, base, data, todo, step, s) for s in todo.seeds]
+        made = [plan.candidate(current, base, data, todo, step, s) for s in todo.seeds]
         current, _ = max(made, key=lambda c: (c[1].balanced_accuracy, -c[1].loss))
         rows.append(_row(current, data, f"{method}-{rate:g}", folder, rate=rate))
     return rows
@@ -140,8 +142,8 @@ def _narrow(task: Task, kernel: str, base: Any, data: Any, seed: int, folder: Pa
     """From scratch, as narrow as it takes to do no more multiply-adds than ``compact`` does at that rate; trained for
     as many epochs as pruning spent up to there."""
     from edge_ssm.model.cost import cost
-    from edge_ssm_build.model import SSMNetwork
-    from edge_ssm_build.search import network_of
+    from edge_ssm_build.pruning.search import network_of
+    from edge_ssm_build.training.network import SSMNetwork
 
     compact = json.loads((folder / "compact.json").read_text())
     fine_tune = _plan("compact", base, task.rates).epochs
@@ -162,7 +164,7 @@ def _narrow(task: Task, kernel: str, base: Any, data: Any, seed: int, folder: Pa
 
 def _states_alone(base: Any, data: Any, folder: Path) -> list[dict[str, Any]]:
     """States removed without any retraining, by each method that the kernel allows."""
-    from edge_ssm_build import calibration, states
+    from edge_ssm_build.pruning import calibration, states
 
     x, y = calibration.windows(base, data)
     measured = calibration.measure(base.model, x, y)
@@ -178,8 +180,8 @@ def _states_alone(base: Any, data: Any, folder: Path) -> list[dict[str, Any]]:
 
 def train(arguments: argparse.Namespace) -> None:
     from edge_ssm import files
-    from edge_ssm_build import datasets, training
-    from edge_ssm_build.executors import prepare_process
+    from edge_ssm_build.data import datasets
+    from edge_ssm_build.pruning.executors import prepare_process
 
     prepare_process()
 
@@ -209,11 +211,11 @@ def train(arguments: argparse.Namespace) -> None:
                 folder.mkdir(parents=True, exist_ok=True)
                 if claim(folder, "base"):
                     base = _train(task, data, kernel, seed, task.epochs, task.d_model)
-                    training.save_checkpoint(folder / "base.pt", base)
+                    checkpoints.save_checkpoint(folder / "base.pt", base)
                     finish(folder, "base", [_row(base, data, "base", folder, rate=0.0)])
                 if not (folder / "base.json").exists():
                     continue  # the other process is at it; a later call takes what is left
-                base = training.load_checkpoint(folder / "base.pt")
+                base = checkpoints.load_checkpoint(folder / "base.pt")
                 if not task.methods and claim(folder, "states"):
                     finish(folder, "states", _states_alone(base, data, folder))
                 for method in [m for m in task.methods or MAIN if m in arguments.methods]:

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from edge_ssm_build import datasets
+from edge_ssm_build.data import datasets
+from edge_ssm_build.training import checkpoint as checkpoints
 
 
 @pytest.fixture(scope="session")
@@ -49,13 +50,12 @@ def move_poles():
 def fresh(data, recordings):
     """A function that makes an untrained checkpoint of any form."""
 
-    from edge_ssm_build import training
-    from edge_ssm_build.model import Config
+    from edge_ssm_build.training.network import Config
 
     def make(epochs=2, **options):
         config = Config(d_input=6, d_output=len(data.labels), **({"d_model": 8, "d_state": 4} | options))
-        return training.new_checkpoint(
-            data, str(recordings), config, training.Recipe(window=50, epochs=epochs, batch=16)
+        return checkpoints.new_checkpoint(
+            data, str(recordings), config, checkpoints.Recipe(window=50, epochs=epochs, batch=16)
         )
 
     return make

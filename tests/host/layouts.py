@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from edge_ssm_build.model import SSMNetwork
+from edge_ssm_build.training.network import SSMNetwork
 
 
 def _real(values):

@@ -11,13 +11,14 @@ import pytest
 
 from edge_ssm.cli.app import run_command
 from edge_ssm.profiler import step_table
+from edge_ssm_build.training import checkpoint as checkpoints
 
 torch = pytest.importorskip("torch", reason="the host tool needs torch: pip install 'edge-ssm[host]'")
 
-from edge_ssm_build import training  # noqa: E402
-from edge_ssm_build.cli import cli  # noqa: E402
+from edge_ssm_build.cli.app import cli
+from edge_ssm_build.training import loop
 
-BUILD = [sys.executable, "-c", "from edge_ssm_build.cli import main; main()"]
+BUILD = [sys.executable, "-c", "from edge_ssm_build.cli.app import main; main()"]
 RUN = [sys.executable, "-c", "from edge_ssm.cli.app import main; main()"]
 
 
@@ -88,7 +89,7 @@ def test_prune_writes_every_member_that_is_right(recordings, fresh, move_poles, 
     with torch.no_grad():
         start.model.decoder.weight[1] = start.model.decoder.weight[0]
         start.model.decoder.bias[:2] = 20.0
-    training.save_checkpoint(tmp_path / "start.pt", start)
+    checkpoints.save_checkpoint(tmp_path / "start.pt", start)
 
     def prune():
         prune = ["prune", tmp_path / "start.pt", "--output", output, "--method", "compact", "--rates", "0.25,0.5"]
@@ -106,11 +107,11 @@ def test_prune_writes_every_member_that_is_right(recordings, fresh, move_poles, 
     assert all(m["agreement"]["cpu"]["bound"] == 1e-4 for m in members.values())
     assert family["chosen"] == 0.5
     broken = output / "candidates" / "rate-0.5-seed-0.pt"
-    wrong = training.load_checkpoint(broken)
+    wrong = checkpoints.load_checkpoint(broken)
     with torch.no_grad():
         wrong.model.decoder.weight *= 1e5
         wrong.model.decoder.bias *= 1e5
-    training.save_checkpoint(broken, wrong)
+    checkpoints.save_checkpoint(broken, wrong)
     status, said, family = prune()
     assert status == 1
     line = said.err.splitlines()[-1]
@@ -128,7 +129,7 @@ def test_refusals_are_one_line(tmp_path, recordings, fresh, demo_model, capsys, 
     file = tmp_path / "file"
     file.touch()
     good, foreign = tmp_path / "good.pt", tmp_path / "foreign.pt"
-    training.save_checkpoint(good, fresh())
+    checkpoints.save_checkpoint(good, fresh())
     torch.save({"state_dict": {"layers.0.weight": torch.zeros(3)}}, foreign)
     train = ["train", "--data", recordings, "--window", 50, "--output"]
     for arguments, status, text in (
@@ -163,7 +164,7 @@ def test_refusals_are_one_line(tmp_path, recordings, fresh, demo_model, capsys, 
 def test_no_command_writes_over_what_it_reads(tmp_path, recordings, fresh, capsys, monkeypatch):
     start, arch = tmp_path / "rate-0.5.pt", tmp_path / "arch.safetensors"
     odd, data = tmp_path / "m.safetensors", tmp_path / "d.npz"
-    training.save_checkpoint(start, fresh())
+    checkpoints.save_checkpoint(start, fresh())
     odd.write_bytes(start.read_bytes())
     arch.touch()
     data.write_bytes(Path(recordings).read_bytes())
@@ -191,7 +192,7 @@ def test_no_command_writes_over_what_it_reads(tmp_path, recordings, fresh, capsy
 
 def test_a_checkpoint_is_known_by_its_content(tmp_path, fresh):
     for name in ("ck.safetensors", "ck.onnx"):
-        training.save_checkpoint(tmp_path / name, fresh())
+        checkpoints.save_checkpoint(tmp_path / name, fresh())
         assert "every label equal" in build("export", tmp_path / name, "--output", tmp_path / "out.safetensors")
         assert build("evaluate", tmp_path / name).startswith("test: ")
 
@@ -212,13 +213,13 @@ def test_a_training_costs_none_of_other_settings(tmp_path, recordings, capsys, m
         assert status(*more) == (2, f"edge-ssm-build: error: {place}: {refused}")
         assert place.read_bytes() == before
     assert status()[0] == 0  # the same again gives the same
-    assert training.load_checkpoint(place).history == training.parse_checkpoint(before, "before").history
+    assert checkpoints.load_checkpoint(place).history == checkpoints.parse_checkpoint(before, "before").history
     place.unlink()
-    original = training.save_checkpoint
-    monkeypatch.setattr(training, "save_checkpoint", lambda *_: 1 / 0)
+    original = checkpoints.save_checkpoint
+    monkeypatch.setattr(loop, "save_checkpoint", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         status()
-    monkeypatch.setattr(training, "save_checkpoint", original)
+    monkeypatch.setattr(loop, "save_checkpoint", original)
     assert (tmp_path / "resume.pt").exists()
     code, said = status("--prenorm")  # weights of the same shapes, another network
     assert code == 2

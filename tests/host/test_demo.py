@@ -12,7 +12,8 @@ from edge_ssm import load
 
 torch = pytest.importorskip("torch", reason="the host tool needs torch: pip install 'edge-ssm[host]'")
 
-from edge_ssm_build import convert, exporting  # noqa: E402
+from edge_ssm_build.export import artifact as export_artifact
+from edge_ssm_build.export import convert
 
 
 def test_the_demo_streams_what_torch_computes(demo_model, demo_stream):
@@ -21,7 +22,7 @@ def test_the_demo_streams_what_torch_computes(demo_model, demo_stream):
     rows = np.genfromtxt(demo_stream, delimiter=",", skip_header=1, dtype=str)
     x = rows[:, :-1].astype(float).reshape(-1, network.window, network.d_input)
     truth = rows[:: network.window, -1]
-    logits = exporting.convolve_windows(convert.to_model(network, torch.float64), network.input, x)
+    logits = export_artifact.convolve_windows(convert.to_model(network, torch.float64), network.input, x)
     labels = [network.labels[i] for i in logits.argmax(axis=1)]
     command = [sys.executable, "-c", "from edge_ssm.cli.app import main; main()", "run", str(demo_model), "--stream"]
     done = subprocess.run(

@@ -13,16 +13,17 @@ from networks import random_network, samples_for
 from edge_ssm.engines.registry import create
 from edge_ssm.errors import InputRefused, RunFailed
 from edge_ssm.formats import artifact, exported, loading
+from edge_ssm_build.training import checkpoint as checkpoints
 
 pytest.importorskip("onnx", reason="makes ONNX graphs: pip install 'edge-ssm[export]'")
 pytest.importorskip("onnxruntime", reason="runs them: pip install 'edge-ssm[export]'")
 pytest.importorskip("flatbuffers", reason="makes TFLite graphs: pip install 'edge-ssm[export]'")
 pytest.importorskip("ai_edge_litert", reason="runs them: pip install 'edge-ssm[export]'")
 
-from edge_ssm_build import graphs
+from edge_ssm_build.export import graphs
 
 KINDS = ["onnx", "tflite"]
-BUILD = [sys.executable, "-c", "from edge_ssm_build.cli import main; main()"]
+BUILD = [sys.executable, "-c", "from edge_ssm_build.cli.app import main; main()"]
 
 
 def build(*arguments):
@@ -46,9 +47,8 @@ def test_an_artifact_is_exported_and_its_error_said(kind, weights, demo_model, d
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_checkpoint_is_exported(kind, fresh, tmp_path):
     pytest.importorskip("torch", reason="reads checkpoints")
-    from edge_ssm_build import training
 
-    training.save_checkpoint(tmp_path / "c.pt", fresh())
+    checkpoints.save_checkpoint(tmp_path / "c.pt", fresh())
     output = tmp_path / f"c.{kind}"
     done = build("export", tmp_path / "c.pt", "--to", kind, "--weights", "int8", "--output", output)
     assert done.returncode == 0, done.stderr
@@ -156,7 +156,7 @@ def test_what_is_off_by_too_much_is_not_written(demo_model, tmp_path):
 
 
 def test_an_artifact_is_exported_without_torch(demo_model, tmp_path):
-    hidden = "import sys; sys.modules['torch'] = None; from edge_ssm_build.cli import main; main()"
+    hidden = "import sys; sys.modules['torch'] = None; from edge_ssm_build.cli.app import main; main()"
     command = [sys.executable, "-c", hidden, "export", demo_model, "--to", "onnx", "--output", tmp_path / "x.onnx"]
     subprocess.run(command, check=True, capture_output=True, timeout=120)
     done = subprocess.run(

@@ -11,13 +11,15 @@ from edge_ssm.cli.app import run_command
 from edge_ssm.errors import InputRefused, RunFailed, UsageError
 from edge_ssm.formats import artifact
 from edge_ssm.model.transforms import at_sample_rate
+from edge_ssm_build.training import scoring
 
 torch = pytest.importorskip("torch", reason="the host tool needs torch: pip install 'edge-ssm[host]'")
 
-import layouts  # noqa: E402
+import layouts
 
-from edge_ssm_build import foreign, importing, training, verification  # noqa: E402
-from edge_ssm_build.cli import cli  # noqa: E402
+from edge_ssm_build.cli.app import cli
+from edge_ssm_build.importers import checkpoints, convert, verification
+from edge_ssm_build.training import loop
 
 S4 = {"kernel": "s4", "init": "legs", "discretization": "bilinear", "l_kernel": 50}
 FORMS = {
@@ -39,7 +41,7 @@ def made(fresh, data, tmp_path):
     def make(form, pruned=False, epochs=2, **changes):
         options, layout, stated = FORMS[form]
         checkpoint = fresh(epochs=epochs, **({"d_state": 16} | options))
-        training.fit(checkpoint, data, checkpoint.recipe)
+        loop.fit(checkpoint, data, checkpoint.recipe)
         if pruned:
             for ssm, channels in zip(checkpoint.model.ssms(), ([1, 4], [0, 1, 2, 3, 4, 5, 7]), strict=True):
                 ssm.bypass(channels)
@@ -61,7 +63,7 @@ def made(fresh, data, tmp_path):
 
 
 def read(path, arch, form="auto"):
-    return foreign.read(path, form, foreign.read_arch(arch))
+    return checkpoints.read(path, form, checkpoints.read_arch(arch))
 
 
 @pytest.mark.parametrize("pruned", [False, True])
@@ -71,15 +73,15 @@ def test_every_form_streams_what_it_computed(made, data, tmp_path, form, pruned)
         pytest.skip("only S4oP prunes")
     ours, path, arch = made(form, pruned)
     checkpoint = read(path, arch)
-    network = importing.to_network(checkpoint)
+    network = convert.to_network(checkpoint)
     # Against torch's own forward pass on recorded windows, which knows nothing of the import.
-    x, _ = training.split_windows(data, "test", 50)
-    expected = training.predict(ours.model, training.as_input(x[:6], ours.spec)).numpy()
+    x, _ = scoring.split_windows(data, "test", 50)
+    expected = scoring.predict(ours.model, scoring.as_input(x[:6], ours.spec)).numpy()
     own = [verification.checkpoint_outputs(checkpoint, w).mean(axis=0) for w in x[:6]]
     assert np.abs(np.array(own) - expected).max() < 2e-5
     # Against the tests' convolution, which knows nothing of either.
     assert np.abs(np.array([convolution.pooled(network, w) for w in x[:2]]) - expected[:2]).max() < 2e-5
-    _, agreements = importing.write(checkpoint, path, tmp_path / "m.safetensors")
+    _, agreements = convert.write(checkpoint, path, tmp_path / "m.safetensors")
     assert {a.engine for a in agreements} == {"reference", "cpu"}
     assert max(a.error for a in agreements) < 1e-4
     loaded = artifact.load(tmp_path / "m.safetensors")
@@ -92,9 +94,9 @@ def test_parameter_transforms(made, data, real, dt):
     form = "S4Block diag zoh"
     ours, path, arch = made(form, real_transform=real, dt_transform=dt)
     torch.save(layouts.block_stack(ours.model, real=real, dt=dt), path)
-    x, _ = training.split_windows(data, "test", 50)
-    expected = training.predict(ours.model, training.as_input(x[:3], ours.spec)).numpy()
-    network = importing.to_network(read(path, arch))
+    x, _ = scoring.split_windows(data, "test", 50)
+    expected = scoring.predict(ours.model, scoring.as_input(x[:3], ours.spec)).numpy()
+    network = convert.to_network(read(path, arch))
     assert np.abs(np.array([convolution.pooled(network, w) for w in x[:3]]) - expected).max() < 1e-4
 
 
@@ -102,7 +104,7 @@ def test_parameter_transforms(made, data, real, dt):
 def test_tied_systems_are_copied_to_every_channel(made, tmp_path, form):
     ours, path, arch = made(form)
     torch.save(layouts.block_stack(ours.model, tied=True), path)
-    network, agreements = importing.write(read(path, arch), path, tmp_path / "m.safetensors")
+    network, agreements = convert.write(read(path, arch), path, tmp_path / "m.safetensors")
     A = network.blocks[0].ssm.A.reshape(8, -1)
     assert (A[0] == A).all()
     assert max(a.error for a in agreements) < 1e-4
@@ -111,7 +113,7 @@ def test_tied_systems_are_copied_to_every_channel(made, tmp_path, form):
 def test_a_step_of_its_own_for_each_state(made, tmp_path):
     ours, path, arch = made("S4Block diag zoh")
     torch.save(layouts.block_stack(ours.model, untied_dt=True), path)
-    _, agreements = importing.write(read(path, arch), path, tmp_path / "m.safetensors")
+    _, agreements = convert.write(read(path, arch), path, tmp_path / "m.safetensors")
     assert max(a.error for a in agreements) < 1e-4
 
 
@@ -119,14 +121,14 @@ def test_a_truncated_C_is_undone_for_streams_longer_than_it(made):
     _, path, arch = made("S4Block dplr")
     checkpoint = read(path, arch)
     assert checkpoint.layers[0].l_kernel == 50
-    network = importing.to_network(checkpoint)
+    network = convert.to_network(checkpoint)
     x = verification.samples_for(network, 3000)
     assert max(a.error for a in verification.against_checkpoint(network, checkpoint, x)) < 1e-4
     state = torch.load(path)
     for i in range(2):
         state[f"s4_layers.{i}.layer.kernel.l_kernel"] = torch.tensor(0)
     torch.save(state, path)
-    other = importing.to_network(read(path, arch))
+    other = convert.to_network(read(path, arch))
     assert np.abs(other.blocks[0].ssm.C - network.blocks[0].ssm.C).max() > 1e-3
 
 
@@ -144,13 +146,13 @@ def fourier(checkpoint):
 
 def test_each_channel_takes_the_form_that_float32_holds(made, tmp_path):
     _, path, arch = made("S4Block dplr, N 64", epochs=1)
-    legs, agreements = importing.write(read(path, arch), path, tmp_path / "legs.safetensors")
+    legs, agreements = convert.write(read(path, arch), path, tmp_path / "legs.safetensors")
     assert all(b.ssm.rank_one.all() for b in legs.blocks)
     assert max(a.error for a in agreements) < 1e-4
     ours, path, arch = made("S4Block dplr", epochs=1)
     fourier(ours)
     torch.save(layouts.block_stack(ours.model), path)
-    network, agreements = importing.write(read(path, arch), path, tmp_path / "fourier.safetensors")
+    network, agreements = convert.write(read(path, arch), path, tmp_path / "fourier.safetensors")
     assert not any(b.ssm.rank_one.any() for b in network.blocks)
     assert max(a.error for a in agreements) < 1e-4
 
@@ -159,7 +161,7 @@ def test_each_channel_takes_the_form_that_float32_holds(made, tmp_path):
 @pytest.mark.parametrize("factor", [0.5, 2.0])
 def test_another_sample_rate_is_the_convolution_discretised_anew(made, form, factor):
     _, path, arch = made(form, sample_rate_hz=50.0)
-    network = at_sample_rate(importing.to_network(read(path, arch)), 50.0 * factor)
+    network = at_sample_rate(convert.to_network(read(path, arch)), 50.0 * factor)
     assert network.window == 50 * factor
     assert max(a.error for a in verification.against_convolution(network, 1000)) < 1e-4
     x = verification.samples_for(network, 120)
@@ -176,7 +178,7 @@ def test_tokens(made, fresh, tmp_path):
     state["embedding.weight"] = torch.randn(11, 8)
     torch.save(content, path)
     arch.write_text(layouts.arch_toml(prenorm=False, window=50))
-    network, agreements = importing.write(read(path, arch), path, tmp_path / "m.safetensors")
+    network, agreements = convert.write(read(path, arch), path, tmp_path / "m.safetensors")
     assert network.encoder.embedding.shape == (11, 8)
     assert max(a.error for a in agreements) < 1e-4
 
@@ -215,7 +217,7 @@ def test_what_can_not_be_read_or_streamed_is_refused_with_its_name(made, tmp_pat
     _, path, arch = made(form, epochs=1)
     changed(path, **change)
     with pytest.raises(InputRefused, match=message) as caught:
-        importing.write(read(path, arch), path, tmp_path / "m.safetensors")
+        convert.write(read(path, arch), path, tmp_path / "m.safetensors")
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "m.safetensors").exists()
 
@@ -240,14 +242,14 @@ def test_what_the_arch_must_say(made, tmp_path, change, message):
     lines += layouts.arch_toml(**{k: v for k, v in change.items() if v is not None}).splitlines()
     arch.write_text("\n".join(lines))
     with pytest.raises(UsageError, match=message):
-        importing.write(read(path, arch), path, tmp_path / "m.safetensors")
+        convert.write(read(path, arch), path, tmp_path / "m.safetensors")
 
 
 @pytest.mark.parametrize("text", ["window = ", "window = 0", "colour = 1", 'norm = "rms"', "\xff"])
 def test_a_broken_arch_is_refused(tmp_path, text):
     (tmp_path / "a.toml").write_bytes(text.encode("latin-1"))
     with pytest.raises(InputRefused, match=r"a\.toml: "):
-        foreign.read_arch(tmp_path / "a.toml")
+        checkpoints.read_arch(tmp_path / "a.toml")
 
 
 def test_a_pickle_with_code_is_refused_and_never_run(made, tmp_path):
@@ -274,16 +276,16 @@ def test_a_pickle_with_code_is_refused_and_never_run(made, tmp_path):
 def test_an_artifact_that_disagrees_is_not_written(made, tmp_path, monkeypatch):
     _, path, arch = made("minimal S4D", epochs=1)
     checkpoint = read(path, arch)
-    honest = importing.to_network
+    honest = convert.to_network
 
     def wrong(read_checkpoint):
         network = honest(read_checkpoint)
         network.decoder.bias[0] += 1e-3
         return network
 
-    monkeypatch.setattr(importing, "to_network", wrong)
+    monkeypatch.setattr(convert, "to_network", wrong)
     with pytest.raises(RunFailed, match="nothing was written"):
-        importing.write(checkpoint, path, tmp_path / "m.safetensors")
+        convert.write(checkpoint, path, tmp_path / "m.safetensors")
     assert not (tmp_path / "m.safetensors").exists()
 
 

@@ -11,12 +11,15 @@ from edge_ssm.errors import RunFailed, UsageError
 from edge_ssm.formats import artifact
 from edge_ssm.model.network import fingerprint
 from edge_ssm.model.transforms import quantised
+from edge_ssm_build.training import scoring
 
 torch = pytest.importorskip("torch", reason="the host tool needs torch: pip install 'edge-ssm[host]'")
 
-from edge_ssm_build import convert, exporting, rounding, training  # noqa: E402
-from edge_ssm_build.kernels import diagonal_kernel, initial_A, initial_rank_one  # noqa: E402
-from edge_ssm_build.rotation import rotate  # noqa: E402
+from edge_ssm_build.data.rotation import rotate
+from edge_ssm_build.export import artifact as export_artifact
+from edge_ssm_build.export import convert, quantization
+from edge_ssm_build.training import loop
+from edge_ssm_build.training.kernels import diagonal_kernel, initial_A, initial_rank_one
 
 SPLITS = ("train", "test")
 
@@ -39,7 +42,7 @@ def network_of(checkpoint):
 @pytest.mark.parametrize("pruned", [False, True])
 def test_torch_equals_the_independent_convolution_and_every_engine(fresh, data, form, pruned):
     checkpoint = fresh(**form)
-    training.fit(checkpoint, data, checkpoint.recipe)  # BatchNorm has statistics of its own after it
+    loop.fit(checkpoint, data, checkpoint.recipe)  # BatchNorm has statistics of its own after it
     if pruned:
         for block in checkpoint.model.layers():
             block.ssm.bypass([0], torch.tensor([0.7]))
@@ -48,23 +51,23 @@ def test_torch_equals_the_independent_convolution_and_every_engine(fresh, data, 
             block.ssm.fix([0], 0.0)
             block.mixing.drop_rows([1, 4], torch.tensor([0.3, -0.1]))
     network = network_of(checkpoint)
-    x, _ = training.split_windows(data, "test", 50)
+    x, _ = scoring.split_windows(data, "test", 50)
     x = x[:6]
-    expected = exporting.convolve_windows(checkpoint.model, checkpoint.spec, x)
+    expected = export_artifact.convolve_windows(checkpoint.model, checkpoint.spec, x)
     # Norms, D and mixing are float32 in a network; the rest is the same to float64's last digits.
     assert np.allclose([convolution.pooled(network, window) for window in x], expected, atol=2e-6)
-    in_float32 = training.predict(checkpoint.model, training.as_input(x, checkpoint.spec)).numpy()
+    in_float32 = scoring.predict(checkpoint.model, scoring.as_input(x, checkpoint.spec)).numpy()
     assert np.allclose(in_float32, expected, atol=2e-5)
     assert {p.dtype for p in checkpoint.model.parameters()} == {torch.float32}
     for engine in ("reference", "cpu"):
-        agreement = exporting.compare(checkpoint.model, network, engine, x)
+        agreement = export_artifact.compare(checkpoint.model, network, engine, x)
         assert agreement.labels_differing == 0
         assert agreement.max_error < 2e-5
         if pruned:
             assert {len(b.mixing.columns) for b in network.blocks} == {network.d_model - 1}
             assert {len(b.mixing.rows) for b in network.blocks} == {network.d_model - 2}
     rebuilt = convert.to_model(network, torch.float64)
-    assert np.allclose(exporting.convolve_windows(rebuilt, checkpoint.spec, x), expected, atol=2e-6)
+    assert np.allclose(export_artifact.convolve_windows(rebuilt, checkpoint.spec, x), expected, atol=2e-6)
 
 
 def test_a_bypassed_channel_passes_its_input(fresh):
@@ -80,7 +83,7 @@ def test_an_identity_stays_one_and_a_fitted_gain_trains_on(fresh, data):
     ssm = checkpoint.model.ssms()[0]
     ssm.bypass([1])
     ssm.bypass([2], torch.tensor([0.5]))
-    training.fit(checkpoint, data, checkpoint.recipe)
+    loop.fit(checkpoint, data, checkpoint.recipe)
     assert ssm.full_D()[1].item() == 1.0
     assert ssm.full_D()[2].item() not in (0.5, 1.0)
 
@@ -104,26 +107,26 @@ def test_the_start_of_s4_is_hippo():
 @pytest.mark.parametrize("dtype", ["float16", "int8"])
 def test_small_mixing_weights_are_what_torch_scores_and_the_engines_run(fresh, data, dtype):
     checkpoint = fresh()
-    x = training.as_input(training.split_windows(data, "train", 50)[0], checkpoint.spec)
-    rounding.round_mixing(checkpoint.model, dtype, x, x)
+    x = scoring.as_input(scoring.split_windows(data, "train", 50)[0], checkpoint.spec)
+    quantization.round_mixing(checkpoint.model, dtype, x, x)
     network = network_of(checkpoint)
     assert {b.mixing.dtype for b in network.blocks} == {dtype}
-    x, _ = training.split_windows(data, "test", 50)
+    x, _ = scoring.split_windows(data, "test", 50)
     for engine in ("reference", "cpu"):
-        assert exporting.compare(checkpoint.model, network, engine, x[:6]).max_error < 2e-5
+        assert export_artifact.compare(checkpoint.model, network, engine, x[:6]).max_error < 2e-5
     whole = replace(checkpoint, model=convert.to_model(network))
     assert fingerprint(network_of(whole)) == fingerprint(network)
 
 
 def test_rounding_by_the_inputs_changes_less_than_rounding_each_weight(fresh, data):
     checkpoint = fresh()
-    windows = [training.as_input(training.split_windows(data, split, 50)[0], checkpoint.spec) for split in SPLITS]
-    before = training.predict_exactly(checkpoint.model, windows[1])
+    windows = [scoring.as_input(scoring.split_windows(data, split, 50)[0], checkpoint.spec) for split in SPLITS]
+    before = scoring.predict_exactly(checkpoint.model, windows[1])
     plain = convert.to_network(checkpoint.model, checkpoint.spec, 50, checkpoint.labels)
     plain = replace(plain, blocks=tuple(replace(b, mixing=quantised(b.mixing, "int8")) for b in plain.blocks))
-    each = (training.predict_exactly(convert.to_model(plain), windows[1]) - before).abs()
-    rounding.round_mixing(checkpoint.model, "int8", *windows)
-    together = (training.predict_exactly(checkpoint.model, windows[1]) - before).abs()
+    each = (scoring.predict_exactly(convert.to_model(plain), windows[1]) - before).abs()
+    quantization.round_mixing(checkpoint.model, "int8", *windows)
+    together = (scoring.predict_exactly(checkpoint.model, windows[1]) - before).abs()
     assert together.median() < 0.7 * each.median()
     assert checkpoint.model.rounding_error == pytest.approx(float(together.max()))
 
@@ -134,10 +137,10 @@ def test_rounded_columns_are_steps_of_their_rows_and_stay_so():
     weight = torch.randn(5, 12, dtype=torch.float64)
     weight[3] = 0
     moments = inputs.T @ inputs / len(inputs)
-    rounded = rounding.round_columns(weight, moments)
+    rounded = quantization.round_columns(weight, moments)
     steps = rounded / (weight.abs().amax(dim=1, keepdim=True) / 127).clamp(min=1e-30)
     assert torch.allclose(steps, steps.round(), atol=1e-6)
-    assert torch.allclose(rounding.round_columns(rounded, moments), rounded, atol=1e-12)
+    assert torch.allclose(quantization.round_columns(rounded, moments), rounded, atol=1e-12)
     each = (weight / weight.abs().amax(dim=1, keepdim=True).clamp(min=1e-30) * 127).round()
     each *= weight.abs().amax(dim=1, keepdim=True) / 127
 
@@ -167,25 +170,25 @@ def test_an_artifact_that_disagrees_is_not_written(fresh, data, tmp_path, monkey
         network.decoder.bias[0] += 1e-3
         return network
 
-    monkeypatch.setattr(exporting, "to_network", off_by_a_little)
+    monkeypatch.setattr(export_artifact, "to_network", off_by_a_little)
     with pytest.raises(RunFailed, match=r"reference engine's stream differs .* bound 1\.0e-04; nothing was written"):
-        exporting.export(checkpoint, data, path)
+        export_artifact.export(checkpoint, data, path)
     assert not path.exists()
     monkeypatch.undo()
-    agreements, made_by = exporting.export(checkpoint, data, path)
+    agreements, made_by = export_artifact.export(checkpoint, data, path)
     assert {a.labels_differing for a in agreements.values()} == {0}
     loaded = artifact.load(path)
     assert fingerprint(loaded.network) == fingerprint(network_of(checkpoint))
     assert loaded.provenance["scores"]["test"] == made_by["scores"]["test"]
     again = tmp_path / "again.safetensors"
-    exporting.export(checkpoint, data, again)
+    export_artifact.export(checkpoint, data, again)
     assert again.read_bytes() == path.read_bytes()
 
 
 def test_poles_that_moved_far_cost_torch_no_digits(fresh, data, move_poles):
     checkpoint = fresh(d_state=8)
     move_poles(checkpoint.model)
-    x, _ = training.split_windows(data, "test", 50)
+    x, _ = scoring.split_windows(data, "test", 50)
     for ssm in checkpoint.model.ssms():
         exact = copy.deepcopy(ssm).double().kernel(50)
         A = torch.complex(-torch.exp(ssm.log_A_real), ssm.A_imag)
@@ -194,18 +197,18 @@ def test_poles_that_moved_far_cost_torch_no_digits(fresh, data, move_poles):
         assert (narrow - exact).abs().max() > 1e-3 * exact.abs().max()  # what a kernel in float32 would be off by
         assert (ssm.kernel(50) - exact).abs().max() < 1e-6 * exact.abs().max()
     for engine in ("reference", "cpu"):
-        agreement = exporting.compare(checkpoint.model, network_of(checkpoint), engine, x)
+        agreement = export_artifact.compare(checkpoint.model, network_of(checkpoint), engine, x)
         assert agreement.labels_differing == 0
         assert agreement.max_error < 2e-5
 
 
 def test_float64_is_the_same_however_it_is_cut_into_batches(fresh, data, monkeypatch):
     checkpoint = fresh()
-    x = training.as_input(training.split_windows(data, "test", 50)[0], checkpoint.spec)
-    whole = training.predict_exactly(checkpoint.model, x)
+    x = scoring.as_input(scoring.split_windows(data, "test", 50)[0], checkpoint.spec)
+    whole = scoring.predict_exactly(checkpoint.model, x)
     for values in (1, 3 * 50 * 8):
-        monkeypatch.setattr(training, "BATCH_VALUES", values)
-        assert torch.allclose(training.predict_exactly(checkpoint.model, x), whole, atol=1e-12)
+        monkeypatch.setattr(loop, "BATCH_VALUES", values)
+        assert torch.allclose(scoring.predict_exactly(checkpoint.model, x), whole, atol=1e-12)
 
 
 BOUND = 1e-4
@@ -230,7 +233,7 @@ BOUND = 1e-4
 def test_a_tie_is_no_difference_and_a_difference_is_no_tie(
     expected, found, ties, ties_differing, labels_differing, passes
 ):
-    agreement = exporting.agreement_of(np.array([expected]), np.array([found]), BOUND)
+    agreement = export_artifact.agreement_of(np.array([expected]), np.array([found]), BOUND)
     assert (agreement.ties, agreement.ties_differing) == (ties, ties_differing)
     assert agreement.labels_differing == labels_differing
     assert agreement.passes() == passes
@@ -241,14 +244,14 @@ def test_two_classes_that_always_tie_are_counted_and_exported(fresh, data, tmp_p
     with torch.no_grad():
         checkpoint.model.decoder.weight[1] = checkpoint.model.decoder.weight[0]
         checkpoint.model.decoder.bias[:2] = 5.0
-    agreements, made_by = exporting.export(checkpoint, data, tmp_path / "m.safetensors")
+    agreements, made_by = export_artifact.export(checkpoint, data, tmp_path / "m.safetensors")
     for agreement in agreements.values():
         assert agreement.ties == agreement.windows
         assert agreement.labels_differing == 0
         assert f"{agreement.ties} ties (two largest logits within 2.0e-04)" in agreement.line()
     # The scores are those of the stream, whichever way it decides a tie.
-    x, y = training.split_windows(data, "test", 50)
-    streamed = exporting.stream_windows(artifact.load(tmp_path / "m.safetensors").network, "cpu", x)
+    x, y = scoring.split_windows(data, "test", 50)
+    streamed = export_artifact.stream_windows(artifact.load(tmp_path / "m.safetensors").network, "cpu", x)
     assert made_by["scores"]["test"]["accuracy"] == pytest.approx((streamed.argmax(axis=1) == y).mean())
 
 

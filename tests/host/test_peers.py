@@ -13,8 +13,8 @@ from edge_ssm.engines.registry import create
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
-from networks import samples_for  # noqa: E402
-from peers import entries, parts  # noqa: E402
+from networks import samples_for
+from peers import entries, parts
 
 
 @pytest.mark.parametrize("shape", ["tiny", "tiny-50"])

@@ -7,12 +7,15 @@ import numpy as np
 import pytest
 
 from edge_ssm.errors import RunFailed, UsageError
+from edge_ssm_build.training import scoring
 
 torch = pytest.importorskip("torch", reason="the host tool needs torch: pip install 'edge-ssm[host]'")
 
-from edge_ssm_build import calibration, exporting, pruning, states, training  # noqa: E402
-from edge_ssm_build.importance import BUDGETS, SCORES, Measured, allocate, lowest  # noqa: E402
-from edge_ssm_build.search import network_of  # noqa: E402
+from edge_ssm_build.export import artifact
+from edge_ssm_build.pruning import calibration, plan, states
+from edge_ssm_build.pruning.importance import BUDGETS, SCORES, Measured, allocate, lowest
+from edge_ssm_build.pruning.search import network_of
+from edge_ssm_build.training import loop
 
 S4 = {"kernel": "s4", "init": "legs", "discretization": "bilinear", "l_kernel": 50}
 
@@ -20,7 +23,7 @@ S4 = {"kernel": "s4", "init": "legs", "discretization": "bilinear", "l_kernel": 
 @pytest.fixture
 def trained(fresh, data):
     checkpoint = fresh(epochs=12, d_state=16)
-    training.fit(checkpoint, data, checkpoint.recipe)
+    loop.fit(checkpoint, data, checkpoint.recipe)
     return checkpoint
 
 
@@ -125,16 +128,16 @@ def test_an_operator_that_does_nothing_goes_first(trained, data, score, bypass):
 
 
 @pytest.mark.parametrize("form", [{}, S4])
-@pytest.mark.parametrize("method", sorted(pruning.METHODS))
+@pytest.mark.parametrize("method", sorted(plan.METHODS))
 def test_every_method_makes_a_nested_family_that_streams(fresh, data, form, method):
     base = fresh(epochs=8, d_state=8, **form)
-    training.fit(base, data, base.recipe)
-    todo = replace(pruning.plan_of(pruning.METHODS[method], (0.25, 0.5, 0.75), base), seeds=(1,))
+    loop.fit(base, data, base.recipe)
+    todo = replace(plan.plan_of(plan.METHODS[method], (0.25, 0.5, 0.75), base), seeds=(1,))
     assert todo.epochs == 1  # one eighth of 8
     current, before = base, base.model.present_config().shapes()
-    x, _ = training.split_windows(data, "test", 50)
+    x, _ = scoring.split_windows(data, "test", 50)
     for step in range(3):
-        current, reached = pruning.candidate(current, base, data, todo, step, 1)
+        current, reached = plan.candidate(current, base, data, todo, step, 1)
         shapes = current.model.present_config().shapes()
         assert sum(len(s.active) for s in shapes) == 16 - round(todo.rates[step] * 16)
         for was, now in zip(before, shapes, strict=True):
@@ -144,7 +147,7 @@ def test_every_method_makes_a_nested_family_that_streams(fresh, data, form, meth
             assert len(now.active) >= 1
         before = shapes
         network = network_of(current)
-        agreement = exporting.compare(current.model, network, "cpu", x[:8])
+        agreement = artifact.compare(current.model, network, "cpu", x[:8])
         assert agreement.labels_differing == 0
         assert agreement.max_error < 1e-4
         if method == "compact":
@@ -158,7 +161,7 @@ def test_every_method_makes_a_nested_family_that_streams(fresh, data, form, meth
     assert current.history[-1]["rate"] == 0.75
     again = base
     for step in range(3):
-        again, repeated = pruning.candidate(again, base, data, todo, step, 1)
+        again, repeated = plan.candidate(again, base, data, todo, step, 1)
     assert repeated == reached
 
 
@@ -171,7 +174,7 @@ def test_zero_drops_the_columns_and_keeps_what_they_gave_on_average(trained, dat
     x, y = calibration.windows(trained, data)
     statistics = calibration.measure(model, x, y)
     plain = copy.deepcopy(model)
-    pruning._bypass(model, [[1, 6], []], statistics, "zero")
+    plan._bypass(model, [[1, 6], []], statistics, "zero")
     assert model.layers()[0].mixing.columns.tolist() == [0, 2, 3, 4, 5, 7]
     # Without the gate the mean of every output is kept exactly.
     with torch.no_grad():
@@ -187,7 +190,7 @@ def test_refitting_brings_the_mixing_nearer_to_the_reference(trained, data):
     x, y = calibration.windows(trained, data)
     reference, model = trained.model, copy.deepcopy(trained.model)
     statistics = calibration.measure(model, x, y)
-    pruning._bypass(model, [[0, 1, 2, 3], [0, 1, 2]], statistics, "gain")
+    plan._bypass(model, [[0, 1, 2, 3], [0, 1, 2]], statistics, "gain")
 
     def distance(network):
         with torch.no_grad():
@@ -211,8 +214,8 @@ def test_states_go_and_the_rest_streams_on(trained, data, method):
     assert all(int(ssm.pairs.min()) >= 1 for ssm in model.ssms())
     network = network_of(replace(trained, model=model))
     assert sum(len(b.ssm.A) for b in network.blocks) == 40
-    windows, _ = training.split_windows(data, "test", 50)
-    assert exporting.compare(model, network, "cpu", windows[:8]).max_error < 1e-4
+    windows, _ = scoring.split_windows(data, "test", 50)
+    assert artifact.compare(model, network, "cpu", windows[:8]).max_error < 1e-4
 
 
 def apart(model, other, x):
@@ -223,7 +226,7 @@ def apart(model, other, x):
 @pytest.mark.parametrize("form", [{}, {"discretization": "bilinear"}, S4])
 def test_the_fit_beats_dropping_modes(fresh, data, form):
     checkpoint = fresh(epochs=12, d_state=16, **form)
-    training.fit(checkpoint, data, checkpoint.recipe)
+    loop.fit(checkpoint, data, checkpoint.recipe)
     x, y = calibration.windows(checkpoint, data)
     statistics = calibration.measure(checkpoint.model, x, y)
     errors = {}
@@ -318,31 +321,31 @@ def test_what_states_can_not_be(fresh, data, trained):
 )
 def test_plans_that_can_not_be(fresh, change, message):
     with pytest.raises(UsageError, match=message):
-        pruning.check_plan(fresh(), replace(pruning.Plan((0.5,), (0,)), **change))
+        plan.check_plan(fresh(), replace(plan.Plan((0.5,), (0,)), **change))
 
 
 def test_shares():
     rates = (0.2, 0.4)
-    assert pruning.shares("rate", rates, "x") == rates
-    assert pruning.shares("0.5*rate", rates, "x") == (0.1, 0.2)
-    assert pruning.shares("0.3", rates, "x") == (0.3, 0.3)
-    assert pruning.shares("0.1,0.3", rates, "x") == (0.1, 0.3)
-    assert pruning.shares("0", rates, "x") == ()
+    assert plan.shares("rate", rates, "x") == rates
+    assert plan.shares("0.5*rate", rates, "x") == (0.1, 0.2)
+    assert plan.shares("0.3", rates, "x") == (0.3, 0.3)
+    assert plan.shares("0.1,0.3", rates, "x") == (0.1, 0.3)
+    assert plan.shares("0", rates, "x") == ()
     for bad in ("", "1", "-0.1", "0.3,0.1", "0.1,0.2,0.3", "nan", "9*rate", "x*rate", "rate*2"):
         with pytest.raises(UsageError, match=r"--rows .*: expected rate"):
-            pruning.shares(bad, rates, "--rows")
+            plan.shares(bad, rates, "--rows")
 
 
 def test_a_pruned_checkpoint_is_no_start(fresh):
     start = fresh()
     start.model.ssms()[0].bypass([1])
     with pytest.raises(UsageError, match="already pruned"):
-        pruning.check_plan(start, pruning.Plan((0.5,), (0,)))
+        plan.check_plan(start, plan.Plan((0.5,), (0,)))
 
 
 def test_s4_needs_its_own_state_method(fresh):
     with pytest.raises(UsageError, match="'last': needs a diagonal kernel"):
-        pruning.check_plan(fresh(**S4), pruning.Plan((0.5,), (0,), states=(0.5,), states_method="last"))
+        plan.check_plan(fresh(**S4), plan.Plan((0.5,), (0,), states=(0.5,), states_method="last"))
 
 
 def test_a_loss_that_is_not_finite_ends_a_candidate(fresh, data):
@@ -350,4 +353,4 @@ def test_a_loss_that_is_not_finite_ends_a_candidate(fresh, data):
     with torch.no_grad():
         base.model.decoder.bias.fill_(float("nan"))
     with pytest.raises(RunFailed, match="the loss is nan"):
-        pruning.candidate(base, base, data, pruning.check_plan(base, pruning.Plan((0.5,), (0,))), 0, 0)
+        plan.candidate(base, base, data, plan.check_plan(base, plan.Plan((0.5,), (0,))), 0, 0)

@@ -15,10 +15,13 @@ import pytest
 from edge_ssm.errors import InputRefused, RunFailed, UsageError
 from edge_ssm.formats import artifact
 from edge_ssm.profiler import step_table
+from edge_ssm_build.training import checkpoint as checkpoints
 
 torch = pytest.importorskip("torch", reason="the host tool needs torch: pip install 'edge-ssm[host]'")
 
-from edge_ssm_build import executors, pruning, reporting, search, training  # noqa: E402
+from edge_ssm_build.pruning import executors, report, search
+from edge_ssm_build.pruning import plan as pruning_plan
+from edge_ssm_build.training import loop
 
 RATES = (0.25, 0.5, 0.75)
 
@@ -39,13 +42,13 @@ def one_thread():
 @pytest.fixture
 def start(fresh, data):
     checkpoint = fresh(epochs=8)
-    reached = training.fit(checkpoint, data, checkpoint.recipe)
-    checkpoint.history.append({"stage": "train", "validation": training.asdict(reached)})
+    reached = loop.fit(checkpoint, data, checkpoint.recipe)
+    checkpoint.history.append({"stage": "train", "validation": loop.asdict(reached)})
     return checkpoint
 
 
 def family(start, data, folder, fresh=None, seeds=(0, 1), method="s4op", rates=RATES, **options):
-    plan = replace(pruning.plan_of(pruning.METHODS[method], rates, start), seeds=seeds)
+    plan = replace(pruning_plan.plan_of(pruning_plan.METHODS[method], rates, start), seeds=seeds)
     return search.search(start, data, plan, folder, fresh, method=method, **options)
 
 
@@ -58,7 +61,7 @@ def test_the_family_is_nested_and_its_winners_are_the_best_by_validation(start, 
     said = []
     found = family(start, data, tmp_path, say=said.append)
     written = json.loads((tmp_path / "family.json").read_text())
-    assert written["members"] == json.loads(json.dumps(found["members"], default=training.asdict))
+    assert written["members"] == json.loads(json.dumps(found["members"], default=loop.asdict))
     for member in written["members"]:
         assert member["failure"] is None
         assert member["agreement"]["cpu"]["max_error"] < 1e-4
@@ -66,7 +69,7 @@ def test_the_family_is_nested_and_its_winners_are_the_best_by_validation(start, 
     assert [m["rate"] for m in found["members"]] == [0, *RATES]
     active = [set(range(8)) for _ in range(2)]
     for member in found["members"]:
-        checkpoint = training.load_checkpoint(tmp_path / member["checkpoint"])
+        checkpoint = checkpoints.load_checkpoint(tmp_path / member["checkpoint"])
         shipped = artifact.load(tmp_path / member["artifact"])
         assert [len(b.ssm.active) for b in shipped.network.blocks] == member["active"]
         assert shipped.file_bytes == member["file_bytes"]
@@ -79,7 +82,7 @@ def test_the_family_is_nested_and_its_winners_are_the_best_by_validation(start, 
             scores = {}
             for seed in (0, 1):
                 path = tmp_path / "candidates" / f"rate-{member['rate']:g}-seed-{seed}.pt"
-                scores[seed] = training.load_checkpoint(path).history[-1]["validation"]["balanced_accuracy"]
+                scores[seed] = checkpoints.load_checkpoint(path).history[-1]["validation"]["balanced_accuracy"]
             assert member["validation"]["balanced_accuracy"] == max(scores.values())
         assert member["step_us"] > 0
     parameters = [m["parameters"] for m in found["members"]]
@@ -271,11 +274,11 @@ def test_a_target_that_nothing_meets_says_how_near_it_came(start, data, tmp_path
 def spoil(folder, rate, seed=0):
     """A finished candidate gets logits so large that float32 can't hold them to 1e-4; its labels stay as they are."""
     path = folder / "candidates" / f"rate-{rate:g}-seed-{seed}.pt"
-    checkpoint = training.load_checkpoint(path)
+    checkpoint = checkpoints.load_checkpoint(path)
     with torch.no_grad():
         checkpoint.model.decoder.weight *= 1e5
         checkpoint.model.decoder.bias *= 1e5
-    training.save_checkpoint(path, checkpoint)
+    checkpoints.save_checkpoint(path, checkpoint)
 
 
 @pytest.fixture
@@ -359,7 +362,7 @@ def test_the_report_holds_every_member_and_is_self_contained(start, data, tmp_pa
     family(start, data, tmp_path / "energy", method="energy", seeds=(0,))
     runs, output = [tmp_path / "a <b>", tmp_path / "energy"], tmp_path / "report"
     output.mkdir()
-    written = reporting.write(runs, output)
+    written = report.write(runs, output)
     rows = json.loads((output / "report.json").read_text())
     assert [r["rate"] for r in rows] == [0, 0.25, 0.5, 0, *RATES]
     assert [r["rate"] for r in rows if r["chosen"]] == [0.5]
@@ -376,7 +379,7 @@ def test_the_report_holds_every_member_and_is_self_contained(start, data, tmp_pa
     assert {r["failure"] for r in rows} == {None}
     assert all(r["max_error"] < 1e-4 for r in rows)
     before = {p: p.read_bytes() for p in written}
-    reporting.write(runs, output)
+    report.write(runs, output)
     assert {p: p.read_bytes() for p in written} == before
 
 
@@ -385,7 +388,7 @@ def test_the_report_names_a_member_that_failed(start, data, finished, tmp_path):
     spoil(finished, 0.5)
     with pytest.raises(RunFailed):
         family(start, data, finished, seeds=(0,))
-    reporting.write([finished], tmp_path)
+    report.write([finished], tmp_path)
     page = (tmp_path / "report.html").read_text()
     assert page.count("<td>not written</td>") == 1
     assert "rate 0.5: not written. the " in page
@@ -397,7 +400,7 @@ def test_a_folder_without_a_family_is_refused(tmp_path, content):
     if content is not None:
         (tmp_path / "family.json").write_bytes(content)
     with pytest.raises(InputRefused, match=r"family\.json: "):
-        reporting.write([tmp_path], tmp_path)
+        report.write([tmp_path], tmp_path)
     assert not (tmp_path / "report.html").exists()
 
 

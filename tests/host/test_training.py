@@ -7,10 +7,13 @@ import numpy as np
 import pytest
 
 from edge_ssm.errors import InputRefused, RunFailed, UsageError
+from edge_ssm_build.training import checkpoint as checkpoints
+from edge_ssm_build.training import scoring
 
 torch = pytest.importorskip("torch", reason="the host tool needs torch: pip install 'edge-ssm[host]'")
 
-from edge_ssm_build import datasets, training  # noqa: E402
+from edge_ssm_build.data import datasets
+from edge_ssm_build.training import loop
 
 
 class Killed(Exception):
@@ -23,22 +26,22 @@ def weights(model):
 
 def test_training_learns_real_recordings(fresh, data):
     checkpoint = fresh(epochs=25, d_model=16)
-    before = training.score(checkpoint.model, *validation(checkpoint, data))
-    reached = training.fit(checkpoint, data, checkpoint.recipe)
+    before = scoring.score(checkpoint.model, *validation(checkpoint, data))
+    reached = loop.fit(checkpoint, data, checkpoint.recipe)
     assert reached.loss < before.loss
     assert reached.balanced_accuracy > 2 / len(data.labels)
     # The model is left at the epoch whose score is returned.
-    assert training.score(checkpoint.model, *validation(checkpoint, data)) == reached
+    assert scoring.score(checkpoint.model, *validation(checkpoint, data)) == reached
 
 
 def validation(checkpoint, data):
-    x, y = training.split_windows(data, "validation", checkpoint.recipe.window)
-    return training.as_input(x, checkpoint.spec), torch.from_numpy(y)
+    x, y = scoring.split_windows(data, "validation", checkpoint.recipe.window)
+    return scoring.as_input(x, checkpoint.spec), torch.from_numpy(y)
 
 
 def killed_after(monkeypatch, writes):
     """Let so many states be written, then die, as a kill between two epochs would."""
-    original, left = training.write_torch, [writes]
+    original, left = checkpoints.write_torch, [writes]
 
     def write(path, content):
         original(path, content)
@@ -46,27 +49,27 @@ def killed_after(monkeypatch, writes):
         if left[0] == 0:
             raise Killed
 
-    monkeypatch.setattr(training, "write_torch", write)
+    monkeypatch.setattr(loop, "write_torch", write)
 
 
 def test_a_killed_run_goes_on_to_the_same_result(fresh, data, tmp_path, monkeypatch):
     whole, broken, resumed = fresh(epochs=5), fresh(epochs=5), fresh(epochs=5)
-    expected = training.fit(whole, data, whole.recipe)
+    expected = loop.fit(whole, data, whole.recipe)
     with monkeypatch.context() as patch:
         killed_after(patch, 3)
         with pytest.raises(Killed):
-            training.fit(broken, data, broken.recipe, tmp_path / "resume.pt")
-    reached = training.fit(resumed, data, resumed.recipe, tmp_path / "resume.pt")
+            loop.fit(broken, data, broken.recipe, tmp_path / "resume.pt")
+    reached = loop.fit(resumed, data, resumed.recipe, tmp_path / "resume.pt")
     assert reached == expected
     assert torch.equal(weights(resumed.model), weights(whole.model))
 
 
 def test_another_run_s_state_is_not_taken_over(fresh, data, tmp_path):
     first = fresh(epochs=1)
-    training.fit(first, data, first.recipe, tmp_path / "resume.pt")
+    loop.fit(first, data, first.recipe, tmp_path / "resume.pt")
     other = fresh(epochs=2)
     with pytest.raises(InputRefused, match="other settings"):
-        training.fit(other, data, other.recipe, tmp_path / "resume.pt")
+        loop.fit(other, data, other.recipe, tmp_path / "resume.pt")
 
 
 def test_checkpoints_come_back_as_they_were_and_damaged_ones_are_refused(fresh, tmp_path):
@@ -78,8 +81,8 @@ def test_checkpoints_come_back_as_they_were_and_damaged_ones_are_refused(fresh, 
     second.kept[1:, 1:] = False
     second.bypass([0])
     path = tmp_path / "c.pt"
-    training.save_checkpoint(path, checkpoint)
-    loaded = training.load_checkpoint(path)
+    checkpoints.save_checkpoint(path, checkpoint)
+    loaded = checkpoints.load_checkpoint(path)
     assert torch.equal(weights(loaded.model), weights(checkpoint.model))
     assert loaded.model.active() == checkpoint.model.active()
     assert loaded.recipe == checkpoint.recipe
@@ -88,26 +91,26 @@ def test_checkpoints_come_back_as_they_were_and_damaged_ones_are_refused(fresh, 
     for i, bad in enumerate((content[:300], content[: len(content) // 2], b"", b"garbage", code)):
         path.write_bytes(bad)
         with pytest.raises(InputRefused, match=r"c\.pt: ") as caught:
-            training.load_checkpoint(path)
+            checkpoints.load_checkpoint(path)
         assert "\n" not in str(caught.value), i
-    torch.save({"edge_ssm_checkpoint": training.CHECKPOINT_VERSION, "config": {}}, path)
+    torch.save({"edge_ssm_checkpoint": checkpoints.CHECKPOINT_VERSION, "config": {}}, path)
     with pytest.raises(InputRefused, match="parts that do not fit"):
-        training.load_checkpoint(path)
+        checkpoints.load_checkpoint(path)
     with pytest.raises(InputRefused, match="no such file"):
-        training.load_checkpoint(tmp_path / "none.pt")
+        checkpoints.load_checkpoint(tmp_path / "none.pt")
 
 
 def test_distillation_pulls_towards_the_teacher(fresh, data):
     teacher = fresh(epochs=20, d_model=16)
-    training.fit(teacher, data, teacher.recipe)
+    loop.fit(teacher, data, teacher.recipe)
     x, _ = validation(teacher, data)
-    wanted = torch.softmax(training.predict(teacher.model, x), dim=1)
+    wanted = torch.softmax(scoring.predict(teacher.model, x), dim=1)
 
     def distance(weight):
         student = fresh(epochs=10, d_model=8)
         recipe = replace(student.recipe, distill=weight)
-        training.fit(student, data, recipe, teacher=teacher.model)
-        own = torch.softmax(training.predict(student.model, x), dim=1)
+        loop.fit(student, data, recipe, teacher=teacher.model)
+        own = torch.softmax(scoring.predict(student.model, x), dim=1)
         return float((own - wanted).abs().mean())
 
     assert distance(1.0) < distance(0.0)
@@ -118,7 +121,7 @@ def test_a_loss_that_is_not_finite_is_one_clear_error(fresh, data):
     with torch.no_grad():
         checkpoint.model.decoder.bias.fill_(float("nan"))
     with pytest.raises(RunFailed, match="the loss is nan in epoch 1, step 1"):
-        training.fit(checkpoint, data, checkpoint.recipe)
+        loop.fit(checkpoint, data, checkpoint.recipe)
 
 
 def test_only_arrays_come_out_of_a_pickle(tmp_path):
@@ -160,7 +163,7 @@ def test_a_user_s_file_is_checked(recordings, tmp_path):
 
 def test_a_window_longer_than_every_recording_is_refused(data):
     with pytest.raises(InputRefused, match="no window of 51 samples"):
-        training.split_windows(data, "test", 51)
+        scoring.split_windows(data, "test", 51)
 
 
 def test_digits_are_split_without_overlap():

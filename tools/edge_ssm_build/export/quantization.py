@@ -15,10 +15,10 @@ from torch import Tensor
 
 from edge_ssm.model.network import MixingDtype
 from edge_ssm.model.transforms import quantised
-from edge_ssm_build.calibration import BATCH
-from edge_ssm_build.convert import mixing_of
-from edge_ssm_build.model import Mixing, SSMNetwork
-from edge_ssm_build.training import predict_exactly
+from edge_ssm_build.export.convert import mixing_of
+from edge_ssm_build.pruning.calibration import BATCH
+from edge_ssm_build.training.network import Mixing, SSMNetwork
+from edge_ssm_build.training.scoring import predict_exactly
 
 RIDGE = 1e-4
 DAMPING = 1e-2

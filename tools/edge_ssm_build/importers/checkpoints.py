@@ -19,7 +19,7 @@ import torch
 
 from edge_ssm.errors import InputRefused, UsageError
 from edge_ssm.model.network import Array
-from edge_ssm_build.training import read_torch
+from edge_ssm_build.training.checkpoint import read_torch
 
 Form = Literal["state-spaces-s4d", "state-spaces-s4block", "s4op"]
 FORMS: tuple[Form, ...] = ("state-spaces-s4d", "state-spaces-s4block", "s4op")

@@ -26,23 +26,20 @@ from edge_ssm.model.cost import cost
 from edge_ssm.model.network import Network
 from edge_ssm.profiler import report
 from edge_ssm.profiler.step_table import StepTable, measure
-from edge_ssm_build import datasets
-from edge_ssm_build.convert import to_network
-from edge_ssm_build.datasets import Dataset
-from edge_ssm_build.executors import Fresh, run_all
-from edge_ssm_build.exporting import Agreement, export
-from edge_ssm_build.pruning import Plan, candidate
-from edge_ssm_build.training import (
+from edge_ssm_build.data import datasets
+from edge_ssm_build.data.datasets import Dataset
+from edge_ssm_build.export.artifact import Agreement, export
+from edge_ssm_build.export.convert import to_network
+from edge_ssm_build.pruning.executors import Fresh, run_all
+from edge_ssm_build.pruning.plan import Plan, candidate
+from edge_ssm_build.training.checkpoint import (
     Checkpoint,
-    Score,
-    as_input,
     dump_checkpoint,
     load_checkpoint,
     parse_checkpoint,
     save_checkpoint,
-    score,
-    split_windows,
 )
+from edge_ssm_build.training.scoring import Score, as_input, score, split_windows
 
 FAILURES = (EdgeSSMError, ArithmeticError, np.linalg.LinAlgError)
 """What a network can be at fault for: a refused artifact or stream, a training that diverged, a matrix without an

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from edge_ssm.errors import UsageError
 from edge_ssm.model.network import SSM, Block, Decoder, InputSpec, LinearEncoder, Mixing, Network, Norm
 from edge_ssm.model.transforms import quantised
-from edge_ssm_build import model as torch_model
-from edge_ssm_build.model import Config, LayerShape, SSMNetwork
+from edge_ssm_build.training import network as torch_model
+from edge_ssm_build.training.network import Config, LayerShape, SSMNetwork
 
 
 def _array(tensor: Tensor) -> Any:

@@ -19,12 +19,15 @@ import torch
 
 from edge_ssm.errors import UsageError
 from edge_ssm.model.network import MIXING_DTYPES, MixingDtype
-from edge_ssm_build import rounding, states
-from edge_ssm_build.calibration import Statistics, measure, refit_mixing, windows
-from edge_ssm_build.datasets import Dataset
-from edge_ssm_build.importance import BUDGETS, BYPASSES, SCORES, Budget, Bypass, Measured, allocate, lowest
-from edge_ssm_build.model import SSMNetwork
-from edge_ssm_build.training import Checkpoint, Recipe, Score, as_input, fit, score, split_windows
+from edge_ssm_build.data.datasets import Dataset
+from edge_ssm_build.export import quantization
+from edge_ssm_build.pruning import states
+from edge_ssm_build.pruning.calibration import Statistics, measure, refit_mixing, windows
+from edge_ssm_build.pruning.importance import BUDGETS, BYPASSES, SCORES, Budget, Bypass, Measured, allocate, lowest
+from edge_ssm_build.training.checkpoint import Checkpoint, Recipe
+from edge_ssm_build.training.loop import fit
+from edge_ssm_build.training.network import SSMNetwork
+from edge_ssm_build.training.scoring import Score, as_input, score, split_windows
 
 FINE_TUNE_SHARE = 1 / 8
 MAX_SEED = 1 << 31
@@ -260,7 +263,7 @@ def candidate(
     if todo.mixing_dtype != "float32":
         x, y = split_windows(data, "validation", recipe.window)
         shown = as_input(x, made.spec)
-        rounding.round_mixing(made.model, todo.mixing_dtype, windows(made, data)[0], shown)
+        quantization.round_mixing(made.model, todo.mixing_dtype, windows(made, data)[0], shown)
         reached = score(made.model, shown, torch.from_numpy(y))
     made.history.append(
         {"stage": "prune", **asdict(todo), "rate": todo.rates[step], "seed": seed, "validation": asdict(reached)}

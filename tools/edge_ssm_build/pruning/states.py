@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from edge_ssm.errors import UsageError
-from edge_ssm_build.calibration import Statistics
-from edge_ssm_build.model import SSM, Block, SSMNetwork
+from edge_ssm_build.pruning.calibration import Statistics
+from edge_ssm_build.training.network import SSM, Block, SSMNetwork
 
 METHODS = ("modal", "last", "aire", "h2")
 ITERATIONS = 25

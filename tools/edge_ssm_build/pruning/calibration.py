@@ -7,9 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from edge_ssm_build.datasets import Dataset
-from edge_ssm_build.model import Signals, SSMNetwork
-from edge_ssm_build.training import Checkpoint, as_input, split_windows
+from edge_ssm_build.data.datasets import Dataset
+from edge_ssm_build.training.checkpoint import Checkpoint
+from edge_ssm_build.training.network import Signals, SSMNetwork
+from edge_ssm_build.training.scoring import as_input, split_windows
 
 MAX_WINDOWS = 256
 BATCH = 32

@@ -18,12 +18,13 @@ from edge_ssm.errors import RunFailed
 from edge_ssm.formats import artifact
 from edge_ssm.model.network import InputSpec, MixingDtype, Network
 from edge_ssm.profiler.step_table import measure
-from edge_ssm_build.calibration import windows
-from edge_ssm_build.convert import to_network
-from edge_ssm_build.datasets import Array, Dataset
-from edge_ssm_build.model import SSMNetwork
-from edge_ssm_build.rounding import round_mixing
-from edge_ssm_build.training import Checkpoint, Score, as_input, predict_exactly, score_logits, split_windows
+from edge_ssm_build.data.datasets import Array, Dataset
+from edge_ssm_build.export.convert import to_network
+from edge_ssm_build.export.quantization import round_mixing
+from edge_ssm_build.pruning.calibration import windows
+from edge_ssm_build.training.checkpoint import Checkpoint
+from edge_ssm_build.training.network import SSMNetwork
+from edge_ssm_build.training.scoring import Score, as_input, predict_exactly, score_logits, split_windows
 
 REFERENCE_WINDOWS = 50
 """The float64 reference streams a sample in a tenth of a millisecond: it sees so many windows, evenly spread, while the

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from edge_ssm.errors import UsageError
-from edge_ssm_build.datasets import Array
+from edge_ssm_build.data.datasets import Array
 
 
 def rotate(x: Array, degrees: float, rng: np.random.Generator) -> Array:

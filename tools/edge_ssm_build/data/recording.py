@@ -8,7 +8,7 @@ from pathlib import Path
 
 from edge_ssm import files
 from edge_ssm.errors import InputRefused, UsageError
-from edge_ssm_build.datasets import Array, Dataset, SplitName
+from edge_ssm_build.data.datasets import Array, Dataset, SplitName
 
 
 def record(

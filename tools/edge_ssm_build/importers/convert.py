@@ -24,9 +24,9 @@ from edge_ssm.model.network import (
     TokenEncoder,
 )
 from edge_ssm.model.validation import check
-from edge_ssm_build import forms, verification
-from edge_ssm_build.convert import untruncated_C
-from edge_ssm_build.foreign import Checkpoint, Layer
+from edge_ssm_build.export.convert import untruncated_C
+from edge_ssm_build.importers import diagonalization, verification
+from edge_ssm_build.importers.checkpoints import Checkpoint, Layer
 
 EPS = 1e-5
 """Of LayerNorm and BatchNorm in all three projects: torch's default."""
@@ -76,7 +76,7 @@ def to_network(checkpoint: Checkpoint) -> Network:
     for layer in checkpoint.layers:
         kind: Any = "glu" if layer.weight.shape[0] == 2 * h else "plain"
         mixing = Mixing(kind, _f32(layer.weight), _f32(layer.bias), every, every)
-        ssm = forms.choose(_ssm(layer, h), checkpoint.discretization)
+        ssm = diagonalization.choose(_ssm(layer, h), checkpoint.discretization)
         blocks.append(Block(ssm, mixing, _norm(layer)))
     encoder: LinearEncoder | TokenEncoder
     if checkpoint.encoder is not None:

@@ -17,7 +17,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from edge_ssm.errors import UsageError
 from edge_ssm.model.network import MixingDtype
-from edge_ssm_build.kernels import convolve, diagonal_kernel, initial_A, initial_rank_one, rank_one_kernel
+from edge_ssm_build.training.kernels import convolve, diagonal_kernel, initial_A, initial_rank_one, rank_one_kernel
 
 Kernel = Literal["s4d", "s4"]
 

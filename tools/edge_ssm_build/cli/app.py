@@ -20,6 +20,8 @@ from edge_ssm.cli.app import run_command, verify_signature
 from edge_ssm.cli.options import Finite
 from edge_ssm.errors import RunFailed, UsageError
 from edge_ssm.formats import artifact, loading, signatures
+from edge_ssm_build.training import checkpoint as checkpoints
+from edge_ssm_build.training import scoring
 
 ZIP = b"PK\x03\x04"
 """What torch's files begin with."""
@@ -38,7 +40,7 @@ def _need_torch() -> None:
         import tqdm  # noqa: F401
     except ImportError as error:
         raise UsageError(f"{error.name} is missing; pip install 'edge-ssm[host]' on the workstation") from None
-    from edge_ssm_build.executors import prepare_process
+    from edge_ssm_build.pruning.executors import prepare_process
 
     prepare_process(max(1, min(4, torch.get_num_threads())))
 
@@ -90,7 +92,7 @@ def _folder(path: str) -> Path:
 @click.argument("name")
 def data(name: str) -> None:
     """Fetch data set NAME into the cache and show its splits."""
-    from edge_ssm_build import datasets
+    from edge_ssm_build.data import datasets
 
     found = datasets.load(name)
     click.echo(
@@ -166,12 +168,13 @@ def data(name: str) -> None:
 def train(name: str, output: str, **options: Any) -> None:
     """Train an S4 or S4D network in convolution mode; the best validation epoch is kept."""
     _need_torch()
-    from edge_ssm_build import datasets, training
-    from edge_ssm_build.model import Config
+    from edge_ssm_build.data import datasets
+    from edge_ssm_build.training import loop
+    from edge_ssm_build.training.network import Config
 
     dataset = datasets.load(name)
     folder = _folder(output)
-    config_names, recipe_names = ({f.name for f in fields(kind)} for kind in (Config, training.Recipe))
+    config_names, recipe_names = ({f.name for f in fields(kind)} for kind in (Config, checkpoints.Recipe))
     options["prenorm"] = bool(options["prenorm"])
     rank_one = options["kernel"] == "s4"
     options["init"] = options["init"] or ("legs" if rank_one else "lin")
@@ -182,14 +185,14 @@ def train(name: str, output: str, **options: Any) -> None:
         d_output=len(dataset.labels),
         **{key: value for key, value in options.items() if key in config_names},
     )
-    recipe = training.Recipe(**{key: value for key, value in options.items() if key in recipe_names})
-    checkpoint = training.new_checkpoint(dataset, name, config, recipe)
-    training.check_place(folder / "checkpoint.pt", checkpoint)
-    reached = training.fit(checkpoint, dataset, recipe, folder / "resume.pt", progress="training")
+    recipe = checkpoints.Recipe(**{key: value for key, value in options.items() if key in recipe_names})
+    checkpoint = checkpoints.new_checkpoint(dataset, name, config, recipe)
+    checkpoints.check_place(folder / "checkpoint.pt", checkpoint)
+    reached = loop.fit(checkpoint, dataset, recipe, folder / "resume.pt", progress="training")
     checkpoint.history.append(
         {"stage": "train", "seed": recipe.seed, "epochs": recipe.epochs, "validation": asdict(reached)}
     )
-    training.save_checkpoint(folder / "checkpoint.pt", checkpoint)
+    checkpoints.save_checkpoint(folder / "checkpoint.pt", checkpoint)
     scores = json.dumps({"validation": asdict(reached)}, indent=1) + "\n"
     files.write(folder / "scores.json", scores.encode())
     (folder / "resume.pt").unlink(missing_ok=True)
@@ -209,14 +212,16 @@ def evaluate(model: str, name: str | None, split: Any, engine: str | None) -> No
     _need_torch()
     import torch
 
-    from edge_ssm_build import convert, datasets, exporting, training
+    from edge_ssm_build.data import datasets
+    from edge_ssm_build.export import artifact as export_artifact
+    from edge_ssm_build.export import convert
 
     if _kind_of(model) == "artifact":
         loaded = artifact.load(model)
         network, known = loaded.network, loaded.provenance.get("data", {}).get("name")
         network_model, window = convert.to_model(network, torch.float64), network.window
     else:
-        checkpoint = training.load_checkpoint(Path(model))
+        checkpoint = checkpoints.load_checkpoint(Path(model))
         known, network_model, window = checkpoint.data, checkpoint.model, checkpoint.recipe.window
         network = convert.to_network(network_model, checkpoint.spec, window, checkpoint.labels)
     chosen = name or known
@@ -228,15 +233,15 @@ def evaluate(model: str, name: str | None, split: Any, engine: str | None) -> No
             f"{model}: made for channels {', '.join(network.input.channels)}; "
             f"{chosen} has {', '.join(dataset.channels)}"
         )
-    x, y = training.split_windows(dataset, split, window)
-    expected = exporting.convolve_windows(network_model, network.input, x)
-    reached = training.score_logits(torch.from_numpy(expected), torch.from_numpy(y))
+    x, y = scoring.split_windows(dataset, split, window)
+    expected = export_artifact.convolve_windows(network_model, network.input, x)
+    reached = scoring.score_logits(torch.from_numpy(expected), torch.from_numpy(y))
     click.echo(
         f"{split}: {reached.windows} windows, accuracy {reached.accuracy:.4f}, balanced {reached.balanced_accuracy:.4f}"
     )
     if engine:
-        streamed = exporting.stream_windows(network, engine, x)
-        agreement = exporting.agreement_of(expected, streamed, network.tolerance)
+        streamed = export_artifact.stream_windows(network, engine, x)
+        agreement = export_artifact.agreement_of(expected, streamed, network.tolerance)
         click.echo(f"engine {engine} against torch in float64: {agreement.line()}")
 
 
@@ -290,11 +295,12 @@ def prune(checkpoint: str, output: str, method: str, **options: Any) -> None:
     from dataclasses import replace
 
     from edge_ssm.profiler import step_table
-    from edge_ssm_build import datasets, executors, pruning, search, training
+    from edge_ssm_build.data import datasets
+    from edge_ssm_build.pruning import executors, plan, search
 
-    if method not in pruning.METHODS:
-        raise UsageError(f"method {method!r}: unknown, expected {', '.join(pruning.METHODS)}")
-    start = training.load_checkpoint(Path(checkpoint))
+    if method not in plan.METHODS:
+        raise UsageError(f"method {method!r}: unknown, expected {', '.join(plan.METHODS)}")
+    start = checkpoints.load_checkpoint(Path(checkpoint))
     target = search.Target(options["target_latency"], options["max_accuracy_loss"], options["target_size"])
     every = "0.1,0.2,0.3,0.4,0.5,0.6,0.7,0.8,0.9" if target.given() else "0.1,0.3,0.5,0.7,0.9"
     rates = _numbers(options["rates"] or every, float, "--rates")
@@ -302,9 +308,9 @@ def prune(checkpoint: str, output: str, method: str, **options: Any) -> None:
     set_here = {name: options[name] for name in named if options[name] is not None}
     if options["seeds"]:
         set_here["seeds"] = tuple(_numbers(options["seeds"], int, "--seeds"))
-    todo = pruning.plan_of(replace(pruning.METHODS[method], **set_here), rates, start)
+    todo = plan.plan_of(replace(plan.METHODS[method], **set_here), rates, start)
     todo = replace(todo, states_method=options["states_method"], mixing_dtype=options["mixing_dtype"])
-    todo = pruning.check_plan(start, todo)
+    todo = plan.check_plan(start, todo)
     table = step_table.load_table(Path(options["step_table"])) if options["step_table"] else None
     data, folder = datasets.load(start.data), _folder(output)
     read = {f"CHECKPOINT {checkpoint}": Path(checkpoint)}
@@ -337,23 +343,23 @@ def prune(checkpoint: str, output: str, method: str, **options: Any) -> None:
 @click.option("--output", metavar="DIR", help="[default: a folder report in the first run]")
 def report(runs: tuple[str, ...], output: str | None) -> None:
     """Show the trade-off of one or more families (folders that prune wrote): HTML, PNG, CSV, JSON."""
-    from edge_ssm_build import reporting
+    from edge_ssm_build.pruning import report as pruning_report
 
     folder = _folder(output or str(Path(runs[0]) / "report"))
-    for path in reporting.write([Path(run) for run in runs], folder):
+    for path in pruning_report.write([Path(run) for run in runs], folder):
         click.echo(str(path))
 
 
 def _rounded(checkpoint: Any, data: Any, weights: Any, bound: float | None) -> Any:
     """The checkpoint with its mixing weights as --weights and --error-bound say, after saying what each type costs."""
     from edge_ssm.model.network import MIXING_DTYPES
-    from edge_ssm_build import exporting
+    from edge_ssm_build.export import artifact as export_artifact
 
     dtypes = MIXING_DTYPES if weights == "auto" else tuple(dict.fromkeys(["float32", weights]))
-    rounded = exporting.round_all(checkpoint, data, dtypes)
+    rounded = export_artifact.round_all(checkpoint, data, dtypes)
     for dtype, found in rounded.items():
         click.echo(found.line(dtype))
-    chosen = exporting.fastest_within(rounded, bound or 0.01) if weights == "auto" else weights
+    chosen = export_artifact.fastest_within(rounded, bound or 0.01) if weights == "auto" else weights
     if bound is not None and not rounded[chosen].max_error <= bound:
         raise RunFailed(
             f"export: {chosen} mixing weights change a logit by up to {rounded[chosen].max_error:.1e}, more than "
@@ -418,7 +424,7 @@ def export(model: str, output: str, to: Any, weights: Any, error_bound: float | 
         _check_output(output, ".safetensors", {f"CHECKPOINT {model}": model})
         _export_checkpoint(model, Path(output), weights, error_bound)
         return
-    from edge_ssm_build import graphs
+    from edge_ssm_build.export import graphs
 
     size = _chunk_size(chunk, to)
     _check_output(output, f".{to}", {f"{kind.upper()} {model}": model, f"--input {recording}": recording})
@@ -455,23 +461,25 @@ def _chunk_size(text: str | None, to: str) -> int:
 
 def _validation(checkpoint: str) -> Any:
     """Samples of the checkpoint's validation split that its graph is tried on, and their name."""
-    from edge_ssm_build import datasets, graphs, training
+    from edge_ssm_build.data import datasets
+    from edge_ssm_build.export import graphs
 
-    loaded = training.load_checkpoint(Path(checkpoint))
-    x, _ = training.split_windows(datasets.load(loaded.data), "validation", loaded.recipe.window)
+    loaded = checkpoints.load_checkpoint(Path(checkpoint))
+    x, _ = scoring.split_windows(datasets.load(loaded.data), "validation", loaded.recipe.window)
     most = max(1, graphs.SAMPLES // loaded.recipe.window)
     return x[:most].reshape(-1, x.shape[-1]), "validation split"
 
 
 def _export_checkpoint(checkpoint: str, output: Path, weights: Any, error_bound: float | None) -> None:
     _need_torch()
-    from edge_ssm_build import datasets, exporting, training
+    from edge_ssm_build.data import datasets
+    from edge_ssm_build.export import artifact as export_artifact
 
-    loaded = training.load_checkpoint(Path(checkpoint))
+    loaded = checkpoints.load_checkpoint(Path(checkpoint))
     data = datasets.load(loaded.data)
     if weights is not None:
         loaded = _rounded(loaded, data, weights, error_bound)
-    agreements, made_by = exporting.export(loaded, data, output)
+    agreements, made_by = export_artifact.export(loaded, data, output)
     for engine, agreement in agreements.items():
         click.echo(f"{engine} against torch in float64: test split, {agreement.line()}")
     reached = made_by["scores"]["test"]
@@ -493,13 +501,14 @@ FROM = "auto, state-spaces-s4d, state-spaces-s4block or s4op."
 def import_(checkpoint: str, form: str, arch: str, output: str, recording: str | None) -> None:
     """Turn a CHECKPOINT of state-spaces or S4oP into an artifact, if its stream says what its convolution says."""
     _need_torch()
-    from edge_ssm_build import foreign, importing
+    from edge_ssm_build.importers import checkpoints
+    from edge_ssm_build.importers import convert as importers_convert
 
     inputs = {f"CHECKPOINT {checkpoint}": checkpoint, f"--arch {arch}": arch, f"--input {recording}": recording}
     _check_output(output, ".safetensors", inputs)
-    read = foreign.read(Path(checkpoint), form, foreign.read_arch(Path(arch)))
+    read = checkpoints.read(Path(checkpoint), form, checkpoints.read_arch(Path(arch)))
     heard = None if recording is None else Path(recording)
-    network, agreements = importing.write(read, Path(checkpoint), Path(output), heard)
+    network, agreements = importers_convert.write(read, Path(checkpoint), Path(output), heard)
     for a in agreements:
         click.echo(f"{a.engine}: {a.steps} samples, largest error of a logit {a.error:.1e}")
     active = [len(block.ssm.active) for block in network.blocks]
@@ -524,14 +533,14 @@ def verify(model: str, checkpoint: str | None, form: str, arch: str | None, step
     from tqdm import tqdm
 
     from edge_ssm.engines.registry import available
-    from edge_ssm_build import foreign, verification
+    from edge_ssm_build.importers import checkpoints, verification
 
     if (checkpoint is None) != (arch is None):
         raise UsageError("verify: a CHECKPOINT and its --arch go together")
     network = artifact.load(model).network
     found = [("its convolution", a) for a in verification.against_convolution(network, steps)]
     if checkpoint is not None and arch is not None:
-        read = foreign.read(Path(checkpoint), form, foreign.read_arch(Path(arch)))
+        read = checkpoints.read(Path(checkpoint), form, checkpoints.read_arch(Path(arch)))
         samples = verification.samples_for(network, steps)
         found += [("the checkpoint", a) for a in verification.against_checkpoint(network, read, samples)]
     for engine in (name for name in available(network) if name != "reference" and drift):
@@ -561,7 +570,7 @@ def verify(model: str, checkpoint: str | None, form: str, arch: str | None, step
 def record(name: str, output: str, split: Any, window: int, windows_each: int | None, decimals: int | None) -> None:
     """Write a split as a CSV stream with a label column, for edge-ssm run."""
     from edge_ssm.profiler import report
-    from edge_ssm_build import datasets, recording
+    from edge_ssm_build.data import datasets, recording
 
     read = {} if name in datasets.BUILTIN else {f"--data {name}": Path(name)}
     report.check_places({"--output": Path(output)}, read)
@@ -574,7 +583,7 @@ def record(name: str, output: str, split: Any, window: int, windows_each: int | 
 def keygen(output: str) -> None:
     """Make an Ed25519 key pair that signs models. The private key is not encrypted: keep it where nobody reads it."""
     signatures.need_library()
-    from edge_ssm_build import signing
+    from edge_ssm_build.export import signing
 
     _folder(str(Path(output).parent))
     private, public, key = signing.keygen(Path(output))
@@ -590,7 +599,7 @@ def keygen(output: str) -> None:
 def sign(model: str, keys: tuple[str, ...]) -> None:
     """Sign MODEL, an artifact: writes MODEL.sig beside it. docs/signing.md says what is in it."""
     signatures.need_library()
-    from edge_ssm_build import signing
+    from edge_ssm_build.export import signing
 
     path, ids = signing.sign(Path(model), [Path(key) for key in keys])
     click.echo(f"{path}: signed by key {', '.join(ids)}")

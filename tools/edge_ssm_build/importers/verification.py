@@ -21,9 +21,9 @@ from edge_ssm.io import messages
 from edge_ssm.io.codecs import registry as codecs
 from edge_ssm.model.input_range import input_range
 from edge_ssm.model.network import ENGINE_ERROR, SSM, Array, Block, Network, TokenEncoder
-from edge_ssm_build.convert import truncated_C
-from edge_ssm_build.foreign import Checkpoint, Layer
-from edge_ssm_build.kernels import rank_one_kernel
+from edge_ssm_build.export.convert import truncated_C
+from edge_ssm_build.importers.checkpoints import Checkpoint, Layer
+from edge_ssm_build.training.kernels import rank_one_kernel
 
 BOUND = ENGINE_ERROR
 """Largest difference of a logit (docs/import.md)."""

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from edge_ssm.errors import UsageError
-from edge_ssm_build.calibration import Statistics
-from edge_ssm_build.model import Block
+from edge_ssm_build.pruning.calibration import Statistics
+from edge_ssm_build.training.network import Block
 
 Bypass = Literal["identity", "gain", "zero"]
 BYPASSES: tuple[Bypass, ...] = ("identity", "gain", "zero")

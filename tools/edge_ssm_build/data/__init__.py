@@ -1,0 +1,1 @@
+"""Recorded data: sets that packages ship, and the user's own recordings."""

@@ -1,0 +1,1 @@
+"""From a checkpoint to artifacts, exported graphs and signatures."""

@@ -1,0 +1,1 @@
+"""Pruning: importance scores, plans, the search over rates, reports."""
