@@ -12,16 +12,16 @@ Row = dict[str, Any]
 RATES = (0.1, 0.3, 0.5, 0.7, 0.9)
 ORDER = ("s4op", "magnitude", "taylor", "energy", "h2", "sensitivity", "best", "compact", "smallest", "narrow")
 MEANING = {
-    "s4op": "S4oP: random choice, best of three seeds a rate by validation, depth law, identity bypass",
+    "s4op": "S4oP: random choice, the best of three seeds at each rate by validation; depth law, identity bypass",
     "magnitude": "norm of C and D; global budget, fitted gain",
     "taylor": "first-order change of the loss; global budget, fitted gain",
     "energy": "output energy of operator minus fitted gain, times the norm of its mixing column; global budget",
     "h2": "H2 norm of operator minus fitted gain; global budget",
     "sensitivity": "energy of operator minus fitted gain, times the loss's mean squared slope there; global budget",
-    "best": "sensitivity, mixing refitted by ridge regression, half of the loss from the unpruned network's logits",
-    "compact": "best, and 0.75 of the rate of mixing columns and rows and 70 % of the states go too",
-    "smallest": "best, and as large a share of mixing columns and rows, and 80 % of the states, go (large networks)",
-    "narrow": "a narrower network trained from scratch: at most compact's multiply-adds, as many epochs in all",
+    "best": "as sensitivity; mixing refitted by ridge regression, half of the loss from the unpruned network's logits",
+    "compact": "as best; also removes mixing columns and rows at 0.75 of the rate, and 70 % of the states",
+    "smallest": "as best; also removes mixing columns and rows at the rate itself, and 80 % of the states (large only)",
+    "narrow": "a narrower network trained from scratch, with at most the multiply-adds of compact and as many epochs",
 }
 
 
@@ -220,12 +220,13 @@ def write(source: Path, folder: Path) -> None:
     results = Results(json.loads(source.read_text()))
     notes = (folder / "notes.md").read_text()
     methods = _table(["method", "what it is"], [[name, MEANING[name]] for name in ORDER])
-    page = f"""# Pruning, measured
+    page = f"""# Pruning results
 
-Written by `python benchmarks/pruning/run.py page` from [results.json](results.json); notes from [notes.md](notes.md).
-Mean ± standard deviation over seeds of balanced test accuracy (mean recall over classes), in percent. Each seed is
-another base network. A step is one sample through the whole network on the CPU engine, timed side by side with the
-unpruned one.
+`python benchmarks/pruning/run.py page` writes this page from [results.json](results.json) and [notes.md](notes.md).
+
+Scores are balanced test accuracies (mean recall over classes) in percent, given as mean ± standard deviation over
+seeds. Each seed is another base network. A step is one sample through the whole network on the CPU engine, timed side
+by side with the unpruned network.
 
 {notes}
 
@@ -236,19 +237,19 @@ unpruned one.
 
 ## The goals
 
-At 70 % `best` should lose at most 1 point, at 90 % at most 5, and beat S4oP's choice by more than the larger of the two
-spreads.
+At 70 %, `best` should lose at most 1 point, and at 90 % at most 5. At both rates it should beat S4oP's choice by more
+than the larger of the two spreads.
 
 {_goal_table(results)}
 
-## Time saved when more than operators goes
+## Time saved when more than operators is removed
 
 {_speed_table(results)}
 
 ## States alone, without any retraining
 
-Points lost when so many of all states are removed. `h2` refits poles and residues; a rank-one kernel (S4) can't lose
-single modes.
+The table shows the points lost when this share of all states is removed. `h2` refits poles and residues. A rank-one
+kernel (S4) cannot lose single modes.
 
 {_states_table(results)}
 
