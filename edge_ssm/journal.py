@@ -6,6 +6,8 @@ import os
 import sys
 from typing import Literal
 
+from edge_ssm.text import sanitize
+
 Priority = Literal["error", "warning", "notice", "info", "debug"]
 _NUMBERS: dict[Priority, int] = {"error": 3, "warning": 4, "notice": 5, "info": 6, "debug": 7}
 """Of syslog(3)."""
@@ -28,7 +30,7 @@ def log(priority: Priority, message: str, **fields: object) -> None:
     standard error ends no service."""
     words = [message, *(f"{key}={_value(value)}" for key, value in fields.items())]
     # A control character could end the line, and what follows would pass for one of ours.
-    line = "".join(c if c.isprintable() else "?" for c in " ".join(words))[:LONGEST]
+    line = sanitize(" ".join(words), LONGEST)
     prefix = f"<{_NUMBERS[priority]}>" if in_journal() else "edge-ssm: "
     try:
         print(f"{prefix}{line}", file=sys.stderr, flush=True)

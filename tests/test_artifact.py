@@ -328,7 +328,7 @@ def test_what_is_no_file_is_refused_at_once(tmp_path):
     fifo = tmp_path / "fifo"
     os.mkfifo(fifo)
     for path in (tmp_path, fifo, Path("/dev/zero"), tmp_path / "absent"):
-        with pytest.raises(ArtifactError, match=r"^/.*: (not a regular file|can't be read)"):
+        with pytest.raises(ArtifactError, match=r"^/.*: (not a regular file|cannot be read)"):
             artifact.load(path)
 
 

@@ -16,7 +16,7 @@ NO_ROOT = pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywher
 def test_a_file_is_replaced_whole_and_nothing_is_left_beside_it(tmp_path):
     path = tmp_path / "f"
     for content in (b"one", b"two"):
-        files.check(path)
+        files.check_writable(path)
         files.write(path, content)
         assert path.read_bytes() == content
     assert list(tmp_path.iterdir()) == [path]
@@ -29,7 +29,7 @@ def test_a_link_stays_a_link(tmp_path):
     link.symlink_to("far/f")
     dangling.symlink_to(tmp_path / "far" / "new")
     for path in (link, dangling):
-        files.check(path)
+        files.check_writable(path)
         files.write(path, b"new")
         assert path.is_symlink()
         assert path.read_bytes() == b"new"
@@ -40,7 +40,7 @@ def test_a_link_stays_a_link(tmp_path):
 def test_a_link_in_a_circle_is_an_error(tmp_path):
     (tmp_path / "a").symlink_to("b")
     (tmp_path / "b").symlink_to("a")
-    for do in (files.check, lambda path: files.write(path, b"x")):
+    for do in (files.check_writable, lambda path: files.write(path, b"x")):
         with pytest.raises(OSError, match="symbolic links"):
             do(tmp_path / "a")
 
@@ -48,7 +48,7 @@ def test_a_link_in_a_circle_is_an_error(tmp_path):
 def test_a_pipe_is_written_into(tmp_path):
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
-    files.check(pipe)  # without a reader, and without waiting for one
+    files.check_writable(pipe)  # without a reader, and without waiting for one
     heard = []
     reader = threading.Thread(target=lambda: heard.append(pipe.read_bytes()))
     reader.start()
@@ -64,7 +64,7 @@ def test_a_device_is_written_into(tmp_path):
     for device, expected in (("/dev/null", None), ("/dev/full", "No space left on device")):
         link = tmp_path / device[5:]
         link.symlink_to(device)
-        files.check(link)
+        files.check_writable(link)
         if expected is None:
             files.write(link, b"x")
         else:
@@ -79,7 +79,7 @@ def test_standard_output_goes_on_where_it_was(tmp_path, name):
     """Redirected to a file: it must not be replaced, since what came before is in it, nor written from its start."""
     code = (
         "import os; from pathlib import Path; from edge_ssm import files as atomic\n"
-        f"os.write(1, b'before\\n'); atomic.check(Path({name!r})); atomic.write(Path({name!r}), b'content\\n')\n"
+        f"os.write(1, b'before\\n'); atomic.check_writable(Path({name!r})); atomic.write(Path({name!r}), b'content\\n')\n"
         "os.write(1, b'after\\n')"
     )
     with open(tmp_path / "out", "wb") as out:
@@ -93,7 +93,7 @@ def test_standard_output_goes_on_where_it_was(tmp_path, name):
     [("/proc/x", "No such file"), ("/nowhere/x", "No such file"), ("/tmp", "is a folder"), ("/proc/self", "folder")],
 )
 def test_a_place_that_can_not_be_written_is_known_beforehand(place, said):
-    for do in (files.check, lambda path: files.write(path, b"x")):
+    for do in (files.check_writable, lambda path: files.write(path, b"x")):
         with pytest.raises(OSError, match=said):
             do(files.Path(place))
 
@@ -101,4 +101,4 @@ def test_a_place_that_can_not_be_written_is_known_beforehand(place, said):
 @NO_ROOT
 def test_a_device_that_may_not_be_written_is_known_beforehand():
     with pytest.raises(PermissionError):
-        files.check(files.Path("/dev/mem"))
+        files.check_writable(files.Path("/dev/mem"))

@@ -111,7 +111,7 @@ def configured(models, text):
         ("[sink]\noutput = '/tmp'", "line 4: sink.output: /tmp: a directory; expected a file"),
         ("[sink]\noutput = '/proc/x'", "line 4: sink.output: /proc/x: can't be written (no new files in /proc)"),
         ("[state]\nfolder = '/proc/x'", "line 4: state.folder: /proc/x: snapshots can't be kept there"),
-        ("[adaptive]\nmembers = ['none.safetensors']", "none.safetensors: can't be read (No such file or directory)"),
+        ("[adaptive]\nmembers = ['none.safetensors']", "none.safetensors: cannot be read (No such file or directory)"),
         ("[security]\nrequire_signature = ['no.pem']", "line 4: security.require_signature: "),
         ("[state]\nfolder = '/etc/passwd/s'", "line 4: state.folder: /etc/passwd/s: snapshots can't be kept there"),
         ("[metrics]\nlisten = 'here'", "line 4: metrics.listen: listen 'here': expected HOST:PORT"),

@@ -221,7 +221,7 @@ def test_wrong_use_is_one_line_and_status_2(folder, tmp_path):
     damaged.write_bytes(model.read_bytes()[:1000])
     one_line(run("run", damaged, "--stream"), 2, f"{damaged}: ")
     one_line(run("inspect", damaged), 2, f"{damaged}: ")
-    one_line(run("run", tmp_path / "none", "--stream"), 2, "can't be read (No such file or directory)")
+    one_line(run("run", tmp_path / "none", "--stream"), 2, "cannot be read (No such file or directory)")
     known = "auto, cpu, cpu-float32, cuda, cuda-persistent, onnx, tflite, reference"
     one_line(stream(folder, "--engine", "warp"), 2, f"engine 'warp': unknown, expected {known}")
     one_line(stream(folder, "--hop", "11"), 2, "hop: 11 samples, expected 1 to the window's 10")

@@ -474,7 +474,7 @@ def test_a_sink_that_its_own_source_would_hear(source, sink, expected):
     [
         (Access(password="x"), "a password without a user name"),
         (Access("u", "x", "y"), "both a password and a password file"),
-        (Access("u", password_file="/nowhere/x"), "password file /nowhere/x: can't be read"),
+        (Access("u", password_file="/nowhere/x"), "password file /nowhere/x: cannot be read"),
         (Access(ca_file="x"), "certificates are for mqtts://"),
     ],
 )

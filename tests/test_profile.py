@@ -181,7 +181,7 @@ def test_what_is_no_report_is_refused(tmp_path, content):
     path.write_bytes(content)
     with pytest.raises(InputRefused, match=r"r\.json: not a report of edge-ssm profile --json"):
         report.load(path)
-    with pytest.raises(InputRefused, match="can't be read"):
+    with pytest.raises(InputRefused, match="cannot be read"):
         report.load(tmp_path / "none")
 
 
@@ -301,7 +301,7 @@ def test_a_family_is_several_models(tmp_path):
         ([DEMO, "--lanes", "two"], 2, "--lanes 'two'"),
         ([DEMO, "--profile", "pi"], 2, "profile 'pi': unknown; edge-ssm profiles list"),
         ([DEMO, "--engine", "gpu"], 2, "engine 'gpu': unknown"),
-        ([DEMO, "--input", "none.csv"], 2, "none.csv: can't be read"),
+        ([DEMO, "--input", "none.csv"], 2, "none.csv: cannot be read"),
         ([DEMO, "--input", "/dev/null"], 2, "/dev/null: no sample"),
         ([DEMO, "--rounds", "1"], 2, "--rounds"),
         ([DEMO, "--step-table", "t.json"], 2, "--step-table: measures networks of its own"),
@@ -321,7 +321,7 @@ def test_a_family_is_several_models(tmp_path):
         (["--step-table", "t.json", "--json", "j"], 2, "one engine's; leave out --json"),
         (["--step-table", "/proc/x"], 2, "/proc/x: can't be written"),
         (["--step-table", "t.json", "--engine", "all"], 2, "--step-table: takes one engine, not 'all'"),
-        (["--compare", "a.json", "b.json"], 2, "a.json: can't be read"),
+        (["--compare", "a.json", "b.json"], 2, "a.json: cannot be read"),
         (["--compare", "a.json", "b.json", "c.json"], 2, "two reports and nothing else; leave out MODEL"),
         (["--compare", "a.json", "b.json", "--json", "z.json"], 2, "nothing else; leave out --json"),
         (["--compare", "a.json", "b.json", "--quick"], 2, "nothing else; leave out --quick"),

@@ -133,12 +133,17 @@ def test_the_reader_in_the_documentation_runs(signed):
 
 def test_no_signature(signed):
     signed.sig.unlink()
-    assert signed.refused().startswith(f"{signed.sig}: not there; expected the signature of {signed.model}")
+    assert signed.refused().startswith(
+        f"{signed.sig}: cannot be read (No such file or directory); expected the signature of {signed.model}"
+    )
 
 
 def test_no_model(signed):
     signed.model.unlink()
-    assert signed.refused() == f"{signed.model}: can't be read (No such file or directory)"
+    assert (
+        signed.refused()
+        == f"{signed.model}: cannot be read (No such file or directory); expected a .safetensors artifact"
+    )
 
 
 def test_no_key(signed):
@@ -291,14 +296,16 @@ def test_what_is_no_plain_file_is_refused_at_once(signed):
     os.mkfifo(signed.sig)
     assert signed.refused().startswith(f"{signed.sig}: not a regular file")
     assert signed.refused(Path("/dev/zero")).startswith("/dev/zero: not a regular file")
-    assert signed.refused(signed.folder).startswith(f"{signed.folder}: can't be read (Is a directory)") or (
+    assert signed.refused(signed.folder).startswith(f"{signed.folder}: cannot be read (Is a directory)") or (
         "not a regular file" in signed.refused(signed.folder)
     )
 
 
 def test_a_key_file_that_is_none(signed):
     key = signed.folder / "key"
-    assert signed.refused(key).startswith(f"{key}: not there; expected an Ed25519 public key in PEM")
+    assert signed.refused(key).startswith(
+        f"{key}: cannot be read (No such file or directory); expected an Ed25519 public key in PEM"
+    )
     for content in (b"", b"\xff" * 100, b"-----BEGIN PUBLIC KEY-----\nAAAA\n-----END PUBLIC KEY-----\n"):
         key.write_bytes(content)
         assert signed.refused(key).startswith(f"{key}: no public key in PEM; expected an Ed25519 public key")
@@ -309,7 +316,7 @@ def test_a_key_file_that_is_none(signed):
     assert f"{key}: a key of another kind (RSAPublicKey)" in signed.refused(key)
     assert "holds a private key, which belongs on no device" in signed.refused(signed.private)
     # One key that can't be read spoils all: a typing error must not leave fewer keys than were meant.
-    assert signed.refused(signed.public, signed.folder / "typo").startswith(f"{signed.folder / 'typo'}: not there")
+    assert signed.refused(signed.public, signed.folder / "typo").startswith(f"{signed.folder / 'typo'}: cannot be read")
 
 
 def test_a_private_key_file_that_is_none(signed):
@@ -478,8 +485,12 @@ def test_keygen_sign_and_verify(tmp_path):
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.splitlines()) == 1
     signatures.signature_path(model).unlink()
-    assert "m.safetensors.sig: not there" in error_line(run("edge-ssm", "run", model, *options, data=b"1,2\n" * 10))
-    assert "m.safetensors.sig: not there" in error_line(run("edge-ssm", "verify-signature", model, "--key", public))
+    assert "m.safetensors.sig: cannot be read" in error_line(
+        run("edge-ssm", "run", model, *options, data=b"1,2\n" * 10)
+    )
+    assert "m.safetensors.sig: cannot be read" in error_line(
+        run("edge-ssm", "verify-signature", model, "--key", public)
+    )
 
 
 def test_without_the_library_only_signatures_are_missing(signed, tmp_path):

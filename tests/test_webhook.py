@@ -151,7 +151,7 @@ def test_no_server_is_an_error():
         ("http://h/", {"headers": {"A": "b\r\nC: d"}}, "header 'A'"),
         ("http://h/", {"ca_file": "x"}, "certificates are for https"),
         ("https://h/", {"ca_file": "/nowhere/x"}, "certificates /nowhere/x: can't be used"),
-        ("http://h/", {"token_file": "/nowhere/x"}, "token file /nowhere/x: can't be read"),
+        ("http://h/", {"token_file": "/nowhere/x"}, "token file /nowhere/x: cannot be read"),
     ],
 )
 def test_what_can_not_be_right(url, options, problem):

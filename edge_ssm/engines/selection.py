@@ -18,7 +18,7 @@ from edge_ssm import files
 from edge_ssm.engines.base import Engine
 from edge_ssm.engines.cpu import cache as kernel_cache
 from edge_ssm.engines.cpu.kernel_file import processor_features, sources_digest
-from edge_ssm.errors import EngineUnavailable
+from edge_ssm.errors import EngineUnavailable, InputRefused
 from edge_ssm.model.input_range import input_range
 from edge_ssm.model.network import Array, MixingDtype, Network, fingerprint
 
@@ -33,6 +33,8 @@ SMALLER_WEIGHTS: dict[MixingDtype, float] = {"float32": 0.0, "float16": 0.01, "i
 """Share of the largest output that a graph's weights may cost: of 42 random networks of up to 6 layers float16 cost
 0.0004 at most, int8 in ONNX, which quantises the mixing's inputs too, 0.10; of the demo 0.0002 and 0.05."""
 SUFFIX = ".trial"
+LARGEST = 1 << 16
+"""Bytes of a kept trial that are read."""
 
 
 class BenchmarkResult(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -123,8 +125,8 @@ def _kept(path: Any, network: Network, allowed: Sequence[str] | None) -> Benchma
     from edge_ssm.engines.registry import candidates
 
     try:
-        trial = msgspec.json.decode(path.read_bytes(), type=BenchmarkResult)
-    except (OSError, msgspec.DecodeError):
+        trial = msgspec.json.decode(files.read_regular_file(path, LARGEST), type=BenchmarkResult)
+    except (InputRefused, msgspec.DecodeError):
         return None
     named = {*trial.step_us, *trial.unavailable, *trial.inaccurate}
     return trial if trial.step_us and named == set(candidates(network, allowed)) else None

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import stat
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -313,13 +312,11 @@ def save(path: str | os.PathLike[str], network: Network, provenance: dict[str, A
 def _check_file(path: Path) -> int:
     """Refuse what is not a plain file, or whose first eight bytes claim an impossible header. Returns its size."""
     try:
-        with open(path, "rb", opener=lambda p, flags: os.open(p, flags | os.O_NONBLOCK)) as file:
-            status = os.fstat(file.fileno())
-            if not stat.S_ISREG(status.st_mode):
-                raise ArtifactError("not a regular file; expected a .safetensors artifact")
+        with files.open_regular_file(path) as file:
+            size = os.fstat(file.fileno()).st_size
             first = file.read(8)
     except OSError as error:
-        raise ArtifactError(f"can't be read ({error.strerror})") from None
+        raise ArtifactError(f"{files.read_problem(error)}; expected a .safetensors artifact") from None
     if len(first) < 8:
         raise ArtifactError(f"byte 0: the file has {len(first)} bytes, expected at least 8; it is truncated")
     (header_bytes,) = struct.unpack("<Q", first)
@@ -327,11 +324,9 @@ def _check_file(path: Path) -> int:
         raise ArtifactError(
             f"byte 0: the header claims {header_bytes} bytes, the limit is {MAX_HEADER_BYTES}; not an edge-ssm artifact"
         )
-    if 8 + header_bytes > status.st_size:
-        raise ArtifactError(
-            f"byte 0: the header claims {header_bytes} bytes, the file has {status.st_size}; copy it again"
-        )
-    return status.st_size
+    if 8 + header_bytes > size:
+        raise ArtifactError(f"byte 0: the header claims {header_bytes} bytes, the file has {size}; copy it again")
+    return size
 
 
 def _parse_document(metadata: dict[str, str] | None) -> tuple[str, Document]:

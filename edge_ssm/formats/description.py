@@ -8,6 +8,7 @@ from edge_ssm.formats.artifact import Artifact
 from edge_ssm.formats.loading import Model
 from edge_ssm.model.cost import cost
 from edge_ssm.model.network import TokenEncoder
+from edge_ssm.text import sanitize
 
 
 def describe(artifact: Artifact, signature: str | None = None) -> dict[str, Any]:
@@ -155,14 +156,10 @@ def _span(values: list[int]) -> str:
 
 def _outline(value: Any, name: str = "") -> list[str]:
     """A JSON value as indented lines, one scalar a line. It is a stranger's: no control characters come through."""
-    name = _printable(name)
+    name = sanitize(name, None)
     if isinstance(value, dict) or (isinstance(value, list) and any(isinstance(item, dict) for item in value)):
         items = value.items() if isinstance(value, dict) else enumerate(value)
         nested = [line for key, item in items for line in _outline(item, str(key))]
         return [f"{name}:", *(f"  {line}" for line in nested)] if name else nested
     text = ", ".join(str(item) for item in value) if isinstance(value, list) else str(value)
-    return [f"{name}: {_printable(text)}"]
-
-
-def _printable(text: str) -> str:
-    return "".join(c if c.isprintable() else "?" for c in text)
+    return [f"{name}: {sanitize(text, None)}"]

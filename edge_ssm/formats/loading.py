@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-import stat
 from dataclasses import dataclass
 from pathlib import Path
 
+from edge_ssm import files
 from edge_ssm.errors import ArtifactError
 from edge_ssm.formats import artifact, containers
 from edge_ssm.formats import exported as formats_exported
@@ -47,8 +47,11 @@ def load(path: str | os.PathLike[str]) -> Model:
     kind = kind_of(Path(path))
     if kind is None:
         return Model(artifact.load(path))
+    content = files.read_regular_file(path, MAX_BYTES, error=ArtifactError, remedy=f"expected a .{kind} model")
     try:
-        exported = formats_exported.read(_content(Path(path)), kind)
+        if not content:
+            raise ArtifactError("is empty; copy it again")
+        exported = formats_exported.read(content, kind)
     except ArtifactError as error:
         raise ArtifactError(f"{os.fspath(path)}: {error}") from None
     return Model(exported.source, exported)
@@ -57,7 +60,7 @@ def load(path: str | os.PathLike[str]) -> Model:
 def kind_of(path: Path) -> Kind | None:
     """By what it begins with, whatever its name; by the name where that tells nothing. None: an artifact."""
     try:
-        with open(path, "rb", opener=_without_waiting) as file:
+        with files.open_regular_file(path) as file:
             start = file.read(9)
     except OSError:
         return None  # said by whoever reads it
@@ -68,22 +71,3 @@ def kind_of(path: Path) -> Kind | None:
         return "onnx"
     suffixes: dict[str, Kind] = {".onnx": "onnx", ".tflite": "tflite"}
     return None if start[8:] == b"{" else suffixes.get(path.suffix.lower())
-
-
-def _without_waiting(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_NONBLOCK)
-
-
-def _content(path: Path) -> bytes:
-    try:
-        with open(path, "rb", opener=_without_waiting) as file:
-            status = os.fstat(file.fileno())
-            if not stat.S_ISREG(status.st_mode):
-                raise ArtifactError("not a regular file")
-            if not status.st_size:
-                raise ArtifactError("is empty; copy it again")
-            if status.st_size > MAX_BYTES:
-                raise ArtifactError(f"{status.st_size} bytes, the limit is {MAX_BYTES}")
-            return file.read()
-    except OSError as error:
-        raise ArtifactError(f"can't be read ({error.strerror})") from None

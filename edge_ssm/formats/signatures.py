@@ -15,7 +15,6 @@ import base64
 import binascii
 import hashlib
 import os
-import stat
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import msgspec
 
+from edge_ssm import files
 from edge_ssm.errors import SignatureRefused
 from edge_ssm.formats import loading
 
@@ -127,19 +127,8 @@ def pre_authentication(payload: bytes) -> bytes:
 
 
 def read_small(path: Path, expected: str) -> bytes:
-    """At most MAX_BYTES of a plain file. Raises SignatureRefused that ends in ``expected`` where that can't be."""
-    try:
-        with open(path, "rb", opener=lambda p, flags: os.open(p, flags | os.O_NONBLOCK)) as file:
-            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                raise SignatureRefused(f"{path}: not a regular file; {expected}")
-            content = file.read(MAX_BYTES + 1)
-    except FileNotFoundError:
-        raise SignatureRefused(f"{path}: not there; {expected}") from None
-    except (OSError, ValueError) as error:
-        raise SignatureRefused(f"{path}: can't be read ({getattr(error, 'strerror', error)}); {expected}") from None
-    if len(content) > MAX_BYTES:
-        raise SignatureRefused(f"{path}: larger than {MAX_BYTES} bytes; {expected}")
-    return content
+    """Return a regular file of at most MAX_BYTES. Raises SignatureRefused, whose text ends in ``expected``."""
+    return files.read_regular_file(path, MAX_BYTES, error=SignatureRefused, remedy=expected)
 
 
 def parse_key(content: bytes) -> Key:
@@ -233,16 +222,13 @@ def file_digest(path: Path) -> str:
     """SHA-256 (hex) of a plain file's bytes. Raises SignatureRefused where it can't be read."""
     digest = hashlib.sha256()
     try:
-        with open(path, "rb", opener=lambda p, flags: os.open(p, flags | os.O_NONBLOCK)) as file:
-            status = os.fstat(file.fileno())
-            if not stat.S_ISREG(status.st_mode):
-                raise SignatureRefused(f"{path}: not a regular file; expected a .safetensors artifact")
-            left = status.st_size  # no further: a file that grows while it is read would have no end
+        with files.open_regular_file(path) as file:
+            left = os.fstat(file.fileno()).st_size  # no further: a file that grows while it is read would have no end
             while left > 0 and (part := file.read(min(left, 1 << 20))):
                 digest.update(part)
                 left -= len(part)
-    except (OSError, ValueError) as error:
-        raise SignatureRefused(f"{path}: can't be read ({getattr(error, 'strerror', error)})") from None
+    except OSError as error:
+        raise SignatureRefused(f"{path}: {files.read_problem(error)}; expected a .safetensors artifact") from None
     return digest.hexdigest()
 
 

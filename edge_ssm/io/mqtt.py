@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from edge_ssm.errors import UsageError
+from edge_ssm.files import read_first_line, read_problem
 from edge_ssm.io.address import Endpoint, check_host
 
 PORTS = {"mqtt": 1883, "mqtts": 8883}
@@ -31,10 +32,8 @@ class Access:
     """This device's own certificate and its key (PEM)."""
 
     def secret(self) -> str | None:
-        """The password. Raises OSError or UnicodeDecodeError if its file can't be read."""
-        if self.password_file is None:
-            return self.password
-        return Path(self.password_file).read_text(encoding="utf-8").partition("\n")[0].rstrip("\r")
+        """Return the password. Raises OSError if its file cannot be read."""
+        return self.password if self.password_file is None else read_first_line(self.password_file)
 
 
 @dataclass(frozen=True)
@@ -113,9 +112,8 @@ def log_in(made: Any, address: Address, access: Access) -> None:
         return
     try:
         made.username_pw_set(access.username, access.secret())
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-        raise UsageError(f"{address.url}: password file {access.password_file}: can't be read ({reason})") from None
+    except OSError as error:
+        raise UsageError(f"{address.url}: password file {access.password_file}: {read_problem(error)}") from None
 
 
 def _tls(address: Address, access: Access) -> ssl.SSLContext:

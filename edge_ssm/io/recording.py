@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from edge_ssm import files
 from edge_ssm.errors import InputRefused
 from edge_ssm.io import messages
 from edge_ssm.io.codecs import registry as codecs
@@ -17,10 +18,10 @@ MOST_BYTES = 1 << 24
 def read(path: str, network: Network) -> Array:
     """(n, d_input) in the sensor's units: the first samples that ``network`` can take. Raises InputRefused."""
     try:
-        with open(path, "rb") as file:
+        with files.open_regular_file(path) as file:
             content = file.read(MOST_BYTES)
     except OSError as error:
-        raise InputRefused(f"{path}: can't be read ({error.strerror})") from None
+        raise InputRefused(f"{path}: {files.read_problem(error)}") from None
     decoder = codecs.decoder(codecs.guess_format(path), network.input)
     rows = [item.values for item in decoder.feed(content) if isinstance(item, messages.Frame)]
     allowed = input_range(network)

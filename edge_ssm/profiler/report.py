@@ -219,7 +219,7 @@ def write(path: Path, content: bytes) -> None:
 def check_place(path: Path) -> None:
     """Before minutes are spent on what goes there. Raises InputRefused."""
     try:
-        files.check(path)
+        files.check_writable(path)
     except OSError as error:
         why = f"can't be written ({error.strerror})"
         if path.is_dir():
@@ -265,14 +265,9 @@ def load(path: Path) -> Report:
     no measurement can have given."""
     from edge_ssm.profiler import report_checks
 
+    content = files.read_regular_file(path, LARGEST, remedy="expected a report of edge-ssm profile --json")
     try:
-        with path.open("rb") as file:
-            content = file.read(LARGEST + 1)
-        if len(content) > LARGEST:
-            raise InputRefused(f"{path}: longer than {LARGEST >> 20} MiB; not a report of edge-ssm profile --json")
         found = msgspec.json.decode(content, type=Report)
-    except OSError as error:
-        raise InputRefused(f"{path}: can't be read ({error.strerror})") from None
     except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
         raise InputRefused(f"{path}: not a report of edge-ssm profile --json ({error})") from None
     if found.version not in (1, VERSION):

@@ -155,14 +155,9 @@ def save_table(path: Path, table: StepTable) -> None:
 
 def load_table(path: Path) -> StepTable:
     """Raises InputRefused, naming the file, for one that is missing, damaged or of another version."""
+    content = files.read_regular_file(path, LARGEST, remedy="expected a step table of edge-ssm profile")
     try:
-        with path.open("rb") as file:
-            content = file.read(LARGEST + 1)
-        if len(content) > LARGEST:
-            raise InputRefused(f"{path}: longer than {LARGEST >> 20} MiB; not a step table of edge-ssm profile")
         table = msgspec.json.decode(content, type=StepTable)
-    except OSError as error:
-        raise InputRefused(f"{path}: can't be read ({error.strerror})") from None
     except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
         raise InputRefused(f"{path}: not a step table of edge-ssm profile ({error})") from None
     if table.version != VERSION:

@@ -5,9 +5,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import stat
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +13,8 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import msgspec
 
-from edge_ssm.errors import UsageError
+from edge_ssm import files
+from edge_ssm.errors import InputRefused, UsageError
 from edge_ssm.io.sinks.queue import Overflow
 from edge_ssm.runtime.pipeline import GapPolicy
 
@@ -168,8 +167,8 @@ def where(path: str, field: str) -> str:
     """``path, line n: section.key`` of a field, for messages; the section's line where the key is not given."""
     section, key = next((s, k) for s, keys in SECTIONS.items() for k, name in keys.items() if name == field)
     try:
-        file = _File(path, Path(path).read_text(errors="replace")[:LARGEST])
-    except OSError:
+        file = _File(path, files.read_regular_file(path, LARGEST).decode(errors="replace"))
+    except InputRefused:
         return f"{path}: {section}.{key}"
     place = file.line(section, key)
     return f"{place if place != path else file.line(section)}: {section}.{key}"
@@ -177,13 +176,7 @@ def where(path: str, field: str) -> str:
 
 def read(path: str) -> dict[str, Any]:
     """A configuration file's values by field. Raises UsageError, naming file, line and key."""
-    try:
-        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
-            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                raise UsageError(f"{path}: not a regular file; expected a configuration")
-            content = file.read(LARGEST + 1)
-    except OSError as error:
-        raise UsageError(f"{path}: can't be read ({error.strerror})") from None
+    content = files.read_regular_file(path, LARGEST, error=UsageError, remedy="expected a configuration file")
     return parse(content, path)
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
 import struct
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,6 +18,7 @@ from typing import Annotated, Any
 import msgspec
 import numpy as np
 
+from edge_ssm import files
 from edge_ssm.engines.registry import Snapshot
 from edge_ssm.errors import SnapshotError
 from edge_ssm.runtime.pipeline import PipelineState
@@ -76,18 +76,12 @@ def from_bytes(content: bytes) -> tuple[Document, Snapshot]:
 
 
 def read(path: Path) -> tuple[Document, Snapshot] | None:
-    """None where there is none. Raises SnapshotError."""
+    """Return the snapshot in ``path``; None if there is no such file. Raises SnapshotError."""
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        with files.open_regular_file(path) as file:
+            content = files.read_at_most(file, LARGEST)
     except FileNotFoundError:
         return None
     except OSError as error:
-        raise SnapshotError(f"{path}: can't be read ({error.strerror}); start without it") from None
-    try:
-        with os.fdopen(descriptor, "rb") as file:
-            content = file.read(LARGEST + 1)
-    except OSError as error:
-        raise SnapshotError(f"{path}: can't be read ({error.strerror}); start without it") from None
-    if len(content) > LARGEST:
-        raise SnapshotError(f"{path}: longer than {LARGEST} bytes; start without it")
+        raise SnapshotError(f"{path}: {files.read_problem(error)}; start without it") from None
     return from_bytes(content)

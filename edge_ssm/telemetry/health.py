@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from edge_ssm.telemetry.status import Status
+from edge_ssm.text import encodable
 
 LONGEST = 200
 """Characters of any text: time stamps and names come from frames and files, and may be as long as those allow."""
@@ -31,7 +32,7 @@ def _fit(value: Any) -> Any:
     """Texts cut to LONGEST, without what UTF-8 can't hold."""
     if isinstance(value, str):
         text = value if len(value) <= LONGEST else f"{value[:LONGEST]}..."
-        return text.encode("utf-8", "replace").decode()
+        return encodable(text)
     if isinstance(value, dict):
         return {_fit(key): _fit(item) for key, item in value.items()}
     if isinstance(value, list):

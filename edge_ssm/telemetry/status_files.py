@@ -12,6 +12,7 @@ from tempfile import gettempdir
 
 import msgspec
 
+from edge_ssm import files
 from edge_ssm.telemetry.status import VERSION, Status
 
 FOLDER_VARIABLE = "EDGE_SSM_RUN"
@@ -56,13 +57,9 @@ def running() -> list[Status]:
 
 def _read(path: Path) -> Status | None:
     try:
-        # Not blocking: a pipe of that name would keep its reader waiting for ever.
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
-        with open(descriptor, "rb") as file:
-            about = os.fstat(descriptor)
-            if not stat.S_ISREG(about.st_mode):
-                return None
-            status = msgspec.json.decode(file.read(LARGEST), type=Status)
+        with files.open_regular_file(path, follow_symlinks=False) as file:
+            about = os.fstat(file.fileno())
+            status = msgspec.json.decode(files.read_at_most(file, LARGEST), type=Status)
         if status.version != VERSION or path.name != f"{status.pid}{SUFFIX}":
             return None
         if os.stat(f"/proc/{status.pid}").st_uid != about.st_uid:  # Nobody speaks for another's process.

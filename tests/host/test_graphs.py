@@ -102,7 +102,7 @@ def test_the_same_export_gives_the_same_bytes(demo_model):
         (["--to", "onnx", "--chunk", "8", "--output", "x.onnx"], "an onnx graph takes any number of samples; give any"),
         (["--to", "tflite", "--chunk", "any", "--output", "x.tflite"], "expected 2 to 256 samples"),
         (["--to", "tflite", "--weights", "auto", "--output", "x.tflite"], "--weights auto: for a checkpoint only"),
-        (["--to", "onnx", "--input", "none.csv", "--output", "x.onnx"], "none.csv: can't be read"),
+        (["--to", "onnx", "--input", "none.csv", "--output", "x.onnx"], "none.csv: cannot be read"),
         (["--output", "x.safetensors"], "is an artifact already; give --to onnx or tflite"),
     ],
 )
@@ -151,7 +151,7 @@ def test_what_is_off_by_too_much_is_not_written(demo_model, tmp_path):
     assert not output.exists()
     with pytest.raises(RunFailed, match="off by up to"):
         graphs.make(demo_model, "tflite", "float16", error_bound=1e-6)
-    with pytest.raises(InputRefused, match=r"none\.safetensors: can't be read"):
+    with pytest.raises(InputRefused, match=r"none\.safetensors: cannot be read"):
         graphs.make(tmp_path / "none.safetensors", "onnx")
 
 

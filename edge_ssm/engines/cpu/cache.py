@@ -73,11 +73,11 @@ def best() -> KernelImage | None:
 def content_of(path: Path, limit: int) -> bytes:
     """Of a file with machine code. Raises InputRefused, which names it, where anyone could have written it."""
     try:
-        with path.open("rb") as file:
+        with files.open_regular_file(path) as file:
             status = os.fstat(file.fileno())
-            content = file.read(limit)
+            content = files.read_at_most(file, limit)
     except OSError as error:
-        raise InputRefused(f"{path}: cannot be read ({error.strerror})") from None
+        raise InputRefused(f"{path}: {files.read_problem(error)}") from None
     if status.st_uid not in (0, os.geteuid()) or status.st_mode & 0o002:
         raise InputRefused(f"{path}: belongs to another user, or anyone may write it; machine code must not")
     return content
@@ -142,10 +142,10 @@ def check_replaced(option: str, path: Path, written: bytes, what: str) -> None:
     try:
         if not path.is_file():
             return
-        with path.open("rb") as file:
+        with files.open_regular_file(path) as file:
             start = file.read(len(written))
     except OSError as error:
-        raise InputRefused(f"{option} {path}: cannot be read ({error.strerror})") from None
+        raise InputRefused(f"{option} {path}: {files.read_problem(error)}") from None
     if start and start != written:
         raise InputRefused(f"{option} {path}: is there and is no {what}, it would be lost; name another file")
 

@@ -12,6 +12,7 @@ import numpy as np
 from edge_ssm.errors import UsageError
 from edge_ssm.io.messages import Frame, Malformed
 from edge_ssm.model.network import Array, InputSpec
+from edge_ssm.text import encodable
 
 MAX_LINE = 1 << 16
 LABEL_COLUMN = "label"
@@ -143,15 +144,10 @@ def channel_scale(spec: InputSpec, scale: Sequence[float]) -> Array:
     return np.broadcast_to(np.array(scale, dtype=np.float64), len(spec.channels))
 
 
-def _writable(text: str) -> str:
-    """JSON can spell half of a surrogate pair, which is no character and can't be written out again."""
-    return text.encode(errors="replace").decode()
-
-
 def _writable_time(value: object) -> float | str | None:
     """A time stamp of JSON, None where it is none or could not be passed on: not finite, or beyond any number."""
     if isinstance(value, str):
-        return _writable(value)
+        return encodable(value)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
     if isinstance(value, int) and -(1 << 63) <= value < 1 << 63:

@@ -7,8 +7,9 @@ import math
 
 import numpy as np
 
-from edge_ssm.io.codecs.base import SEQUENCE_COLUMN, _LineDecoder, _sequence, _writable, _writable_time
+from edge_ssm.io.codecs.base import SEQUENCE_COLUMN, _LineDecoder, _sequence, _writable_time
 from edge_ssm.io.messages import Frame, Malformed
+from edge_ssm.text import encodable
 
 
 class NdjsonDecoder(_LineDecoder):
@@ -50,6 +51,6 @@ class NdjsonDecoder(_LineDecoder):
         return Frame(
             values,
             _writable_time(time),
-            _writable(str(label)) if isinstance(label, (str, int, float)) else None,
+            encodable(str(label)) if isinstance(label, (str, int, float)) else None,
             _sequence(sequence),
         )

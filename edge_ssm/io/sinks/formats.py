@@ -15,6 +15,7 @@ from edge_ssm.errors import RunFailed, SinkClosed
 from edge_ssm.io.messages import Decision, Event
 from edge_ssm.io.sinks.base import Sink
 from edge_ssm.model.network import Network
+from edge_ssm.text import sanitize
 
 
 def discard(file: TextIO) -> None:
@@ -141,8 +142,7 @@ class TextFormatter(Formatter):
         if d.truth is not None:
             header += f"  {'truth':<{width}}"
             # A recording's labels are somebody else's text: no control characters for the terminal.
-            truth = "".join(c if c.isprintable() else "?" for c in d.truth)
-            line += f"  {truth:<{width}}"
+            line += f"  {sanitize(d.truth):<{width}}"
             if d.label is not None:
                 line += "  ok" if d.label == d.truth else "  wrong"
         if d.gaps:

@@ -7,11 +7,12 @@ import http.client
 import re
 import ssl
 from collections.abc import Mapping
-from pathlib import Path
 from urllib.parse import urlsplit
 
+from edge_ssm import files
 from edge_ssm.errors import UsageError
 from edge_ssm.io.sinks.base import Transport
+from edge_ssm.text import sanitize
 
 _MOST_ANSWER = 1 << 16
 """Bytes of an answer that are read; none of them is used."""
@@ -70,10 +71,9 @@ class WebhookTransport(Transport):
         if self._token_file is None:
             return
         try:
-            token = Path(self._token_file).read_text(encoding="utf-8").partition("\n")[0].strip()
-        except (OSError, UnicodeDecodeError) as error:
-            reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-            raise OSError(f"token file {self._token_file}: can't be read ({reason})") from None
+            token = files.read_first_line(self._token_file).strip()
+        except OSError as error:
+            raise OSError(f"token file {self._token_file}: {files.read_problem(error)}") from None
         if not re.fullmatch(r"[!-~]+", token):
             raise OSError(f"token file {self._token_file}: expected a token of printable ASCII in its first line")
         self._headers["Authorization"] = f"Bearer {token}"
@@ -126,8 +126,7 @@ class WebhookTransport(Transport):
         if len(rest) == _MOST_ANSWER:
             self._used = False
             connection.close()  # the rest of the answer goes with it; the next request opens anew
-        reason = "".join(c for c in answer.reason[:80] if c.isprintable())
-        return answer.status, reason, (answer.getheader("Location") or "")[:200]
+        return answer.status, sanitize(answer.reason, 80), (answer.getheader("Location") or "")[:200]
 
     def close(self) -> None:
         made, self._connection = self._connection, None

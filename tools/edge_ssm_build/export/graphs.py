@@ -105,10 +105,7 @@ def make(
     float32, by more than ``error_bound``, or by more than a run believes (``choice.self_test``); EngineUnavailable if a
     package is missing.
     """
-    try:
-        content = source.read_bytes()
-    except OSError as error:
-        raise InputRefused(f"{source}: can't be read ({error.strerror})") from None
+    content = edge_ssm_files.read_regular_file(source, loading.MAX_BYTES, remedy="expected an artifact")
     loaded = artifact.load(source)
     network = loaded.network
     chosen = weights or own_weights(network)

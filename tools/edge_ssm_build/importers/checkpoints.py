@@ -17,6 +17,7 @@ import msgspec
 import numpy as np
 import torch
 
+from edge_ssm import files
 from edge_ssm.errors import InputRefused, UsageError
 from edge_ssm.model.network import Array
 from edge_ssm_build.training.checkpoint import read_torch
@@ -24,6 +25,7 @@ from edge_ssm_build.training.checkpoint import read_torch
 Form = Literal["state-spaces-s4d", "state-spaces-s4block", "s4op"]
 FORMS: tuple[Form, ...] = ("state-spaces-s4d", "state-spaces-s4block", "s4op")
 Transform = Literal["none", "exp", "relu", "sigmoid", "softplus"]
+MAX_ARCH_BYTES = 1 << 20
 Size = Annotated[int, msgspec.Meta(ge=1)]
 
 
@@ -53,10 +55,9 @@ class Arch(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 def read_arch(path: Path) -> Arch:
     """Raises InputRefused, naming file and field."""
+    content = files.read_regular_file(path, MAX_ARCH_BYTES, remedy="expected a TOML file; see docs/import.md")
     try:
-        return msgspec.toml.decode(path.read_bytes(), type=Arch)
-    except OSError as error:
-        raise InputRefused(f"{path}: can't be read ({error.strerror})") from None
+        return msgspec.toml.decode(content, type=Arch)
     except (msgspec.MsgspecError, ValueError) as error:
         raise InputRefused(f"{path}: {error}; docs/import.md lists the fields") from None
 

@@ -16,6 +16,7 @@ from edge_ssm import files as edge_ssm_files
 from edge_ssm.errors import InputRefused, UsageError
 
 Row = dict[str, Any]
+MAX_FAMILY_BYTES = 1 << 26
 
 
 class _Score(msgspec.Struct):
@@ -61,10 +62,9 @@ class _Family(msgspec.Struct):
 
 def _read(run: Path) -> _Family:
     path = run / "family.json"
+    content = edge_ssm_files.read_regular_file(path, MAX_FAMILY_BYTES, remedy="expected a folder that prune wrote")
     try:
-        family = msgspec.json.decode(path.read_bytes(), type=_Family)
-    except OSError as error:
-        raise InputRefused(f"{path}: can't be read ({error.strerror}); expected a folder that prune wrote") from None
+        family = msgspec.json.decode(content, type=_Family)
     except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
         raise InputRefused(f"{path}: not a family of edge-ssm-build prune ({error})") from None
     if family.version != 2 or not family.members:

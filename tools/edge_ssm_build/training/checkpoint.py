@@ -84,12 +84,12 @@ def write_torch(path: Path, content: Any) -> None:
 def read_torch(path: Path) -> Any:
     """A file of tensors and plain values. Raises InputRefused for any other: no pickled code is ever run."""
     try:
-        with path.open("rb") as file:  # of a path torch goes by the name's ending
+        with files.open_regular_file(path) as file:  # Given a path, torch would go by the ending of its name.
             return torch.load(file, weights_only=True)
     except FileNotFoundError:
         raise InputRefused(f"{path}: no such file") from None
     except OSError as error:
-        raise InputRefused(f"{path}: can't be read ({error.strerror})") from None
+        raise InputRefused(f"{path}: {files.read_problem(error)}") from None
     except Exception as error:  # on damaged bytes its unpickler raises whatever it trips over
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
         raise InputRefused(f"{path}: damaged, or not a checkpoint of tensors and plain values ({reason})") from None
