@@ -1,76 +1,85 @@
 """Every error that edge-ssm raises on purpose.
 
-    EdgeSSMError            anything below; ``str(error)`` is one line fit for a user
-      UsageError            wrong use: an option, an argument, a file that is not there
-      InputRefused          something handed in is not acceptable
-        ArtifactError         a model file: damaged, hostile, or of another version
+    EdgeSSMError            base class; ``str(error)`` is one line fit for a user
+      UsageError            wrong use: an option, an argument, a configuration, a missing package      exit status 2
+      InputRefused          an input that is not acceptable                                            exit status 2
+        ArtifactError         a model file that is damaged, hostile or of another version
         NetworkError          a network whose parts do not fit together
         FrameError            a stream whose shape is wrong from its start
-        SampleError           one sample that an engine must not see (non-finite, out of range)
+        SampleError           a sample that no engine may see (not finite, out of range)
         SnapshotError         a state that does not belong to this network
         SignatureRefused      a model without the signature of a trusted key
-      RunFailed             the work began and could not be ended
-        EngineUnavailable     an engine's package or hardware is missing
+      RunFailed             work that began and could not be completed                                 exit status 1
+        EngineUnavailable     an engine whose package or hardware is missing
+      MeterUnavailable      a power sensor that is missing or cannot be read                           exit status 1
+      MeterLost             a power sensor that stopped working                                        exit status 1
+    SinkClosed              internal: the reader of the output is gone, which ends a run normally
 
-``exit_status`` is what the command line returns: 2 for wrong use and refused input, 1 for a failed run.
+The command line returns ``exit_status`` of the error that ended it. A message names what is wrong and where, what was
+expected, and what to do about it.
 """
 
 from __future__ import annotations
 
 
 class EdgeSSMError(Exception):
-    """Base of all errors of this package. Its text says what, where, what was expected, what to do."""
+    """Base class of all errors that users of this package see."""
 
     exit_status = 1
+    """Exit status of the command line when this error ends it."""
 
 
 class UsageError(EdgeSSMError):
+    """Wrong use: an option, an argument, a configuration file, or a package that has to be installed."""
+
     exit_status = 2
 
 
 class InputRefused(EdgeSSMError):
+    """An input (model, stream, report, key, snapshot) that is not acceptable."""
+
     exit_status = 2
 
 
 class ArtifactError(InputRefused):
-    pass
+    """A model file that is damaged, hostile or of another version."""
 
 
 class NetworkError(InputRefused):
-    pass
+    """A network whose parts do not fit together."""
 
 
 class FrameError(InputRefused):
-    pass
+    """A stream whose shape is wrong from its start, so that no later frame can be right."""
 
 
 class SampleError(InputRefused):
-    pass
+    """A sample that no engine may see: not finite, or out of the range that the model accepts."""
 
 
 class SnapshotError(InputRefused):
-    pass
+    """A saved state that is damaged or does not belong to this network."""
 
 
 class SignatureRefused(InputRefused):
-    pass
+    """A model without the signature of a trusted key."""
 
 
 class RunFailed(EdgeSSMError):
-    pass
+    """Work that began and could not be completed."""
 
 
 class EngineUnavailable(RunFailed):
-    pass
-
-
-class SinkClosed(Exception):
-    """The reader of the output has gone away."""
+    """An engine whose package or hardware is missing."""
 
 
 class MeterUnavailable(EdgeSSMError):
-    """No such sensor here, or it can't be read; the text says why."""
+    """A power sensor that is missing or cannot be read; the text says why."""
 
 
 class MeterLost(EdgeSSMError):
-    """It read and does not any more."""
+    """A power sensor that was read before and cannot be read any more."""
+
+
+class SinkClosed(Exception):
+    """The reader of the output is gone: the run ends, which is not an error (internal)."""

@@ -79,7 +79,8 @@ def test_standard_output_goes_on_where_it_was(tmp_path, name):
     """Redirected to a file: it must not be replaced, since what came before is in it, nor written from its start."""
     code = (
         "import os; from pathlib import Path; from edge_ssm import files as atomic\n"
-        f"os.write(1, b'before\\n'); atomic.check_writable(Path({name!r})); atomic.write(Path({name!r}), b'content\\n')\n"
+        f"os.write(1, b'before\\n'); atomic.check_writable(Path({name!r}))\n"
+        f"atomic.write(Path({name!r}), b'content\\n')\n"
         "os.write(1, b'after\\n')"
     )
     with open(tmp_path / "out", "wb") as out:

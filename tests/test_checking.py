@@ -122,8 +122,8 @@ def configured(models, text):
         ('[state]\nfolder = "a\\u0000b"', "line 4: state.folder: 'a\\x00b': has a zero byte"),
         ('[adaptive]\nmembers = ["a\\u0000b"]', "line 4: adaptive.members: 'a\\x00b': has a zero byte"),
         ("[source]\ninput = 'serial:///dev/a%00b'", "line 4: source.input: serial:///dev/a%00b: '/dev/a\\x00b': has a"),
-        ("[sink]\noutput = 'tcp://a..b:80'", "line 4: sink.output: tcp://a..b:80: 'a..b' can't be a host"),
-        ("[metrics]\nlisten = 'a..b:80'", "line 4: metrics.listen: listen 'a..b:80': 'a..b' can't be a host"),
+        ("[sink]\noutput = 'tcp://a..b:80'", "line 4: sink.output: tcp://a..b:80: 'a..b' is not a host"),
+        ("[metrics]\nlisten = 'a..b:80'", "line 4: metrics.listen: listen 'a..b:80': 'a..b' is not a host"),
     ],
 )
 def test_what_can_not_run_says_where(models, text, problem):

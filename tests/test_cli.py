@@ -227,7 +227,7 @@ def test_wrong_use_is_one_line_and_status_2(folder, tmp_path):
     one_line(stream(folder, "--hop", "11"), 2, "hop: 11 samples, expected 1 to the window's 10")
     one_line(stream(folder, "--input", tmp_path / "none.csv"), 2, "none.csv: can't be read")
     one_line(stream(folder, "--input", tmp_path), 2, "it is a directory")
-    one_line(stream(folder, "--output", tmp_path / "no" / "x"), 2, "can't be written")
+    one_line(stream(folder, "--output", tmp_path / "no" / "x"), 2, "cannot be written")
     one_line(stream(folder, "--scale", "x"), 2, "--scale 'x': expected numbers")
     one_line(stream(folder, "--sample-rate", "-1"), 2, "sample rate: -1 Hz, expected 0.05 to 50000")
     one_line(stream(folder, "--gap", "fill"), 2, "'fill' is not one of 'hold', 'skip', 'reset'")
@@ -273,7 +273,7 @@ def test_a_full_disk_is_one_clear_error(folder):
     done = stream(folder, "--engine", "reference", "--input", folder / "s.csv", "--output", "/dev/full")
     *account, line = done.stderr.decode().splitlines()
     assert done.returncode == 1
-    assert line == "edge-ssm: error: output: can't be written (No space left on device); the run ends here"
+    assert line == "edge-ssm: error: output: cannot be written (No space left on device); the run ends here"
     assert account[0].startswith("ended by failure; engine reference")
     with open("/dev/full", "w") as full:
         command = [*COMMAND, "run", str(folder / "m.safetensors"), "--stream", "--engine", "reference"]

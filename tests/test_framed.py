@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edge_ssm.errors import UsageError
-from edge_ssm.io.codecs.framed import MAX_PACKET, FramedDecoder, encode, stuff, unstuff
+from edge_ssm.io.codecs.framed import MAX_PACKET, FramedDecoder, cobs_decode, cobs_encode, encode
 from edge_ssm.io.codecs.registry import decoder, guess_format
 from edge_ssm.io.messages import Frame, Malformed
 from edge_ssm.model.network import InputSpec
@@ -49,7 +49,7 @@ def test_the_worked_example_of_the_documentation():
     before, after = (bytes.fromhex("".join(line.split("#")[0] for line in b.splitlines(True))) for b in blocks)
     values = [[1.0, -2.5], [0.0, 3.0]]
     assert encode(values, 258, boot=7, time_us=1_700_000_000_000_000, period_ns=10_000_000) == after
-    assert stuff(before) == after[1:-1]
+    assert cobs_encode(before) == after[1:-1]
     first, second = decode(after)
     assert (first.values.tolist(), first.time) == ([1.0, -2.5], 1.7e9)
     assert (second.values.tolist(), second.time) == ([0.0, 3.0], 1.7e9 + 0.01)
@@ -84,10 +84,10 @@ contents = st.lists(
 
 @given(contents)
 def test_stuffing_leaves_no_zero_and_can_be_undone(content):
-    packet = stuff(content)
+    packet = cobs_encode(content)
     assert b"\0" not in packet
     assert len(packet) <= len(content) + len(content) // 254 + 1
-    assert unstuff(packet) == content
+    assert cobs_decode(packet) == content
 
 
 @st.composite
@@ -172,10 +172,10 @@ def test_every_single_flipped_bit_is_seen():
 
 def reframed(**fields):
     """A frame whose header says something else, with a right checksum."""
-    body = bytearray(unstuff(encode([[1, 2]], 0)[1:-1])[:-4])
+    body = bytearray(cobs_decode(encode([[1, 2]], 0)[1:-1])[:-4])
     for place, value in fields.items():
         body[int(place[1:])] = value
-    return b"\0" + stuff(bytes(body) + zlib.crc32(body).to_bytes(4, "little")) + b"\0"
+    return b"\0" + cobs_encode(bytes(body) + zlib.crc32(body).to_bytes(4, "little")) + b"\0"
 
 
 @pytest.mark.parametrize(
@@ -183,7 +183,7 @@ def reframed(**fields):
     [
         (b"\0abc\0", "length: cut short"),
         (b"\0\x02a\0", "length: 1 bytes, a frame has at least 16"),
-        (b"\0" + stuff(bytes(20)) + b"\0", "checksum: does not match"),
+        (b"\0" + cobs_encode(bytes(20)) + b"\0", "checksum: does not match"),
         (reframed(_0=2), "version: 2, expected 1"),
         (reframed(_1=4), "flags: 0x4, expected none but"),
         (reframed(_2=3), "channel count: 3, expected 2 (ax, ay)"),

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edge_ssm.errors import FrameError, UsageError
-from edge_ssm.io.codecs.base import MAX_LINE
+from edge_ssm.io.codecs.lines import MAX_LINE
 from edge_ssm.io.codecs.registry import FORMATS, decoder, guess_format
 from edge_ssm.io.messages import Frame, Malformed
 from edge_ssm.model.network import InputSpec

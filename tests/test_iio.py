@@ -50,7 +50,7 @@ class Tree:
         os.mkfifo(self.node)
 
     def source(self, device="iio:device0", channels=SPEC, **options):
-        return IioSource(device, channels, sysfs=self.sysfs, dev=self.dev, back_off=Backoff(0.2), **options)
+        return IioSource(device, channels, sysfs=self.sysfs, dev=self.dev, backoff=Backoff(0.2), **options)
 
     def __getitem__(self, path):
         return (self.device / path).read_text().strip()
@@ -143,7 +143,7 @@ def test_a_device_that_vanishes_and_comes_back(tmp_path, stop):
     os.close(node)
     assert not source.read(stop, 1).connected
     gone = source.read(stop, 1)
-    assert "no such IIO device; there are: none" in gone.reason
+    assert "no such IIO device; available: none" in gone.reason
     (tmp_path / "away").rename(tree.sysfs / "iio:device3")  # under another number
     tree.node = tree.node.rename(tree.dev / "iio:device3")
     tree.device = tree.sysfs / "iio:device3"
@@ -154,7 +154,7 @@ def test_a_device_that_vanishes_and_comes_back(tmp_path, stop):
     os.close(node)
     source.close()
     (tree.device / "scan_elements" / "in_accel_x_type").write_text("be:s12/16>>4")
-    source._back_off.succeeded()
+    source._backoff.reset()
     with pytest.raises(RunFailed, match="came back with other elements"):
         source.read(stop, 1)
 
@@ -191,13 +191,13 @@ def test_any_bytes_give_frames_or_one_report(blocks):
 @pytest.mark.parametrize(
     ("device", "options", "problem"),
     [
-        ("iio:device7", {}, r"no such IIO device; there are: iio:device0 \(lis2dh12\)"),
+        ("iio:device7", {}, r"no such IIO device; available: iio:device0 \(lis2dh12\)"),
         ("../../etc", {}, "no such IIO device"),
         ("iio:device0", {"channels": spec("gyro_x")}, "no element 'gyro_x'; the model's channels are gyro_x"),
         ("iio:device0", {"elements": ["accel_x"]}, "1 elements for 2 channels"),
         ("iio:device0", {"elements": ["accel_x"] * 2}, "1 elements for 2 channels"),
         ("iio:device0", {"watermark": 5000}, "watermark <= length"),
-        ("iio:device0", {"trigger": "x"}, "current_trigger: x can't be written"),
+        ("iio:device0", {"trigger": "x"}, "current_trigger: x cannot be written"),
     ],
 )
 def test_what_can_not_be_right(tmp_path, device, options, problem):

@@ -71,7 +71,7 @@ def stop():
 
 
 def open_source(line, stop):
-    source = SerialSource(str(line.host), 115200, back_off=Backoff(0.2))
+    source = SerialSource(str(line.host), 115200, backoff=Backoff(0.2))
     assert source.read(stop, 5) == Discontinuity("connected", True)
     return source
 

@@ -10,7 +10,7 @@ import pytest
 from networks import random_network
 
 from edge_ssm.errors import UsageError
-from edge_ssm.io.address import place
+from edge_ssm.io.address import parse_endpoint
 from edge_ssm.io.backoff import Backoff
 from edge_ssm.io.mailbox import Mailbox
 from edge_ssm.io.shutdown import ShutdownSignal
@@ -168,7 +168,7 @@ def test_a_unix_socket_that_a_killed_process_left_is_taken_over(tmp_path):
     with socket.socket(socket.AF_UNIX) as left:
         left.bind(path)
     source = ListenSource("here", path)
-    with pytest.raises(UsageError, match="can't be listened on"):
+    with pytest.raises(UsageError, match="cannot listen there"):
         ListenSource("here", path)
     source.close()
 
@@ -200,9 +200,9 @@ def test_udp_tells_of_datagrams_that_nobody_read_in_time(stop):
 
 
 def test_listening_is_on_loopback_unless_told_otherwise():
-    assert place("tcp-listen://:9000", SCHEMES).address() == ("127.0.0.1", 9000)
-    assert place("udp://0.0.0.0:9000", SCHEMES).address() == ("0.0.0.0", 9000)
-    assert place("udp://[::1]:9000", SCHEMES).address() == ("::1", 9000)
+    assert parse_endpoint("tcp-listen://:9000", SCHEMES).host_and_port() == ("127.0.0.1", 9000)
+    assert parse_endpoint("udp://0.0.0.0:9000", SCHEMES).host_and_port() == ("0.0.0.0", 9000)
+    assert parse_endpoint("udp://[::1]:9000", SCHEMES).host_and_port() == ("::1", 9000)
 
 
 @pytest.mark.parametrize(
@@ -213,13 +213,13 @@ def test_listening_is_on_loopback_unless_told_otherwise():
         ("ftp://host:1", "'ftp' is unknown"),
         ("unix://host/path", "expected unix:///PATH"),
         ("unix:///" + "x" * 200, "at most 107 bytes"),
-        ("tcp-listen://203.0.113.1:9", "can't be listened on"),
+        ("tcp-listen://203.0.113.1:9", "cannot listen there"),
         ("udp://:9?x=1", "option 'x' is unknown"),
         ("tcp://host:1?x", "not an address"),
         ("", "an empty path"),
-        ("tcp://a..b:80", "tcp://a..b:80: 'a..b' can't be a host; expected 1 to 63 characters between dots"),
-        ("tcp-listen://a..b:80", "'a..b' can't be a host"),
-        ("udp://" + "a" * 64 + ":80", "a' can't be a host"),
+        ("tcp://a..b:80", "tcp://a..b:80: 'a..b' is not a host; expected 1 to 63 characters between dots"),
+        ("tcp-listen://a..b:80", "'a..b' is not a host"),
+        ("udp://" + "a" * 64 + ":80", "a' is not a host"),
         ("serial:///dev/tty%00A?baud=9600", "'/dev/tty\\x00A': has a zero byte"),
         ("unix:///a%00b", "has a zero byte"),
         ("mqtt://h/t?username=u&password_file=a%00b", "'a\\x00b': has a zero byte"),
@@ -243,9 +243,9 @@ def test_a_mailbox_keeps_order_makes_writers_wait_and_wakes_its_reader(stop):
 
 def test_back_off_doubles_to_its_longest_and_success_starts_anew():
     back_off = Backoff(longest_s=1.0)
-    waits = [back_off.failed() for _ in range(10)]
+    waits = [back_off.record_failure() for _ in range(10)]
     assert 0.05 <= waits[0] <= 0.1
     assert 0.5 <= waits[-1] <= 1.0
-    back_off.succeeded()
-    assert back_off.left_s == 0
-    assert back_off.failed() <= 0.1
+    back_off.reset()
+    assert back_off.remaining_s == 0
+    assert back_off.record_failure() <= 0.1

@@ -91,12 +91,12 @@ def test_a_batch_is_one_request_on_one_connection(server, tmp_path):
 @pytest.mark.parametrize(
     ("answer", "problem"),
     [
-        (404, r"does not take it \(404 Not Found\); check the address"),
-        (401, r"does not take it \(401 Unauthorized\)"),
-        (429, r"can't take it now \(429 Too Many Requests\)"),
-        (503, r"can't take it now \(503 Service Unavailable\)"),
+        (404, r"rejects it \(404 Not Found\); check the address"),
+        (401, r"rejects it \(401 Unauthorized\)"),
+        (429, r"cannot take it now \(429 Too Many Requests\)"),
+        (503, r"cannot take it now \(503 Service Unavailable\)"),
         (307, r"redirects to 'http://elsewhere\.invalid/in' \(307 Temporary Redirect\), which is not followed"),
-        ("junk", "the answer is no HTTP"),
+        ("junk", "the answer is not HTTP"),
         ("hang", "timed out"),
     ],
 )
@@ -150,7 +150,7 @@ def test_no_server_is_an_error():
         ("http://u:secret@h/", {}, "do not belong in the address"),
         ("http://h/", {"headers": {"A": "b\r\nC: d"}}, "header 'A'"),
         ("http://h/", {"ca_file": "x"}, "certificates are for https"),
-        ("https://h/", {"ca_file": "/nowhere/x"}, "certificates /nowhere/x: can't be used"),
+        ("https://h/", {"ca_file": "/nowhere/x"}, "certificates /nowhere/x: cannot be used"),
         ("http://h/", {"token_file": "/nowhere/x"}, "token file /nowhere/x: cannot be read"),
     ],
 )

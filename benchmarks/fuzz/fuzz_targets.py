@@ -24,7 +24,7 @@ import msgspec
 import numpy as np
 
 from edge_ssm.io import messages
-from edge_ssm.io.codecs import base
+from edge_ssm.io.codecs import lines
 
 try:  # here, so that the parser which msgspec takes is instrumented with this import
     import tomllib  # noqa: F401
@@ -106,7 +106,7 @@ def check_item(item: Any) -> None:
 
 def decoder_target(codec: str) -> Fuzzed:
     """The first byte says where the rest is cut in two blocks; 255 puts a line that is too long between them."""
-    long_line = b"7" * (base.MAX_LINE + 1) if codec in ("csv", "ndjson") else b""
+    long_line = b"7" * (lines.MAX_LINE + 1) if codec in ("csv", "ndjson") else b""
 
     def fuzz(data: bytes) -> None:
         if not data:
@@ -463,10 +463,10 @@ def address_target() -> Fuzzed:
     """Where samples come from, as text: what is taken has a host and port, or a path, that may be opened."""
 
     def fuzz(data: bytes) -> None:
-        found = address.place(data.decode("utf-8", "surrogateescape"), sources.SCHEMES)
+        found = address.parse_endpoint(data.decode("utf-8", "surrogateescape"), sources.SCHEMES)
         found.known_options("baud")
-        found.whole("baud", 1)
-        (found.socket_path if found.scheme.startswith("unix") else found.address)()
+        found.positive_int("baud", 1)
+        (found.socket_path if found.scheme.startswith("unix") else found.host_and_port)()
 
     return fuzz
 
@@ -528,7 +528,7 @@ def framed_content_target() -> Fuzzed:
         decoder = codecs.decoder("framed", SPEC)
         while script.left:
             content = script.take(script.number() % 64)
-            packet = framed.stuff(content + struct.pack("<I", zlib.crc32(content)))
+            packet = framed.cobs_encode(content + struct.pack("<I", zlib.crc32(content)))
             for item in decoder.feed(script.take(script.number() % 4) + b"\0" + packet + b"\0"):
                 check_item(item)
         decoder.resume(decoder.state())

@@ -177,7 +177,7 @@ def run(context: click.Context, /, config: str | None, stream: bool, **options: 
     }
     settings = service_settings.settings(config, given)
     if config is not None:
-        address.check_apart(settings.output, [config])
+        address.check_not_an_input(settings.output, [config])
     if settings.input == "-" and sys.stdin is None:
         raise UsageError("standard input is closed; give --input")
     if settings.output == "-" and sys.stdout is None:

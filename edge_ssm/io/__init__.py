@@ -1,1 +1,1 @@
-"""Input and output: addresses, codecs, sources and sinks."""
+"""Input and output: sources deliver bytes, codecs turn bytes into frames, sinks deliver formatted decisions."""

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import random
 import time
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    pass
 
 
 class Backoff:
-    """Waits between tries: 0.1 s, doubled up to ``longest_s``, each shortened at random by up to a half, so that many
-    devices do not come back at once. Success starts anew."""
+    """The time to wait between attempts.
+
+    0.1 s, doubled after each failure up to ``longest_s``. Each wait is shortened at random by up to a half, so that
+    many devices do not come back at the same moment.
+    """
 
     SHORTEST_S = 0.1
 
@@ -20,19 +19,20 @@ class Backoff:
         self._longest_s = longest_s
         self._next_s = self.SHORTEST_S
         self._random = random.Random()
-        self.due = 0.0
-        """time.monotonic() from which the next try is allowed."""
+        self._due = 0.0  # time.monotonic() from which the next attempt is allowed
 
-    def failed(self) -> float:
-        """Note a failed try; returns the seconds until the next one."""
+    def record_failure(self) -> float:
+        """Note a failed attempt and return the seconds until the next one."""
         wait = self._next_s * self._random.uniform(0.5, 1.0)
         self._next_s = min(2 * self._next_s, self._longest_s)
-        self.due = time.monotonic() + wait
+        self._due = time.monotonic() + wait
         return wait
 
-    def succeeded(self) -> None:
-        self._next_s, self.due = self.SHORTEST_S, 0.0
+    def reset(self) -> None:
+        """Note a success: the next attempt may be made at once."""
+        self._next_s, self._due = self.SHORTEST_S, 0.0
 
     @property
-    def left_s(self) -> float:
-        return max(0.0, self.due - time.monotonic())
+    def remaining_s(self) -> float:
+        """Seconds until the next attempt is allowed."""
+        return max(0.0, self._due - time.monotonic())

@@ -11,48 +11,62 @@ from edge_ssm.model.network import Array
 
 
 class Frame(msgspec.Struct, frozen=True, eq=False):
-    """One sample of all channels. A struct, since one is made a sample: a frozen dataclass takes seven times longer."""
+    """One sample of all channels.
+
+    A msgspec struct because one is created for every sample: a frozen dataclass takes seven times as long.
+    """
 
     values: Array
-    """(d_input,) float64 in the sensor's units, NaN where a value is missing."""
+    """Shape (d_input,), float64: the channels in the sensor's units, NaN where a value is missing."""
     time: float | str | None = None
-    """The source's own time stamp, as it stands there."""
+    """The source's own time stamp, unchanged."""
     label: str | None = None
-    """The true label, where a recording carries one. Never shown to the model."""
+    """The true label, if a recording carries one. The model never sees it."""
     sequence: int | None = None
-    """The sender's own number of the sample, one more for each, where it has one."""
+    """The sender's sequence number of the sample, if it has one."""
 
 
 @dataclass(frozen=True, slots=True)
 class Malformed:
-    """Input that is no frame: what was wrong, and where (a line or a byte offset)."""
+    """Input that is not a frame."""
 
     where: str
+    """Position in the input: a line or a byte offset."""
     problem: str
+    """What is wrong, in words."""
 
 
 @dataclass(frozen=True, slots=True)
 class Decision:
+    """The model's output for one window."""
+
     index: int
+    """Number of the decision, from 0."""
     start: int
+    """First sample of the window."""
     end: int
-    """Samples [start, end) of the stream."""
+    """Sample after the last one of the window."""
     outputs: Array
-    """(d_output,) float64: logits, or the regression's values."""
+    """Shape (d_output,), float64: logits, or the values of a regression."""
     label: str | None
-    """None for a regression."""
+    """The most probable label; None for a regression."""
     score: float | None
     """Softmax probability of the label; None for a regression."""
     time: float | str | None = None
-    """Time stamp of the last sample, where the source has one."""
+    """Time stamp of the last sample, if the source has one."""
     truth: str | None = None
+    """True label of the window, if the recording carries one."""
     gaps: int = 0
+    """Samples of the window that were filled."""
 
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """Something that a reader of decisions must know: a reset, a window without a decision."""
+    """Something that readers of decisions need to know: a reset, a lost connection, a window without a decision."""
 
     event: str
+    """Name, in snake case."""
     sample: int
+    """Number of the sample before which it happened."""
     details: dict[str, Any] = field(default_factory=dict)
+    """More about it, ready for JSON."""

@@ -1,4 +1,7 @@
-"""SIGINT and SIGTERM as a flag and a file descriptor: no wait outlives them, no sample is torn by an exception."""
+"""SIGINT and SIGTERM as a flag and a file descriptor.
+
+No wait outlives a signal, and no exception interrupts the processing of a sample.
+"""
 
 from __future__ import annotations
 
@@ -10,15 +13,16 @@ from typing import Any
 
 
 class ShutdownSignal:
-    """While entered, the two signals set ``requested`` instead of ending the process; a second one ends it.
+    """A context in which SIGINT and SIGTERM set ``requested`` instead of ending the process.
 
-    For the main thread only.
+    A second signal ends the process. Use it in the main thread only.
     """
 
     def __init__(self, hangups: bool = False) -> None:
         self.requested = False
+        """True once a signal asked for a shutdown."""
         self.hangups = 0
-        """How often SIGHUP came; without ``hangups`` it ends the process, as ever."""
+        """Number of SIGHUPs received, with ``hangups``; without it SIGHUP ends the process, as usual."""
         self._counts_hangups = hangups
         self._reader, self._writer = os.pipe()
         os.set_blocking(self._writer, False)
@@ -26,11 +30,12 @@ class ShutdownSignal:
         self._poll = select.poll()
         self._poll.register(self._reader, select.POLLIN)
         self._polled: int | None = None
-        """The other descriptor that ``_poll`` looks at; it is the same one nearly always."""
+        """The other descriptor that ``_poll`` watches; it rarely changes."""
         self._previous: dict[int, Any] = {}
         self._wakeup = -1
 
     def __enter__(self) -> ShutdownSignal:
+        """Install the signal handlers."""
         self._wakeup = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
         for number in (signal.SIGINT, signal.SIGTERM):
             self._previous[number] = signal.signal(number, self._on_signal)
@@ -41,6 +46,7 @@ class ShutdownSignal:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        """Restore the previous signal handlers."""
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         signal.set_wakeup_fd(self._wakeup)
@@ -48,7 +54,7 @@ class ShutdownSignal:
         os.close(self._writer)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self.requested:  # asked twice: something is stuck, let the signal do what it does
+        if self.requested:  # the second request: something is stuck, so let the signal end the process
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
         self.requested = True
@@ -57,7 +63,10 @@ class ShutdownSignal:
         self.hangups += 1
 
     def wait(self, fd: int | None = None, seconds: float | None = None) -> bool:
-        """Wait until ``fd`` can be read (or has ended), at most ``seconds``. False: stopped, or time ran out."""
+        """Wait until ``fd`` can be read or has ended, at most ``seconds`` (None: for ever).
+
+        Return False if a shutdown was requested or the time ran out.
+        """
         if fd != self._polled:
             if self._polled is not None:
                 self._poll.unregister(self._polled)
@@ -68,5 +77,5 @@ class ShutdownSignal:
             return False
         ready = [descriptor for descriptor, _ in self._poll.poll(None if seconds is None else max(0.0, seconds) * 1000)]
         if self._reader in ready and not self.requested:
-            os.read(self._reader, 512)  # A signal that asks for no stop must not keep the descriptor ready.
+            os.read(self._reader, 512)  # A signal that requests no shutdown must not keep the descriptor ready.
         return not self.requested and fd in ready

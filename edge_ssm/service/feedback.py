@@ -17,15 +17,20 @@ def check(settings: Settings) -> None:
     """Raises UsageError."""
     models = [settings.model, *settings.member]
     signed = [str(signatures.signature_path(model)) for model in models]
-    source = address.place(settings.input, sources.SCHEMES)
+    source = address.parse_endpoint(settings.input, sources.SCHEMES)
     secrets = [path for option, path in source.options.items() if option.endswith("_file")]
-    address.check_apart(settings.output, [*models, *signed, *settings.require_signature, settings.input, *secrets])
-    sink = address.place(settings.output, sinks.SCHEMES)
+    address.check_not_an_input(
+        settings.output, [*models, *signed, *settings.require_signature, settings.input, *secrets]
+    )
+    sink = address.parse_endpoint(settings.output, sinks.SCHEMES)
     if {source.scheme, sink.scheme} <= set(mqtt.PORTS):
-        from_, to = mqtt.parse(source.text, wildcards=True), mqtt.parse(sink.text, wildcards=False)
+        from_, to = (
+            mqtt.parse_topic_address(source.text, wildcards=True),
+            mqtt.parse_topic_address(sink.text, wildcards=False),
+        )
         with suppress(ImportError):  # paho-mqtt is missing, says whoever opens either
-            if mqtt.comes_back(from_, to):
+            if mqtt.is_loop(from_, to):
                 raise UsageError(
-                    f"--output {sink.shown}: the run reads it ({source.shown}), and would take its own decisions for "
-                    "samples; give another topic"
+                    f"--output {sink.redacted}: the run reads it ({source.redacted}), and would take its own decisions "
+                    "for samples; give another topic"
                 )

@@ -73,7 +73,7 @@ class _Check:
         with self._at("output"):
             sink = sinks.validate(settings.output)
             feedback.check(settings)
-            address.check_apart(settings.output, [path])
+            address.check_not_an_input(settings.output, [path])
         self.plan = Plan(settings, source, sink)
         network = self._model()
         windows = self._windows(network)
@@ -147,7 +147,7 @@ class _Check:
             self._source_file(Path(found.path))
         self._needs("input", found)
         silent = f", stale after {settings.stale_after:g} s" if settings.stale_after else ""
-        self._say("source", f"{found.shown}, {codec}{', followed' if settings.follow else ''}{silent}")
+        self._say("source", f"{found.redacted}, {codec}{', followed' if settings.follow else ''}{silent}")
 
     def _source_file(self, path: Path) -> None:
         try:
@@ -213,7 +213,7 @@ class _Check:
             self._sink_file(found.path)
         self._needs("output", found)
         rotated = f", rotated at {settings.rotate_bytes} bytes" if settings.rotate_bytes else ""
-        self._say("sink", f"{'stdout' if found.scheme == 'std' else found.shown}{rotated}")
+        self._say("sink", f"{'stdout' if found.scheme == 'std' else found.redacted}{rotated}")
 
     def _sink_file(self, path: str) -> None:
         with self._at("output"):
@@ -258,7 +258,7 @@ class _Check:
         if found.scheme in ("serial", "iio"):
             self.plan.needs[found.scheme] = name
         elif found.scheme in ("mqtt", "mqtts"):
-            self._open(name, mqtt.parse(found.text, wildcards=True).host)
+            self._open(name, mqtt.parse_topic_address(found.text, wildcards=True).host)
         elif found.scheme not in ("std", "file") and not found.scheme.startswith("unix"):
             self._open(name, found.host)
 

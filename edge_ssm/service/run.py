@@ -116,7 +116,8 @@ def _run(settings: Settings, say: Say, stack: ExitStack) -> Outcome:
         http.parse_listen(settings.listen)
     # What is there is emptied only once nothing can be wrong with what was asked for.
     overflow: Overflow = settings.overflow or ("drop-oldest" if source.live else "wait")
-    sink = open_sink(settings.output, _file_options(settings), settings.queue, overflow)
+    notifier = Notifier()
+    sink = open_sink(settings.output, _file_options(settings), settings.queue, overflow, lambda: _waits(notifier, stop))
     formatter = formats.make(_sink_format(settings), sink or formats.stdout(), network, settings.logits, settings.truth)
     facts = RunInfo(settings.model, model.digest, engine.name, pace, named.name if named else None, source.name)
     live = StatusPublisher(formatter, facts)
@@ -138,9 +139,6 @@ def _run(settings: Settings, say: Say, stack: ExitStack) -> Outcome:
     )
     checkpointer = Checkpointer(_state_folder(settings), settings.snapshot_interval, source.name, sink, decoder)
     stack.callback(checkpointer.close)
-    notifier = Notifier()
-    if sink is not None:
-        sink.while_waiting = lambda: _waits(notifier, stop)
     supervisor = Supervisor(
         pipeline,
         live,

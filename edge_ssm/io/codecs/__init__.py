@@ -1,1 +1,1 @@
-"""Codecs: bytes to frames, one module per format."""
+"""Codecs: from bytes to frames, one module per format."""

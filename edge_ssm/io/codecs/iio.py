@@ -1,8 +1,10 @@
-"""How samples lie in the buffer of a Linux IIO device, read from its sysfs files, and the decoder made from it.
+"""The layout of samples in the buffer of a Linux IIO device, read from its sysfs files, and a decoder for it.
 
-Follows Documentation/iio/iio_devbuf.rst and Documentation/ABI/testing/sysfs-bus-iio of the Linux kernel: every element
-lies at a multiple of its own size, in order of index, and a scan ends at a multiple of its largest element (the last
-since Linux 5.5).
+Source: Documentation/iio/iio_devbuf.rst and Documentation/ABI/testing/sysfs-bus-iio of the Linux kernel. A scan holds
+the enabled elements in order of index, each at a multiple of its own size, and is padded to a multiple of its largest
+element (since Linux 5.5).
+
+This codec is not in the registry: only the device knows the layout of its bytes, so ``sources.iio`` creates it.
 """
 
 from __future__ import annotations
@@ -16,55 +18,57 @@ from pathlib import Path
 
 import numpy as np
 
+from edge_ssm import files
 from edge_ssm.errors import UsageError
 from edge_ssm.io.codecs.base import FrameDecoder
 from edge_ssm.io.messages import Frame, Malformed
 from edge_ssm.model.network import Array, InputSpec
 
 TIMESTAMP = "in_timestamp"
+MAX_ATTRIBUTE_BYTES = 1 << 16
 _TYPE = re.compile(r"(be|le):([sfu])(\d{1,3})/(\d{1,3})(?:X(\d{1,3}))?(?:>>(\d{1,3}))?")
 
 
 @dataclass(frozen=True)
 class Element:
-    """One scan element, as its sysfs files describe it."""
+    """One scan element (a channel of the device), as its sysfs files describe it."""
 
     name: str
-    """Such as in_accel_x."""
+    """For example in_accel_x."""
     index: int
     big_endian: bool
     kind: str
-    """s: two's complement, u: unsigned, f: IEEE 754."""
+    """"s": two's complement; "u": unsigned; "f": IEEE 754."""
     bits: int
     storage: int
-    """Bits that it takes up in the buffer, once for each of ``repeat``."""
+    """Bits that one of its ``repeat`` values occupies in the buffer."""
     repeat: int = 1
     shift: int = 0
     scale: float = 1.0
     offset: float = 0.0
-    """value = (raw + offset) * scale, in the unit that the kernel's ABI gives for the channel's kind."""
+    """value = (raw + offset) * scale, in the unit that the kernel's ABI defines for this kind of channel."""
 
     @property
     def size(self) -> int:
-        """Bytes."""
+        """Bytes in the buffer."""
         return self.storage // 8 * self.repeat
 
 
 @dataclass(frozen=True)
 class Layout:
-    """The enabled elements in the order of the buffer."""
+    """The enabled elements, in the order of the buffer."""
 
     elements: tuple[Element, ...]
 
     @property
     def offsets(self) -> tuple[int, ...]:
-        """Of every element, in bytes from the start of a scan."""
-        out, at = [], 0
+        """Bytes from the start of a scan to each element."""
+        offsets, end = [], 0
         for element in self.elements:
-            at += -at % element.size
-            out.append(at)
-            at += element.size
-        return tuple(out)
+            end += -end % element.size
+            offsets.append(end)
+            end += element.size
+        return tuple(offsets)
 
     @property
     def size(self) -> int:
@@ -73,36 +77,40 @@ class Layout:
         return end + -end % max(element.size for element in self.elements)
 
     def element(self, name: str) -> Element | None:
+        """Return the element of this name, if there is one."""
         return next((element for element in self.elements if element.name == name), None)
 
     def values(self, scans: Array, element: Element) -> Array:
-        """(n,) of one element out of ``scans``, (n, size) uint8: int64, uint64 or float, neither offset nor scaled."""
+        """Return the raw values of one element: shape (n,), int64, uint64 or float64, without offset and scale.
+
+        ``scans`` has shape (n, size), uint8.
+        """
         at = self.offsets[self.elements.index(element)]
         order = ">" if element.big_endian else "<"
         code = "f" if element.kind == "f" else "u"
         part = np.ascontiguousarray(scans[:, at : at + element.storage // 8])
         raw = part.view(f"{order}{code}{element.storage // 8}")[:, 0]
         if element.kind == "f":
-            with np.errstate(invalid="ignore"):  # a signalling NaN is a missing value like any other
+            with np.errstate(invalid="ignore"):  # A signalling NaN is a missing value like any other.
                 return raw.astype(np.float64)
         spare = np.uint64(64 - element.bits)
-        # To the left end and back: this masks what lies beside the value, and carries its sign along.
+        # Shifting to the left end and back masks the neighbouring bits and extends the sign.
         left = (raw.astype(np.uint64) >> np.uint64(element.shift)) << spare
         if element.kind == "u":
             return np.asarray(left >> spare)
         return np.asarray(left.view(np.int64) >> np.int64(spare))
 
 
-def read_text(path: Path) -> str:
-    """Raises UsageError if a sysfs file can't be read."""
-    try:
-        return path.read_text(encoding="utf-8", errors="replace").strip()
-    except OSError as error:
-        raise UsageError(f"{path}: can't be read ({error.strerror})") from None
+def read_attribute(path: Path) -> str:
+    """Return the text of a sysfs file. Raises UsageError if it cannot be read."""
+    return files.read_regular_file(path, MAX_ATTRIBUTE_BYTES, error=UsageError).decode(errors="replace").strip()
 
 
 def parse_type(name: str, text: str) -> tuple[bool, str, int, int, int, int]:
-    """big_endian, kind, bits, storage, repeat and shift of such as ``le:s12/16>>4``. Raises UsageError."""
+    """Parse a type such as ``le:s12/16>>4`` into big_endian, kind, bits, storage, repeat and shift.
+
+    Raises UsageError.
+    """
     match = _TYPE.fullmatch(text)
     if match is not None:
         order, kind = match[1], match[2]
@@ -116,13 +124,13 @@ def parse_type(name: str, text: str) -> tuple[bool, str, int, int, int, int]:
     )
 
 
-def _number(device: Path, name: str, what: str, default: float) -> float:
-    """in_accel_x_scale, else in_accel_scale, which all channels of that kind share."""
+def _read_number(device: Path, name: str, what: str, default: float) -> float:
+    """Return in_accel_x_scale, or else in_accel_scale, which all channels of that kind share."""
     shared = "in_" + re.sub(r"\d+", "", name.removeprefix("in_").split("_")[0])
     for base in (name, shared):
         path = device / f"{base}_{what}"
         if path.exists():
-            text = read_text(path)
+            text = read_attribute(path)
             try:
                 value = float(text)
             except ValueError:
@@ -134,52 +142,55 @@ def _number(device: Path, name: str, what: str, default: float) -> float:
 
 
 def read_elements(device: Path, folder: Path) -> tuple[Element, ...]:
-    """All elements that the device has, by index. ``folder``: its scan_elements. Raises UsageError."""
-    found = []
+    """Return all elements of a device by index; ``folder`` is its scan_elements. Raises UsageError."""
+    elements = []
     try:
-        files = sorted(os.listdir(folder))
+        attributes = sorted(os.listdir(folder))
     except OSError as error:
-        raise UsageError(f"{folder}: can't be read ({error.strerror})") from None
-    for name in (file.removesuffix("_type") for file in files if file.endswith("_type")):
-        index = read_text(folder / f"{name}_index")
+        raise UsageError(f"{folder}: {files.read_problem(error)}") from None
+    for name in (attribute.removesuffix("_type") for attribute in attributes if attribute.endswith("_type")):
+        index = read_attribute(folder / f"{name}_index")
         if not re.fullmatch(r"\d{1,9}", index):
             raise UsageError(f"{folder}/{name}_index: {index[:40]!r}: expected a number")
-        described = parse_type(name, read_text(folder / f"{name}_type"))
-        scale, offset = _number(device, name, "scale", 1.0), _number(device, name, "offset", 0.0)
+        description = parse_type(name, read_attribute(folder / f"{name}_type"))
+        scale, offset = _read_number(device, name, "scale", 1.0), _read_number(device, name, "offset", 0.0)
         if name == TIMESTAMP:
             scale, offset = 1e-9, 0.0
-        found.append(Element(name, int(index), *described, scale, offset))
-    return tuple(sorted(found, key=lambda element: element.index))
+        elements.append(Element(name, int(index), *description, scale, offset))
+    return tuple(sorted(elements, key=lambda element: element.index))
 
 
-def choose(elements: Sequence[Element], spec: InputSpec, names: Sequence[str] | None) -> tuple[str, ...]:
-    """The element of every channel: ``names``, or those called like the channels, with or without "in_".
+def select_elements(elements: Sequence[Element], spec: InputSpec, names: Sequence[str] | None) -> tuple[str, ...]:
+    """Return the name of each channel's element: ``names``, or the channels' own names, with or without "in_".
 
-    Raises UsageError where one is missing, repeated, or of a kind that is not one number.
+    Raises UsageError if an element is missing, repeated, or not a single number.
     """
-    there = {element.name: element for element in elements}
-    wanted = list(spec.channels if names is None else names)
-    chosen = [name if name in there else f"in_{name}" for name in wanted]
-    missing = [name for name, found in zip(wanted, chosen, strict=True) if found not in there]
-    if missing or len(chosen) != len(spec.channels) or len(set(chosen)) != len(chosen):
-        what = (
+    by_name = {element.name: element for element in elements}
+    requested = list(spec.channels if names is None else names)
+    selected = [name if name in by_name else f"in_{name}" for name in requested]
+    missing = [name for name, element in zip(requested, selected, strict=True) if element not in by_name]
+    if missing or len(selected) != len(spec.channels) or len(set(selected)) != len(selected):
+        problem = (
             f"no element {missing[0]!r}"
             if missing
-            else f"{len(set(chosen))} elements for {len(spec.channels)} channels"
+            else f"{len(set(selected))} elements for {len(spec.channels)} channels"
         )
         raise UsageError(
-            f"iio: {what}; the model's channels are {', '.join(spec.channels)[:200]}; give one for each of them, "
-            f"of {', '.join(there)[:300]}"
+            f"iio: {problem}; the model's channels are {', '.join(spec.channels)[:200]}; give one for each of them, "
+            f"of {', '.join(by_name)[:300]}"
         )
-    for name in chosen:
-        if there[name].repeat > 1:
-            raise UsageError(f"iio: element {name}: has {there[name].repeat} parts, expected one number")
-    return tuple(chosen)
+    for name in selected:
+        if by_name[name].repeat > 1:
+            raise UsageError(f"iio: element {name}: has {by_name[name].repeat} parts, expected one number")
+    return tuple(selected)
 
 
 class IioDecoder(FrameDecoder):
-    """Scans of one layout, back to back. ``elements``: the name of each channel's element. ``raw``: as the device's
-    converter gives them, neither offset nor scaled."""
+    """Decodes scans of one layout, back to back.
+
+    ``elements`` names the element of each channel. With ``raw`` the values are the device's own numbers, without offset
+    and scale.
+    """
 
     def __init__(self, spec: InputSpec, layout: Layout, elements: Sequence[str], raw: bool = False) -> None:
         super().__init__(spec)
@@ -188,32 +199,34 @@ class IioDecoder(FrameDecoder):
         if len(self._elements) != len(self.channels):
             raise UsageError(f"iio: {len(self._elements)} elements for {len(self.channels)} channels")
         self._scale = np.array([1.0 if raw else element.scale for element in self._elements])
-        self._shift = np.array([0.0 if raw else element.offset for element in self._elements])
-        self._stamp = layout.element(TIMESTAMP)
+        self._addend = np.array([0.0 if raw else element.offset for element in self._elements])
+        self._timestamp = layout.element(TIMESTAMP)
         self._tail = b""
         self._offset = 0
 
     def feed(self, data: bytes) -> Iterator[Frame | Malformed]:
+        """Yield the frames of the scans that ``data`` completes."""
         data = self._tail + data
         size = self._layout.size
-        whole = len(data) - len(data) % size
-        self._tail = data[whole:]
-        self._offset += whole
-        scans = np.frombuffer(data, np.uint8, whole).reshape(-1, size)
+        complete = len(data) - len(data) % size
+        self._tail = data[complete:]
+        self._offset += complete
+        scans = np.frombuffer(data, np.uint8, complete).reshape(-1, size)
         values = np.empty((len(scans), len(self._elements)))
         for i, element in enumerate(self._elements):
             values[:, i] = self._layout.values(scans, element)
         with np.errstate(invalid="ignore", over="ignore"):
-            values += self._shift
+            values += self._addend
             values *= self._scale
-        if self._stamp is None:
+        if self._timestamp is None:
             for row in values:
                 yield Frame(row)
             return
-        for row, nanoseconds in zip(values, self._layout.values(scans, self._stamp).tolist(), strict=True):
+        for row, nanoseconds in zip(values, self._layout.values(scans, self._timestamp).tolist(), strict=True):
             yield Frame(row, nanoseconds / 1e9)
 
     def finish(self) -> Iterator[Frame | Malformed]:
+        """Report an incomplete scan at the end."""
         if self._tail:
             yield Malformed(
                 f"byte {self._offset}", f"{len(self._tail)} bytes at the end, a scan has {self._layout.size}"

@@ -1,4 +1,4 @@
-"""The NDJSON codec: one JSON value per line."""
+"""The codec ``ndjson``: one JSON value per line."""
 
 from __future__ import annotations
 
@@ -7,15 +7,17 @@ import math
 
 import numpy as np
 
-from edge_ssm.io.codecs.base import SEQUENCE_COLUMN, _LineDecoder, _sequence, _writable_time
+from edge_ssm.io.codecs.base import Codec
+from edge_ssm.io.codecs.lines import SEQUENCE_COLUMN, LineDecoder, json_time, valid_sequence
 from edge_ssm.io.messages import Frame, Malformed
 from edge_ssm.text import encodable
 
 
-class NdjsonDecoder(_LineDecoder):
-    """One JSON value a line: an array of the channels in order, or an object with a member a channel (or ``values``).
+class NdjsonDecoder(LineDecoder):
+    """Decodes lines of JSON.
 
-    ``null`` and an absent channel are missing values; ``time``, ``label`` and ``seq`` are read from an object.
+    A line is an array of the channels in order, or an object with a member per channel or with an array ``values``.
+    ``null`` and an absent channel are missing values. An object may also have ``time``, ``label`` and ``seq``.
     """
 
     def _parse(self, text: str) -> Frame | Malformed | None:
@@ -50,7 +52,10 @@ class NdjsonDecoder(_LineDecoder):
                 return self._malformed(f"channel {self.channels[i]!r}: {str(item)[:40]!r} is not a number")
         return Frame(
             values,
-            _writable_time(time),
+            json_time(time),
             encodable(str(label)) if isinstance(label, (str, int, float)) else None,
-            _sequence(sequence),
+            valid_sequence(sequence),
         )
+
+
+CODEC = Codec("ndjson", lambda spec, scale: NdjsonDecoder(spec), (".ndjson", ".jsonl"), is_scaled=False)

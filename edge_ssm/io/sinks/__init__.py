@@ -1,1 +1,1 @@
-"""Sinks: where decisions go, one module per transport."""
+"""Sinks: where decisions go, one module per medium."""

@@ -1,4 +1,4 @@
-"""What takes the lines that a sink has formatted: one ``write`` a decision or event, in order."""
+"""The interface of sinks, which deliver the lines that a formatter writes."""
 
 from __future__ import annotations
 
@@ -6,65 +6,86 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable
 
+Waiting = Callable[[], bool]
+"""Called repeatedly while ``Sink.write`` waits for a slow reader; returns False to end the wait."""
+
+
+def keep_waiting() -> bool:
+    """Wait without limit."""
+    return True
+
 
 class Sink(ABC):
-    """Owned by the loop. ``write`` returns at once or, for a plain file or pipe, when the line is out.
+    """A destination of lines, owned by the pipeline's thread.
 
-    ``accepted`` counts lines taken, ``acknowledged`` those that were delivered, or dropped and counted:
-    a snapshot is written only once all that was decided before it is acknowledged, so that a kill loses no decision.
+    ``accepted`` counts the lines taken, ``acknowledged`` those that were delivered, or dropped and counted. A snapshot
+    is written only when every decision before it is acknowledged, so that a kill loses no decision.
     """
 
     name: str
-    """For messages: stdout, a path, an address."""
+    """Name for messages: stdout, a path, an address."""
     depth: int = 0
     """Lines that wait."""
     size: int = 0
-    """Most lines that may wait; 0: none ever does."""
+    """Lines that can wait at most; 0: none ever does."""
     accepted: int = 0
+    """Lines taken."""
     acknowledged: int = 0
+    """Lines delivered or dropped."""
     problem: str = ""
-    """Why nothing gets out at the moment; empty while it does."""
-    heads_files: bool = False
-    """Whether ``heading`` is written at the beginning of each file that is new or empty."""
-    header: str = ""
+    """Why nothing is delivered at the moment; empty if all is well."""
+    has_file_header: bool = False
+    """True if the sink writes the header of ``set_file_header`` at the beginning of each file that is new or empty."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, while_waiting: Waiting = keep_waiting) -> None:
         self.name = name
         self.dropped: Counter[str] = Counter()
-        """Lines that went nowhere, by reason."""
-        self.while_waiting: Callable[[], bool] = lambda: True
-        """Called again and again while ``write`` waits for a slow reader; False: the run ends, wait no longer."""
+        """Lines that were not delivered, by reason."""
+        self._while_waiting = while_waiting
 
     @abstractmethod
     def write(self, text: str) -> None:
-        """Take one line, its newline included. Raises OSError (a reader that went away: BrokenPipeError)."""
+        """Take one line, including its newline.
 
-    def flush(self) -> None:  # noqa: B027  most hold nothing back
-        """Let go of what is held back in this process."""
+        Returns at once, or for a file or pipe when the line is written. Raises OSError; BrokenPipeError if the reader
+        is gone.
+        """
+
+    def set_file_header(self, header: str) -> None:  # noqa: B027  only files have one
+        """Set the line that begins each new file."""
+
+    def flush(self) -> None:  # noqa: B027  most sinks hold nothing back
+        """Write what this process holds back."""
 
     @abstractmethod
     def close(self) -> None:
-        """Settle what can be acknowledged within some seconds."""
+        """Deliver what can be delivered within some seconds, and release everything that is open."""
 
 
 class Transport(ABC):
-    """What a ``queued.Queued`` outlet feeds from a thread of its own: a connection that can be lost and made anew."""
+    """A connection to a destination, used by the thread of a ``QueuedSink``. It can be lost and made again."""
 
     name: str
-    heads_files: bool = False
-    header: str = ""
-    """As ``Sink``'s."""
-    final: bool = False
-    """A reader that went away (BrokenPipeError) never comes back: standard output's."""
+    """Name for messages."""
+    has_file_header: bool = False
+    """As for ``Sink``."""
+    is_final: bool = False
+    """True if a reader that is gone (BrokenPipeError) never comes back, as for standard output."""
 
     @abstractmethod
     def connect(self) -> None:
-        """Raises OSError."""
+        """Connect, or connect again. Raises OSError."""
 
     @abstractmethod
     def send(self, lines: list[str]) -> None:
-        """Deliver all, and return when they are delivered as surely as the medium can tell. Raises OSError; then the
-        same lines are sent again, after ``connect``: at least once."""
+        """Deliver all lines and return when they are delivered, as far as the medium can tell.
+
+        Raises OSError. Then the same lines are sent again after ``connect``: delivery is at least once.
+        """
+
+    def set_file_header(self, header: str) -> None:  # noqa: B027  only files have one
+        """Set the line that begins each new file."""
 
     @abstractmethod
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Close the connection; ``connect`` may follow."""

@@ -1,4 +1,4 @@
-"""Where decisions go: NDJSON for programs, CSV for tables, text for people. Every line is written out at once."""
+"""Formatters: decisions as NDJSON for programs, CSV for tables, or text for people. No line is held back."""
 
 from __future__ import annotations
 
@@ -19,11 +19,25 @@ from edge_ssm.text import sanitize
 
 
 def discard(file: TextIO) -> None:
-    """Let a dead file swallow what Python still holds for it, which would fail again at exit."""
+    """Redirect a broken file to /dev/null, so that what Python still buffers for it does not fail again at exit."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
 
 
 class Formatter(ABC):
+    """Formats decisions and events as lines, and writes them to a file or sink.
+
+    Parameters
+    ----------
+    file
+        Destination of the lines.
+    network
+        The model that decides: it provides the labels.
+    logits
+        Write the logits too.
+    truth
+        Write the true labels too.
+    """
+
     def __init__(self, file: TextIO | Sink, network: Network, logits: bool, truth: bool) -> None:
         self._file = file
         self._logits = logits
@@ -32,26 +46,29 @@ class Formatter(ABC):
 
     @property
     def sink(self) -> Sink | None:
-        """Where the lines go, if it is more than a file."""
+        """The destination, if it is a sink and not a plain file."""
         return self._file if isinstance(self._file, Sink) else None
 
     def adopt(self, network: Network) -> None:
-        """Write decisions of another network from now on."""
+        """Format the decisions of another network from now on."""
         self._names = network.labelled
         self._regression = network.task == "regression"
 
     def decision(self, decision: Decision) -> None:
-        self._write(self._decision(decision))
+        """Write a decision. Raises SinkClosed if the reader is gone, RunFailed if it cannot be written."""
+        self._write(self._format_decision(decision))
 
     def event(self, event: Event) -> None:
-        self._write(self._event(event))
+        """Write an event. Raises as ``decision`` does."""
+        self._write(self._format_event(event))
 
     @abstractmethod
-    def _decision(self, decision: Decision) -> str:
-        """The decision as lines, each with its newline."""
+    def _format_decision(self, decision: Decision) -> str:
+        """Return the decision as lines, each with its newline."""
 
     @abstractmethod
-    def _event(self, event: Event) -> str: ...
+    def _format_event(self, event: Event) -> str:
+        """Return the event as a line with its newline; empty if it is not part of the output."""
 
     def _write(self, text: str) -> None:
         try:
@@ -62,15 +79,18 @@ class Formatter(ABC):
                 discard(self._file)
             if isinstance(error, BrokenPipeError):
                 raise SinkClosed from None
-            raise RunFailed(f"output: can't be written ({error.strerror}); the run ends here") from None
+            raise RunFailed(f"output: cannot be written ({error.strerror}); the run ends here") from None
 
     def close(self) -> None:
+        """Close the destination, unless it is standard output."""
         if self._file is not sys.stdout:
             self._file.close()
 
 
 class NdjsonFormatter(Formatter):
-    def _decision(self, d: Decision) -> str:
+    """Writes one JSON object per line."""
+
+    def _format_decision(self, d: Decision) -> str:
         document: dict[str, Any] = {"index": d.index, "start": d.start, "end": d.end}
         if d.time is not None:
             document["time"] = d.time
@@ -86,16 +106,16 @@ class NdjsonFormatter(Formatter):
             document["logits"] = [float(v) for v in d.outputs]
         return json.dumps(document, separators=(",", ":")) + "\n"
 
-    def _event(self, e: Event) -> str:
+    def _format_event(self, e: Event) -> str:
         return json.dumps({"event": e.event, "sample": e.sample, **e.details}, separators=(",", ":")) + "\n"
 
 
 class CsvFormatter(Formatter):
-    """Events have no place in a table of decisions and go to stderr. The header comes again where columns change."""
+    """Writes a table. The header is repeated when the columns change; events go to standard error."""
 
     _columns: Sequence[str] = ()
 
-    def _decision(self, d: Decision) -> str:
+    def _format_decision(self, d: Decision) -> str:
         row: dict[str, Any] = {"index": d.index, "start": d.start, "end": d.end, "time": d.time}
         if not self._regression:
             row |= {"label": d.label, "score": d.score}
@@ -108,15 +128,15 @@ class CsvFormatter(Formatter):
         line, columns = _csv_line(row.values()), list(row)
         if columns == self._columns:
             return line
-        first, self._columns = not self._columns, columns
+        is_first, self._columns = not self._columns, columns
         header, sink = _csv_line(columns), self.sink
-        if sink is None or not sink.heads_files:
+        if sink is None or not sink.has_file_header:
             return header + line
-        sink.header = header
-        return line if first else header + line
+        sink.set_file_header(header)
+        return line if is_first else header + line
 
-    def _event(self, e: Event) -> str:
-        print(_in_words(e), file=sys.stderr)
+    def _format_event(self, e: Event) -> str:
+        print(_event_text(e), file=sys.stderr)
         return ""
 
 
@@ -127,9 +147,11 @@ def _csv_line(fields: Iterable[object]) -> str:
 
 
 class TextFormatter(Formatter):
-    _header_written = False
+    """Writes aligned columns for people."""
 
-    def _decision(self, d: Decision) -> str:
+    _is_header_written = False
+
+    def _format_decision(self, d: Decision) -> str:
         width = max(5, *(len(name) for name in self._names))
         line = f"{d.index:>6}  {d.start:>9} - {d.end:<9}"
         header = f"{'#':>6}  {'samples':^21}"
@@ -141,7 +163,6 @@ class TextFormatter(Formatter):
             line += f"  {d.label:<{width}}  {d.score:.3f}"
         if d.truth is not None:
             header += f"  {'truth':<{width}}"
-            # A recording's labels are somebody else's text: no control characters for the terminal.
             line += f"  {sanitize(d.truth):<{width}}"
             if d.label is not None:
                 line += "  ok" if d.label == d.truth else "  wrong"
@@ -149,16 +170,16 @@ class TextFormatter(Formatter):
             line += f"  ({d.gaps} gap samples)"
         if self._logits and not self._regression:
             line += "  [" + " ".join(f"{v:.4f}" for v in d.outputs) + "]"
-        if not self._header_written:
-            self._header_written = True
+        if not self._is_header_written:
+            self._is_header_written = True
             line = f"{header.rstrip()}\n{line}"
         return line.rstrip() + "\n"
 
-    def _event(self, e: Event) -> str:
-        return f"-- {_in_words(e)}\n"
+    def _format_event(self, e: Event) -> str:
+        return f"-- {_event_text(e)}\n"
 
 
-def _in_words(e: Event) -> str:
+def _event_text(e: Event) -> str:
     details = ", ".join(f"{name} {value}" for name, value in e.details.items())
     return f"{e.event.replace('_', ' ')} at sample {e.sample}" + (f" ({details})" if details else "")
 
@@ -168,17 +189,17 @@ FORMATS = tuple(_FORMATTERS)
 
 
 def stdout() -> TextIO:
-    """Standard output, which takes a label that its encoding lacks."""
+    """Return standard output, set to escape characters that its encoding lacks."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
     return sys.stdout
 
 
 def stdout_format() -> str:
-    """What suits standard output: text on a terminal."""
+    """Return the format that suits standard output: text on a terminal, else ndjson."""
     return "text" if sys.stdout is not None and sys.stdout.isatty() else "ndjson"
 
 
-def make(form: str, file: TextIO | Sink, network: Network, logits: bool, truth: bool) -> Formatter:
-    """A sink that writes ``form``, one of FORMATS, to ``file``."""
-    return _FORMATTERS[form](file, network, logits, truth)
+def make(name: str, file: TextIO | Sink, network: Network, logits: bool, truth: bool) -> Formatter:
+    """Return a formatter of one of FORMATS that writes to ``file``."""
+    return _FORMATTERS[name](file, network, logits, truth)

@@ -1,4 +1,4 @@
-"""Decisions to a web server: NDJSON by POST, a batch in one request, delivered when the server answers 2xx."""
+"""A sink at a web server: lines by POST, many per request, delivered when the server answers 2xx."""
 
 from __future__ import annotations
 
@@ -7,24 +7,37 @@ import http.client
 import re
 import ssl
 from collections.abc import Mapping
-from urllib.parse import urlsplit
+from urllib.parse import parse_qsl, urlsplit
 
 from edge_ssm import files
 from edge_ssm.errors import UsageError
+from edge_ssm.io.address import Endpoint, check_options
 from edge_ssm.io.sinks.base import Transport
 from edge_ssm.text import sanitize
 
-_MOST_ANSWER = 1 << 16
-"""Bytes of an answer that are read; none of them is used."""
-_RETRY = (408, 429)
+_MAX_ANSWER = 1 << 16
+"""Bytes of an answer that are read; their content is not used."""
+_TEMPORARY = (408, 429)
+"""Statuses of the 4xx class after which the same request may succeed later."""
 
 
 class WebhookTransport(Transport):
-    """url: http:// or https://. headers: sent along as they are. token_file: its first line goes out as bearer token,
-    read anew for every connection. ca_file: certificates that are trusted in place of the system's. timeout_s: for each
-    wait on the network.
+    """Posts lines to a URL. Redirects are not followed.
 
-    Redirects are not followed: decisions go where they were sent. Raises UsageError for what can't be right.
+    Parameters
+    ----------
+    url
+        An http:// or https:// address.
+    headers
+        Additional headers of each request.
+    token_file
+        File whose first line is sent as bearer token; read again for each connection.
+    ca_file
+        Certificates to trust instead of the system's.
+    timeout_s
+        Seconds for each wait on the network.
+
+    Raises UsageError for an argument that is not acceptable.
     """
 
     def __init__(
@@ -57,11 +70,11 @@ class WebhookTransport(Transport):
             try:
                 self._tls = ssl.create_default_context(cafile=ca_file)
             except OSError as error:
-                raise UsageError(f"{url}: certificates {ca_file}: can't be used ({error.strerror or error})") from None
+                raise UsageError(f"{url}: certificates {ca_file}: cannot be used ({error.strerror or error})") from None
         elif ca_file:
             raise UsageError(f"{url}: certificates are for https://, this is http://")
         self._connection: http.client.HTTPConnection | None = None
-        self._used = False
+        self._has_delivered = False
         try:
             self._authorise()
         except OSError as error:
@@ -79,57 +92,73 @@ class WebhookTransport(Transport):
         self._headers["Authorization"] = f"Bearer {token}"
 
     def connect(self) -> None:
+        """Connect to the server, with the current token."""
         self.close()
         self._authorise()
         if self._tls is None:
-            made = http.client.HTTPConnection(self._host, self._port, timeout=self._timeout_s)
+            connection = http.client.HTTPConnection(self._host, self._port, timeout=self._timeout_s)
         else:
-            made = http.client.HTTPSConnection(self._host, self._port, timeout=self._timeout_s, context=self._tls)
-        made.connect()
-        self._connection, self._used = made, False
+            connection = http.client.HTTPSConnection(self._host, self._port, timeout=self._timeout_s, context=self._tls)
+        connection.connect()
+        self._connection, self._has_delivered = connection, False
 
     def send(self, lines: list[str]) -> None:
+        """Post the lines. Raises OSError unless the server answers 2xx."""
         body = "".join(lines).encode()
         try:
             status, reason, location = self._post(body)
         except (http.client.RemoteDisconnected, BrokenPipeError, ConnectionResetError):
-            if not self._used:
+            if not self._has_delivered:
                 raise
-            self.connect()  # servers close a connection that was idle; this tells nothing about the server
+            self.connect()  # Servers close idle connections, which does not mean that anything is wrong.
             status, reason, location = self._post(body)
         if 200 <= status < 300:
-            self._used = True
+            self._has_delivered = True
             return
         self.close()
-        said = f"{status} {reason}"
+        answer = f"{status} {reason}"
         if 300 <= status < 400:
             to = f" to {location!r}" if location else ""
-            raise OSError(f"the server redirects{to} ({said}), which is not followed; give the address it redirects to")
-        if 400 <= status < 500 and status not in _RETRY:
-            raise OSError(f"the server does not take it ({said}); check the address, the token and the headers")
-        raise OSError(f"the server can't take it now ({said})")
+            raise OSError(f"the server redirects{to} ({answer}), which is not followed; use the new address")
+        if 400 <= status < 500 and status not in _TEMPORARY:
+            raise OSError(f"the server rejects it ({answer}); check the address, the token and the headers")
+        raise OSError(f"the server cannot take it now ({answer})")
 
     def _post(self, body: bytes) -> tuple[int, str, str]:
-        """Status, its reason and where a redirect points. Raises OSError."""
+        """Return the status, its reason, and the target of a redirect. Raises OSError."""
         connection = self._connection
         if connection is None:
             raise OSError("not connected")
         try:
             connection.request("POST", self._path, body, self._headers)
             answer = connection.getresponse()
-            rest = answer.read(_MOST_ANSWER)
+            rest = answer.read(_MAX_ANSWER)
         except http.client.HTTPException as error:
             self.close()
             if isinstance(error, OSError):
                 raise
-            raise OSError(f"the answer is no HTTP ({type(error).__name__})") from None
-        if len(rest) == _MOST_ANSWER:
-            self._used = False
-            connection.close()  # the rest of the answer goes with it; the next request opens anew
+            raise OSError(f"the answer is not HTTP ({type(error).__name__})") from None
+        if len(rest) == _MAX_ANSWER:
+            self._has_delivered = False
+            connection.close()  # discards the rest of the answer; the next request reconnects
         return answer.status, sanitize(answer.reason, 80), (answer.getheader("Location") or "")[:200]
 
     def close(self) -> None:
-        made, self._connection = self._connection, None
-        if made is not None:
+        """Close the connection."""
+        connection, self._connection = self._connection, None
+        if connection is not None:
             with contextlib.suppress(OSError):
-                made.close()
+                connection.close()
+
+
+def open_transport(endpoint: Endpoint) -> WebhookTransport:
+    """Return the transport of ``http://`` or ``https://``. Raises UsageError.
+
+    The options are in the fragment, which is never sent: ``#token_file=PATH&ca_file=PATH``.
+    """
+    url, _, fragment = endpoint.text.partition("#")
+    options = dict(parse_qsl(fragment, keep_blank_values=True))
+    if unknown := set(options) - {"token_file", "ca_file"}:
+        raise UsageError(f"{url}: option {sorted(unknown)[0]!r} is unknown, expected token_file, ca_file after a #")
+    check_options(options, url)
+    return WebhookTransport(url, token_file=options.get("token_file"), ca_file=options.get("ca_file"))

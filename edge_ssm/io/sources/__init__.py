@@ -1,1 +1,1 @@
-"""Sources: where samples come from, one module per transport."""
+"""Sources: where samples come from, one module per medium."""

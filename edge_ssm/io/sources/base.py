@@ -1,4 +1,4 @@
-"""What every source is: bytes as they come, seams where they do not join, and silence."""
+"""The interface of sources: bytes as they arrive, discontinuities, and silence."""
 
 from __future__ import annotations
 
@@ -7,75 +7,97 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from edge_ssm.io.shutdown import ShutdownSignal
+from edge_ssm.model.network import InputSpec
 
 if TYPE_CHECKING:
     from edge_ssm.io.codecs.base import FrameDecoder
 
 
-BLOCK = 1 << 16
-"""Most bytes of one ``Data``."""
+MAX_BATCH = 1 << 16
+"""Bytes of the largest ``Batch``."""
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
+    """The bytes of one read."""
+
     content: bytes
     token: Any = None
-    """What ``Source.acknowledge`` takes, where the sender keeps what was not acknowledged (MQTT)."""
+    """Argument for ``Source.acknowledge``, if the sender keeps what is not acknowledged (MQTT)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Discontinuity:
-    """What follows does not continue what came before: a connection was lost or made anew. A decoder begins again."""
+    """A point at which the stream does not continue: a connection was lost or made. Decoders start again."""
 
     reason: str
+    """What happened, in words."""
     connected: bool
-    """Whether there is a connection now."""
+    """True if there is a connection now."""
+
+
+@dataclass(frozen=True)
+class SourceOptions:
+    """What a source needs to know beside its endpoint."""
+
+    spec: InputSpec
+    """The model's input."""
+    follow: bool = False
+    """True to read past the end of a file, as it grows."""
+    is_paced: bool = False
+    """True if a recording is played back slowly."""
 
 
 class Source(ABC):
-    """Where bytes come from. Owned by one thread; a source that has threads of its own hands over through a
-    ``Mailbox``."""
+    """Where bytes come from.
+
+    One thread owns a source. A source that has threads of its own hands its items over through a ``Mailbox``.
+    """
 
     name: str
-    """For messages: stdin, a path, an address."""
+    """Name for messages: stdin, a path, an address."""
     live: bool = True
-    """Samples come as they are taken: a late decision is a miss. A file's do not."""
+    """True if samples arrive as they are measured, so that a late decision is a miss; false for a file."""
     datagrams: bool = False
-    """Each ``Data`` holds whole frames (UDP, MQTT): what is unfinished at its end will not be completed."""
+    """True if each ``Batch`` consists of complete frames (UDP, MQTT), so that the next one completes nothing."""
     decoder: FrameDecoder | None = None
-    """Of its own, where the source knows what its bytes mean (IIO)."""
+    """The source's own decoder, if the source knows the meaning of its bytes (IIO)."""
     reorder: int = 4096
-    """How far a sample's sequence number may lie behind the last one's and still be of the same count, not of a sender
-    that counts anew; 2^20 or more where what was not acknowledged is sent again."""
+    """Samples that a sequence number may lie behind the last one and still belong to the same count.
+
+    A number further back means that the sender started again. 2^20 or more for a sender that repeats what was not
+    acknowledged.
+    """
     reorder_wait_s: float = 0.0
-    """How long a sample that is ahead of its number is held back for those before it."""
+    """Seconds for which a sample is held back when its number is ahead, so that the earlier ones can still arrive."""
     in_flight: int = 0
-    """Messages that came and were not acknowledged yet."""
+    """Messages that have arrived and are not acknowledged yet."""
     most_in_flight: int = 1 << 30
-    """So many of them call for a snapshot before its time: the sender stops at some number."""
+    """Number of such messages that calls for a snapshot ahead of time, since the sender stops at some number."""
     unread: int = 0
-    """Datagrams that the system threw away since nobody read them in time."""
+    """Datagrams that the system dropped because they were not read in time."""
     ended: bool = False
-    """Nothing will come any more."""
+    """True if nothing more will arrive."""
 
     @abstractmethod
     def read(self, stop: ShutdownSignal, seconds: float | None) -> Batch | Discontinuity | None:
-        """What is there, waiting for it ``seconds`` at most (None: for ever). None: nothing came, or a stop was asked
-        for, or ``ended``. Connections that are lost are made anew in here, with back-off.
+        """Return what has arrived, waiting at most ``seconds`` (None: for ever).
 
-        Raises RunFailed where going on makes no sense.
+        Return None if nothing arrived, a shutdown was requested, or the source has ended. Lost connections are
+        restored here, with back-off. Raises RunFailed if going on makes no sense.
         """
 
-    def acknowledge(self, token: Any) -> None:  # noqa: B027  a sender that keeps nothing needs no answer
-        """The samples of the ``Data`` with this token, and of all before it, will not be asked for again."""
+    def acknowledge(self, token: Any) -> None:  # noqa: B027  most senders keep nothing
+        """Tell the sender that it need not repeat the ``Batch`` with this token, nor any before it."""
 
     def position(self) -> dict[str, int]:
-        """Where the next ``Data`` begins, for ``seek`` after a restart; empty where a source can't go back."""
+        """Return where the next ``Batch`` begins, for ``seek`` after a restart; empty if the source cannot go back."""
         return {}
 
     def seek(self, position: dict[str, int]) -> bool:
-        """Go to a ``position`` of an earlier run. False: that place is not there any more."""
+        """Go to a ``position`` of an earlier run. Return False if it no longer exists."""
         return False
 
     @abstractmethod
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Release everything that is open."""

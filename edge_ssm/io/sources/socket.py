@@ -1,4 +1,4 @@
-"""Samples from the network: a TCP or Unix connection made or accepted here, or UDP datagrams."""
+"""Samples from the network: TCP or Unix connections, made or accepted here, or UDP datagrams."""
 
 from __future__ import annotations
 
@@ -10,21 +10,23 @@ from abc import abstractmethod
 from contextlib import suppress
 
 from edge_ssm.errors import RunFailed, UsageError
+from edge_ssm.io.address import Endpoint
 from edge_ssm.io.backoff import Backoff
 from edge_ssm.io.shutdown import ShutdownSignal
-from edge_ssm.io.socket_activation import inherited
-from edge_ssm.io.sources.base import BLOCK, Batch, Discontinuity, Source
+from edge_ssm.io.socket_activation import inherited_sockets
+from edge_ssm.io.sources.base import MAX_BATCH, Batch, Discontinuity, Source, SourceOptions
 
 CONNECT_S = 5.0
+"""Seconds that an attempt to connect may take."""
 BUFFER = 1 << 20
-"""Asked for; the system gives what net.core.rmem_max allows. A small datagram takes 768 bytes of it."""
+"""Bytes requested for a receive buffer; net.core.rmem_max limits it. A small datagram occupies 768 of them."""
 SO_RXQ_OVFL = 40
-"""socket(7): each datagram comes with the count of those that the full buffer did not take before it."""
+"""socket(7): each datagram carries the number of datagrams that the full buffer did not take before it."""
 Address = tuple[str, int] | str
 """Host and port, or the path of a Unix socket."""
 
 
-def address_text(address: Address) -> str:
+def _address_text(address: Address) -> str:
     return address if isinstance(address, str) else f"{address[0]}:{address[1]}"
 
 
@@ -35,7 +37,7 @@ def _family(address: Address) -> socket.AddressFamily:
 
 
 def keep_alive(connection: socket.socket) -> None:
-    """Notice within a minute or so that a peer is gone that could not say so."""
+    """Let the system notice within about a minute that a peer has vanished without closing the connection."""
     if connection.family == socket.AF_UNIX:
         return
     for level, option, value in (
@@ -47,52 +49,52 @@ def keep_alive(connection: socket.socket) -> None:
         connection.setsockopt(level, option, value)
 
 
-def connected(address: Address) -> socket.socket:
-    """A connection to a server, made within CONNECT_S. Raises OSError."""
+def connect(address: Address) -> socket.socket:
+    """Return a connection to a server, made within CONNECT_S. Raises OSError."""
     if not isinstance(address, str):
         return socket.create_connection(address, CONNECT_S)
-    made = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
-        made.settimeout(CONNECT_S)
-        made.connect(address)
+        connection.settimeout(CONNECT_S)
+        connection.connect(address)
     except OSError:
-        made.close()
+        connection.close()
         raise
-    return made
+    return connection
 
 
-def bound(address: Address, kind: socket.SocketKind) -> tuple[socket.socket, bool]:
-    """A socket at ``address``: systemd's, where it handed one over for it, else a new one; and whether it is new.
+def bind(address: Address, kind: socket.SocketKind) -> tuple[socket.socket, bool]:
+    """Return a socket at ``address`` and whether it is new: systemd may have passed one on for this address.
 
     Raises UsageError.
     """
-    given = inherited()
-    found = next((handed for handed in given if handed.type == kind and _same(handed, address)), None)
-    for handed in given:
-        if handed is not found:
-            handed.close()
-    if found is not None:
-        return found, False
-    made = socket.socket(_family(address), kind)
+    inherited = inherited_sockets()
+    match = next((candidate for candidate in inherited if candidate.type == kind and _is_at(candidate, address)), None)
+    for candidate in inherited:
+        if candidate is not match:
+            candidate.close()
+    if match is not None:
+        return match, False
+    new = socket.socket(_family(address), kind)
     try:
-        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        new.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if isinstance(address, str):
             _remove_stale(address)
-        made.bind(address)
+        new.bind(address)
     except (OSError, OverflowError) as error:
-        made.close()
+        new.close()
         reason = getattr(error, "strerror", None) or str(error)
-        raise UsageError(f"{address_text(address)}: can't be listened on ({reason})") from None
-    return made, True
+        raise UsageError(f"{_address_text(address)}: cannot listen there ({reason})") from None
+    return new, True
 
 
-def _same(handed: socket.socket, address: Address) -> bool:
-    name = handed.getsockname()
+def _is_at(candidate: socket.socket, address: Address) -> bool:
+    name = candidate.getsockname()
     return name == address if isinstance(address, str) else tuple(name[:2]) == address
 
 
 def _remove_stale(path: str) -> None:
-    """A Unix socket file that nobody listens on any more keeps its name taken."""
+    """Remove the file of a Unix socket that nobody listens on any more: it would keep the name taken."""
     try:
         if not stat.S_ISSOCK(os.stat(path).st_mode):
             return
@@ -109,90 +111,93 @@ def _remove_stale(path: str) -> None:
 
 
 class _ConnectionSource(Source):
-    """One connection at a time; a lost one is a seam, and the next is waited for."""
+    """Reads one connection at a time. A lost connection is a discontinuity, after which the next is awaited."""
 
     def __init__(self, name: str) -> None:
         self.name = name
         self._connection: socket.socket | None = None
 
     @abstractmethod
-    def _next(self, stop: ShutdownSignal, seconds: float | None) -> socket.socket | Discontinuity | None:
-        """Wait for a connection."""
+    def _await_connection(self, stop: ShutdownSignal, seconds: float | None) -> socket.socket | Discontinuity | None:
+        """Wait for a connection, at most ``seconds``."""
 
     def read(self, stop: ShutdownSignal, seconds: float | None) -> Batch | Discontinuity | None:
+        """Return what the peer sent, awaiting a connection if there is none."""
         if self._connection is None:
-            made = self._next(stop, seconds)
-            if not isinstance(made, socket.socket):
-                return made
-            keep_alive(made)
-            made.setblocking(False)
-            self._connection = made
+            connection = self._await_connection(stop, seconds)
+            if not isinstance(connection, socket.socket):
+                return connection
+            keep_alive(connection)
+            connection.setblocking(False)
+            self._connection = connection
             return Discontinuity("connected", True)
         if not stop.wait(self._connection.fileno(), seconds):
             return None
         try:
-            content = self._connection.recv(BLOCK)
+            content = self._connection.recv(MAX_BATCH)
         except BlockingIOError:
             return None
         except OSError as error:
-            return self._lost(error.strerror or "connection lost")
-        return Batch(content) if content else self._lost("the other side closed the connection")
+            return self._drop_connection(error.strerror or "connection lost")
+        return Batch(content) if content else self._drop_connection("the other side closed the connection")
 
-    def _lost(self, reason: str) -> Discontinuity:
+    def _drop_connection(self, reason: str) -> Discontinuity:
         if self._connection is not None:
             self._connection.close()
         self._connection = None
         return Discontinuity(reason, False)
 
     def close(self) -> None:
+        """Close the connection."""
         if self._connection is not None:
             self._connection.close()
 
 
 class ConnectSource(_ConnectionSource):
-    """Connects to a server that sends samples, again and again."""
+    """Connects to a server that sends samples, and reconnects with back-off."""
 
     def __init__(self, name: str, address: Address) -> None:
         super().__init__(name)
         self._address = address
-        self._back_off = Backoff()
-        self._said = ""
+        self._backoff = Backoff()
+        self._last_problem = ""
 
-    def _next(self, stop: ShutdownSignal, seconds: float | None) -> socket.socket | Discontinuity | None:
-        wait = self._back_off.left_s
+    def _await_connection(self, stop: ShutdownSignal, seconds: float | None) -> socket.socket | Discontinuity | None:
+        wait = self._backoff.remaining_s
         if wait:
             stop.wait(seconds=wait if seconds is None else min(wait, seconds))
             return None
         try:
-            made = connected(self._address)
+            connection = connect(self._address)
         except OSError as error:
-            self._back_off.failed()
-            reason = f"no connection ({error.strerror or error}); tried again and again"
-            if reason == self._said:
+            self._backoff.record_failure()
+            reason = f"no connection ({error.strerror or error}); retrying"
+            if reason == self._last_problem:
                 return None
-            self._said = reason
+            self._last_problem = reason
             return Discontinuity(reason, False)
-        self._back_off.succeeded()
-        self._said = ""
-        return made
+        self._backoff.reset()
+        self._last_problem = ""
+        return connection
 
 
 class ListenSource(_ConnectionSource):
-    """Takes connections of a TCP or Unix socket, one after the other. Raises UsageError."""
+    """Accepts connections to a TCP or Unix socket, one after the other. Raises UsageError."""
 
     def __init__(self, name: str, address: Address) -> None:
         super().__init__(name)
         self._address = address
-        self._listener, new = bound(address, socket.SOCK_STREAM)
-        self._own_path = address if isinstance(address, str) and new else None
+        self._listener, is_new = bind(address, socket.SOCK_STREAM)
+        self._own_path = address if isinstance(address, str) and is_new else None
         self._listener.listen(1)
         self._listener.setblocking(False)
 
     @property
     def port(self) -> int:
+        """Port of the socket, which the system chose for port 0."""
         return int(self._listener.getsockname()[1])
 
-    def _next(self, stop: ShutdownSignal, seconds: float | None) -> socket.socket | Discontinuity | None:
+    def _await_connection(self, stop: ShutdownSignal, seconds: float | None) -> socket.socket | Discontinuity | None:
         if not stop.wait(self._listener.fileno(), seconds):
             return None
         try:
@@ -200,10 +205,11 @@ class ListenSource(_ConnectionSource):
         except OSError as error:
             if isinstance(error, (BlockingIOError, ConnectionAbortedError)):
                 return None
-            stop.wait(seconds=Backoff.SHORTEST_S)  # Out of descriptors, say: do not spin.
-            return Discontinuity(f"a connection could not be taken ({error.strerror})", False)
+            stop.wait(seconds=Backoff.SHORTEST_S)  # Do not spin, for example when descriptors have run out.
+            return Discontinuity(f"a connection could not be accepted ({error.strerror})", False)
 
     def close(self) -> None:
+        """Close the connection and the socket, and remove the file of a Unix socket that was created here."""
         super().close()
         self._listener.close()
         if self._own_path is not None:
@@ -212,7 +218,7 @@ class ListenSource(_ConnectionSource):
 
 
 class UdpSource(Source):
-    """Datagrams, each of whole frames. Raises UsageError."""
+    """Receives datagrams, each of complete frames. Raises UsageError."""
 
     datagrams = True
     reorder = 1024
@@ -220,27 +226,49 @@ class UdpSource(Source):
 
     def __init__(self, name: str, address: tuple[str, int]) -> None:
         self.name = name
-        self._socket, _ = bound(address, socket.SOCK_DGRAM)
+        self._socket, _ = bind(address, socket.SOCK_DGRAM)
         self._socket.setblocking(False)
         self._socket.setsockopt(socket.SOL_SOCKET, SO_RXQ_OVFL, 1)
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, BUFFER)
 
     @property
     def port(self) -> int:
+        """Port of the socket, which the system chose for port 0."""
         return int(self._socket.getsockname()[1])
 
     def read(self, stop: ShutdownSignal, seconds: float | None) -> Batch | Discontinuity | None:
+        """Return the next datagram."""
         if not stop.wait(self._socket.fileno(), seconds):
             return None
         try:
-            content, told, _, _ = self._socket.recvmsg(BLOCK, 64)
+            content, ancillary, _, _ = self._socket.recvmsg(MAX_BATCH, 64)
         except BlockingIOError:
             return None
         except OSError as error:
             raise RunFailed(f"{self.name}: reading failed ({error.strerror})") from None
-        for _, _, value in told:
+        for _, _, value in ancillary:
             self.unread = int.from_bytes(value, sys.byteorder)
         return Batch(content)
 
     def close(self) -> None:
+        """Close the socket."""
         self._socket.close()
+
+
+def open_endpoint(endpoint: Endpoint, options: SourceOptions) -> Source:
+    """Open one of tcp, tcp-listen, unix, unix-listen and udp. Raises UsageError."""
+    address = _address(endpoint)
+    if not isinstance(address, str) and endpoint.scheme == "udp":
+        return UdpSource(endpoint.redacted, address)
+    kind = ListenSource if endpoint.scheme.endswith("-listen") else ConnectSource
+    return kind(endpoint.redacted, address)
+
+
+def validate_endpoint(endpoint: Endpoint) -> None:
+    """Raise UsageError for an option, or an address that is incomplete."""
+    _address(endpoint)
+
+
+def _address(endpoint: Endpoint) -> Address:
+    endpoint.known_options()
+    return endpoint.socket_path() if endpoint.scheme.startswith("unix") else endpoint.host_and_port()

@@ -249,7 +249,7 @@ def _listening(source: Endpoint) -> bytes:
     kind = "ListenDatagram" if source.scheme == "udp" else "ListenStream"
     if source.scheme == "unix-listen":
         return f"[Socket]\nListenStream=\n{kind}={source.socket_path()}\n".encode()
-    host, port = source.address()
+    host, port = source.host_and_port()
     address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     allowed = "IPAddressAllow=localhost" if service_plan.loopback(host) else "IPAddressDeny="
     return f"[Socket]\nListenStream=\n{kind}={address}\n{allowed}\n".encode()

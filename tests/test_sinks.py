@@ -135,15 +135,15 @@ def test_every_file_of_a_table_has_its_heading_once(tmp_path):
     path = tmp_path / "out"
     for line in ("1\n", "2\n", "3\n"):
         sink = FileSink(str(path), FileOptions(append=True, rotate_bytes=6))
-        sink.header = "a\n"
+        sink.set_file_header("a\n")
         sink.write(line)
         sink.write(line)
         sink.close()
     assert path.read_text() == "a\n3\n3\n"
     assert (tmp_path / "out.1").read_text() == "a\n2\n2\n"
     queued = open_sink(str(tmp_path / "queued"), overflow="drop-oldest")
-    assert queued.heads_files
-    queued.header = "a\n"
+    assert queued.has_file_header
+    queued.set_file_header("a\n")
     queued.write("1\n")
     queued.close()
     assert (tmp_path / "queued").read_text() == "a\n1\n"
@@ -173,8 +173,7 @@ def test_a_standard_output_that_does_not_block_gets_every_line_whole():
 def test_a_standard_output_that_nobody_reads_does_not_hold_up_the_end(monkeypatch):
     monkeypatch.setattr("edge_ssm.io.sinks.file.CLOSE_S", 0.1)
     reader, writer = os.pipe()
-    sink = StandardSink(writer, "utf-8")
-    sink.while_waiting = lambda: False
+    sink = StandardSink(writer, "utf-8", lambda: False)
     with pytest.raises(BrokenPipeError):
         sink.write("x" * (1 << 20))
     os.close(reader)
@@ -262,10 +261,10 @@ def test_a_place_that_is_none_is_refused(text):
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
-        ("tcp://a..b:80", "tcp://a..b:80: 'a..b' can't be a host"),
-        ("udp://a..b:80", "'a..b' can't be a host"),
-        ("http://a..b/", "'a..b' can't be a host"),
-        ("mqtt://a..b/t", "'a..b' can't be a host"),
+        ("tcp://a..b:80", "tcp://a..b:80: 'a..b' is not a host"),
+        ("udp://a..b:80", "'a..b' is not a host"),
+        ("http://a..b/", "'a..b' is not a host"),
+        ("mqtt://a..b/t", "'a..b' is not a host"),
         ("http://a/#token_file=a%00b", "http://a/: 'a\\x00b': has a zero byte"),
     ],
 )
