@@ -1,4 +1,4 @@
-"""The MQTT source and outlet against a real broker, killed and started again under way."""
+"""The MQTT source and sink against a real broker, killed and started again under way."""
 
 import contextlib
 import os
@@ -47,7 +47,7 @@ def ready(source, stop, note="connected"):
 
 
 def take(source, stop, count, seconds=10):
-    """That many messages as (number, token), whatever seams come between; fewer if they do not come."""
+    """That many messages as (number, token), whatever discontinuities come between; fewer if they do not come."""
     found, end = [], time.monotonic() + seconds
     while len(found) < count and time.monotonic() < end:
         item = source.read(stop, end - time.monotonic())
@@ -131,10 +131,10 @@ def test_a_session_that_the_broker_has_lost_is_told(broker, tmp_path, stop):
     broker.kill()
     (tmp_path / "mosquitto.db").unlink(missing_ok=True)
     broker.start()
-    seams = [source.read(stop, 10) for _ in range(2)]
-    while not seams[-1].connected:
-        seams.append(source.read(stop, 10))
-    assert seams[-1].reason.startswith("connected; the broker has lost the session")
+    discontinuities = [source.read(stop, 10) for _ in range(2)]
+    while not discontinuities[-1].connected:
+        discontinuities.append(source.read(stop, 10))
+    assert discontinuities[-1].reason.startswith("connected; the broker has lost the session")
     time.sleep(0.2)
     broker.publish("s/1/x", 1)
     assert numbers(take(source, stop, 1)) == [1]
@@ -143,15 +143,15 @@ def test_a_session_that_the_broker_has_lost_is_told(broker, tmp_path, stop):
 
 READER = """
 import sys
-from edge_ssm.stream.sources.base import Data
-from edge_ssm.stream.sources.mqtt import MqttSource
-from edge_ssm.stream.stop import Stop
+from edge_ssm.io.shutdown import ShutdownSignal
+from edge_ssm.io.sources.base import Batch
+from edge_ssm.io.sources.mqtt import MqttSource
 source = MqttSource(sys.argv[1], client_id="reader")
-with Stop() as stop:
+with ShutdownSignal() as stop:
     held = []
     while True:
         item = source.read(stop, None)
-        if isinstance(item, Data):
+        if isinstance(item, Batch):
             held.append(item)
         if len(held) == 10:  # all ten are kept in the file before they are acknowledged
             with open(sys.argv[2], "a") as file:
@@ -253,18 +253,18 @@ def test_users_and_passwords(tmp_path, stop):
     broker = Broker(tmp_path, "allow_anonymous false", f"password_file {users}").start()
     secret = tmp_path / "secret"
     secret.write_text("wrong\n")
-    access = Credentials(username="sensor", password_file=str(secret))
+    credentials = Credentials(username="sensor", password_file=str(secret))
     refused = "the broker refused: not authorized; check the user name and the password"
-    source = listen(broker, access)
-    wire = MqttTransport(f"{broker.url}/out", access)
+    source = listen(broker, credentials)
+    transport = MqttTransport(f"{broker.url}/out", credentials)
     assert source.read(stop, 5) == Discontinuity(refused, False)
     with pytest.raises(OSError, match=refused):
-        wire.connect()
+        transport.connect()
     secret.write_text("right\n")  # a renewed password is taken up without a restart
     assert source.read(stop, 5) == Discontinuity("connected", True)
-    wire.connect()
-    wire.send(["1\n"])
-    wire.close()
+    transport.connect()
+    transport.send(["1\n"])
+    transport.close()
     source.close()
     broker.kill()
 
@@ -293,16 +293,16 @@ def test_tls(tmp_path, certificates, stop):
     assert not refused.connected
     assert "CERTIFICATE_VERIFY_FAILED" in refused.reason
     stranger.close()
-    access = Credentials(ca_file=str(certificates / "cert.pem"))
-    source = MqttSource(url, access)
+    credentials = Credentials(ca_file=str(certificates / "cert.pem"))
+    source = MqttSource(url, credentials)
     ready(source, stop)
-    wire = MqttTransport(url, access)
-    wire.connect()
-    wire.send([f"{k}\n" for k in range(300)])
+    transport = MqttTransport(url, credentials)
+    transport.connect()
+    transport.send([f"{k}\n" for k in range(300)])
     found = take(source, stop, 300)
     assert numbers(found) == list(range(300))
     source.acknowledge(found[-1][1])
-    wire.close()
+    transport.close()
     source.close()
     broker.kill()
 
@@ -322,8 +322,12 @@ def test_a_stop_ends_the_wait_and_close_is_quick(tmp_path):
 def test_two_with_one_name_do_not_hammer_the_broker_and_say_so(broker, tmp_path, stop):
     sources = [listen(broker, client_id="same") for _ in range(2)]
     time.sleep(3)
-    seams = [source.read(stop, 0) for source in sources for _ in range(10)]
-    assert any("does another run use client id same?" in seam.reason for seam in seams if seam)
+    discontinuities = [source.read(stop, 0) for source in sources for _ in range(10)]
+    assert any(
+        "does another run use client id same?" in discontinuity.reason
+        for discontinuity in discontinuities
+        if discontinuity
+    )
     assert broker_log(tmp_path).count("as same") < 50  # each waits 0.3 s at most in this test
     for source in sources:
         source.close()
@@ -352,8 +356,11 @@ def test_a_broker_that_sends_junk_does_no_harm(junk, stop):
                 connection.shutdown(socket.SHUT_WR)
             time.sleep(0.05)
             connection.close()
-        seams = [seam for _ in range(8) if (seam := source.read(stop, 0.2)) is not None]
-        assert any(isinstance(seam, Discontinuity) and not seam.connected for seam in seams)
+        discontinuities = [discontinuity for _ in range(8) if (discontinuity := source.read(stop, 0.2)) is not None]
+        assert any(
+            isinstance(discontinuity, Discontinuity) and not discontinuity.connected
+            for discontinuity in discontinuities
+        )
         source.close()
         assert not source._thread.is_alive()
 
@@ -361,9 +368,9 @@ def test_a_broker_that_sends_junk_does_no_harm(junk, stop):
 def test_a_broker_that_never_answers_is_given_up(stop):
     with socket.create_server(("127.0.0.1", 0)) as server:
         source = MqttSource(f"mqtt://127.0.0.1:{server.getsockname()[1]}/a", keepalive_s=1, backoff=Backoff(0.1))
-        seam = source.read(stop, 5)
-        assert isinstance(seam, Discontinuity)
-        assert not seam.connected
+        discontinuity = source.read(stop, 5)
+        assert isinstance(discontinuity, Discontinuity)
+        assert not discontinuity.connected
         source.close()
 
 
@@ -376,51 +383,51 @@ def test_messages_without_acknowledgement_come_too(broker, stop):
     source.close()
 
 
-# The outlet
+# The sink
 
 
 def test_lines_are_published_and_acknowledged(broker, stop):
     source = listen(broker, topic="out/#")
     ready(source, stop)
-    wire = MqttTransport(f"{broker.url}/out/decisions")
-    wire.connect()
-    wire.send([f"{k}\n" for k in range(100)])
-    wire.send([f"{k}\n" for k in range(100, 110)])
+    transport = MqttTransport(f"{broker.url}/out/decisions")
+    transport.connect()
+    transport.send([f"{k}\n" for k in range(100)])
+    transport.send([f"{k}\n" for k in range(100, 110)])
     assert numbers(take(source, stop, 110)) == list(range(110))
-    wire.close()
+    transport.close()
     source.close()
 
 
 def test_a_lost_broker_is_an_error_and_the_same_lines_go_out_after_it(broker, stop):
-    wire = MqttTransport(f"{broker.url}/out", timeout_s=5)
+    transport = MqttTransport(f"{broker.url}/out", timeout_s=5)
     with pytest.raises(OSError, match="not connected"):
-        wire.send(["0\n"])
-    wire.connect()
+        transport.send(["0\n"])
+    transport.connect()
     broker.kill()
     with pytest.raises(OSError, match="connection to the broker was lost"):
-        wire.send(["1\n"])
+        transport.send(["1\n"])
     with pytest.raises(OSError, match="refused"):
-        wire.connect()
+        transport.connect()
     broker.start()
     source = listen(broker, topic="out")
     ready(source, stop)
-    wire.connect()
-    wire.send(["1\n"])
+    transport.connect()
+    transport.send(["1\n"])
     assert numbers(take(source, stop, 1)) == [1]
-    wire.close()
+    transport.close()
     source.close()
 
 
 def test_a_broker_that_stands_still_is_an_error(broker):
-    wire = MqttTransport(f"{broker.url}/out", timeout_s=0.5)
-    wire.connect()
+    transport = MqttTransport(f"{broker.url}/out", timeout_s=0.5)
+    transport.connect()
     broker._process.send_signal(signal.SIGSTOP)
     with pytest.raises(OSError, match=r"not acknowledged by the broker within 0\.5 s"):
-        wire.send(["1\n"])
+        transport.send(["1\n"])
     with pytest.raises(OSError, match="no answer to the connection"):
-        wire.connect()
+        transport.connect()
     broker._process.send_signal(signal.SIGCONT)
-    wire.close()
+    transport.close()
 
 
 # Addresses
@@ -467,12 +474,12 @@ def test_addresses_that_can_not_be(url, problem):
         ("mqtt://h/#", "mqtt://h:1884/a", False),
     ],
 )
-def test_a_sink_that_its_own_source_would_hear(source, formatter, expected):
-    assert is_loop(parse_topic_address(source, True), parse_topic_address(formatter, False)) is expected
+def test_a_sink_that_its_own_source_would_hear(source, sink, expected):
+    assert is_loop(parse_topic_address(source, True), parse_topic_address(sink, False)) is expected
 
 
 @pytest.mark.parametrize(
-    ("access", "problem"),
+    ("credentials", "problem"),
     [
         (Credentials(password="x"), "a password without a user name"),
         (Credentials("u", "x", "y"), "both a password and a password file"),
@@ -480,24 +487,24 @@ def test_a_sink_that_its_own_source_would_hear(source, formatter, expected):
         (Credentials(ca_file="x"), "certificates are for mqtts://"),
     ],
 )
-def test_access_that_can_not_be(access, problem):
+def test_access_that_can_not_be(credentials, problem):
     with pytest.raises(UsageError, match=problem):
-        MqttSource("mqtt://127.0.0.1/a", access)
+        MqttSource("mqtt://127.0.0.1/a", credentials)
     with pytest.raises(UsageError, match=problem):
-        MqttTransport("mqtt://127.0.0.1/a", access)
+        MqttTransport("mqtt://127.0.0.1/a", credentials)
 
 
 def test_files_of_tls_that_can_not_be(tmp_path):
     junk = tmp_path / "junk.pem"
     junk.write_text("junk")
-    for access in (
+    for credentials in (
         Credentials(ca_file=str(junk)),
         Credentials(cert_file=str(junk)),
         Credentials(ca_file="/nowhere/ca.pem"),
     ):
         with pytest.raises(UsageError, match="certificates cannot be used"):
-            MqttSource("mqtts://127.0.0.1/a", access)
-    with pytest.raises(UsageError, match="a key without its certificate"):
+            MqttSource("mqtts://127.0.0.1/a", credentials)
+    with pytest.raises(UsageError, match="a key without a certificate"):
         MqttSource("mqtts://127.0.0.1/a", Credentials(key_file=str(junk)))
     with pytest.raises(UsageError, match="topic 'a/#': expected a topic without"):
         MqttTransport("mqtt://127.0.0.1/a/#")

@@ -1,4 +1,4 @@
-"""Outlets: whole lines, in order, each once or at least once; a slow reader costs decisions only as stated, counted."""
+"""Sinks: complete lines, in order, each once or at least once; a slow reader costs decisions only as stated, counted."""
 
 import os
 import re
@@ -23,7 +23,7 @@ def until(condition, limit_s=10.0):
 
 
 class Gate(Transport):
-    """A wire to a list, that can be shut and can fail."""
+    """A transport to a list that can be closed and can fail."""
 
     name = "gate"
 

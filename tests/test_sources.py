@@ -1,4 +1,4 @@
-"""Sources: bytes in order, seams where a connection broke, files that grow, sockets of real peers."""
+"""Sources: bytes in order, discontinuities where a connection broke, files that grow, sockets of real peers."""
 
 import os
 import re
@@ -43,7 +43,7 @@ def content(items):
     return b"".join(item.content for item in items if isinstance(item, Batch))
 
 
-def seams(items):
+def discontinuities(items):
     return [item.connected for item in items if isinstance(item, Discontinuity)]
 
 
@@ -66,14 +66,14 @@ def test_a_followed_file_goes_on_as_it_grows_is_cut_short_and_is_replaced(tmp_pa
     assert content(collect(source, stop, content)) == b"two\n"
     path.write_bytes(b"3\n")
     items = collect(source, stop, content)
-    assert (seams(items), content(items)) == ([True], b"3\n")
+    assert (discontinuities(items), content(items)) == ([True], b"3\n")
     # Rotation: what the old file still got comes before the new one's.
     with path.open("ab") as file:
         file.write(b"last\n")
         path.rename(tmp_path / "log.1")
     path.write_bytes(b"fresh\n")
     items = collect(source, stop, lambda items: content(items).endswith(b"fresh\n"))
-    assert (seams(items), content(items)) == ([True], b"last\nfresh\n")
+    assert (discontinuities(items), content(items)) == ([True], b"last\nfresh\n")
     assert not source.ended
     source.close()
 
@@ -134,8 +134,8 @@ def test_a_tcp_server_that_goes_and_comes_back(stop):
     for text in (b"first\n", b"second\n"):
         thread = threading.Thread(target=serve, args=(text,))
         thread.start()
-        items = collect(source, stop, lambda items: seams(items)[-1:] == [False])
-        assert (seams(items), content(items)) == ([True, False], text)
+        items = collect(source, stop, lambda items: discontinuities(items)[-1:] == [False])
+        assert (discontinuities(items), content(items)) == ([True, False], text)
         thread.join()
     server.close()
     (refused,) = collect(source, stop, lambda items: items)
@@ -157,8 +157,8 @@ def test_listening_takes_one_client_after_the_other(tmp_path, stop, kind):
         with socket.socket(family) as client:
             client.connect(address)
             client.sendall(text)
-        items = collect(source, stop, lambda items: seams(items)[-1:] == [False])
-        assert (seams(items), content(items)) == ([True, False], text)
+        items = collect(source, stop, lambda items: discontinuities(items)[-1:] == [False])
+        assert (discontinuities(items), content(items)) == ([True, False], text)
     source.close()
     assert not os.path.exists(path)
 
@@ -242,10 +242,10 @@ def test_a_mailbox_keeps_order_makes_writers_wait_and_wakes_its_reader(stop):
 
 
 def test_back_off_doubles_to_its_longest_and_success_starts_anew():
-    back_off = Backoff(longest_s=1.0)
-    waits = [back_off.record_failure() for _ in range(10)]
+    backoff = Backoff(longest_s=1.0)
+    waits = [backoff.record_failure() for _ in range(10)]
     assert 0.05 <= waits[0] <= 0.1
     assert 0.5 <= waits[-1] <= 1.0
-    back_off.reset()
-    assert back_off.remaining_s == 0
-    assert back_off.record_failure() <= 0.1
+    backoff.reset()
+    assert backoff.remaining_s == 0
+    assert backoff.record_failure() <= 0.1

@@ -67,19 +67,19 @@ def server():
     server.server_close()
 
 
-def open_wire(server, **options):
-    wire = WebhookTransport(server.url, **options)
-    wire.connect()
-    return wire
+def open_transport(server, **options):
+    transport = WebhookTransport(server.url, **options)
+    transport.connect()
+    return transport
 
 
 def test_a_batch_is_one_request_on_one_connection(server, tmp_path):
     token = tmp_path / "token"
     token.write_text("abc\n")
-    wire = open_wire(server, headers={"X-Device": "d1"}, token_file=str(token))
-    wire.send(['{"a":1}\n', '{"b":"\u00e9"}\n'])
-    wire.send(['{"c":1}\n'])
-    wire.close()
+    transport = open_transport(server, headers={"X-Device": "d1"}, token_file=str(token))
+    transport.send(['{"a":1}\n', '{"b":"\u00e9"}\n'])
+    transport.send(['{"c":1}\n'])
+    transport.close()
     (path, headers, body), (_, _, second) = server.requests
     assert (path, body, second) == ("/in?x=1", '{"a":1}\n{"b":"\u00e9"}\n', '{"c":1}\n')
     assert headers["Content-Type"] == "application/x-ndjson"
@@ -102,42 +102,42 @@ def test_a_batch_is_one_request_on_one_connection(server, tmp_path):
 )
 def test_what_is_not_taken_is_an_error_and_can_be_sent_again(server, answer, problem):
     server.answers = [answer]
-    wire = open_wire(server, timeout_s=0.5)
+    transport = open_transport(server, timeout_s=0.5)
     with pytest.raises(OSError, match=problem):
-        wire.send(["1\n"])
-    wire.connect()
-    wire.send(["1\n"])
+        transport.send(["1\n"])
+    transport.connect()
+    transport.send(["1\n"])
     assert [body for *_, body in server.requests] == ["1\n", "1\n"]
-    wire.close()
+    transport.close()
 
 
 def test_a_connection_closed_while_idle_is_made_anew(server):
     server.answers = ["close"]
-    wire = open_wire(server)
+    transport = open_transport(server)
     for k in range(3):
-        wire.send([f"{k}\n"])
+        transport.send([f"{k}\n"])
     assert [body for *_, body in server.requests] == ["0\n", "1\n", "2\n"]
     assert server.connections == 2
-    wire.close()
+    transport.close()
 
 
 def test_an_endless_answer_is_cut(server):
     server.answers = ["long"]
-    wire = open_wire(server)
-    wire.send(["1\n"])
-    wire.send(["2\n"])
+    transport = open_transport(server)
+    transport.send(["1\n"])
+    transport.send(["2\n"])
     assert len(server.requests) == 2
-    wire.close()
+    transport.close()
 
 
 def test_no_server_is_an_error():
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
-    wire = WebhookTransport(f"http://127.0.0.1:{port}")
+    transport = WebhookTransport(f"http://127.0.0.1:{port}")
     with pytest.raises(OSError, match="refused"):
-        wire.connect()
+        transport.connect()
     with pytest.raises(OSError, match="not connected"):
-        wire.send(["1\n"])
+        transport.send(["1\n"])
 
 
 @pytest.mark.parametrize(
