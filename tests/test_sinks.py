@@ -1,4 +1,4 @@
-"""Sinks: complete lines, in order, each once or at least once; a slow reader costs decisions only as stated, counted."""
+"""Sinks: complete lines, in order, each once or at least once; a slow reader costs only counted decisions."""
 
 import os
 import re
