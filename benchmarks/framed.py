@@ -1,4 +1,4 @@
-"""How many samples each codec decodes in a second of CPU time.
+"""Measure how many samples each codec decodes per second of CPU time.
 
 python benchmarks/framed.py [--samples 102400] [--output benchmarks/framed.json]
 """
@@ -19,20 +19,21 @@ from edge_ssm.io.codecs.registry import decoder
 from edge_ssm.io.messages import Frame
 from edge_ssm.model.network import InputSpec
 
-BLOCK = 1 << 16
+BATCH = 1 << 16
+"""Bytes that a decoder is fed at once, as by a source."""
 
 
 def rate(codec: str, content: bytes, samples: int, channels: int, repeats: int = 5) -> float:
-    """Samples a CPU second, the best of ``repeats``; the content comes in blocks, as from a source."""
+    """Return samples per CPU second, the best of ``repeats``."""
     spec = InputSpec(tuple(f"c{i}" for i in range(channels)), np.zeros(channels), np.ones(channels))
     best = 0.0
     for _ in range(repeats):
-        reader = decoder(codec, spec)
+        codec_decoder = decoder(codec, spec)
         began = time.process_time()
         count = sum(
             isinstance(item, Frame)
-            for at in range(0, len(content), BLOCK)
-            for item in reader.feed(content[at : at + BLOCK])
+            for at in range(0, len(content), BATCH)
+            for item in codec_decoder.feed(content[at : at + BATCH])
         )
         assert count == samples, f"{codec}: {count} of {samples} samples"
         best = max(best, samples / (time.process_time() - began))
@@ -40,6 +41,7 @@ def rate(codec: str, content: bytes, samples: int, channels: int, repeats: int =
 
 
 def main() -> None:
+    """Measure all codecs and write the figures as JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--samples", type=int, default=102_400)
     parser.add_argument("--output", type=Path, default=Path(__file__).with_suffix(".json"))
@@ -49,14 +51,14 @@ def main() -> None:
     values = np.random.default_rng(0).normal(size=(samples, channels))
     small = np.rint(values * 50)
     rates = {}
-    for together in (1, 8, 32, 128):
+    for size in (1, 8, 32, 128):
         for name, rows, options in (
             ("float32", values, {}),
             ("float32, time", values, {"time_us": 1_700_000_000_000_000, "period_ns": 62_500}),
             ("int16", small, {"int16": True}),
         ):
-            content = b"".join(encode(rows[k : k + together], k, **options) for k in range(0, samples, together))
-            rates[f"framed, {name}, {together} a frame"] = rate("framed", content, samples, channels)
+            content = b"".join(encode(rows[k : k + size], k, **options) for k in range(0, samples, size))
+            rates[f"framed, {name}, {size} a frame"] = rate("framed", content, samples, channels)
     rates["f32le"] = rate("f32le", values.astype("<f4").tobytes(), samples, channels)
     text = b"".join(b"%s\n" % ",".join(f"{v:.4f}" for v in row).encode() for row in values)
     rates["csv"] = rate("csv", text, samples, channels)

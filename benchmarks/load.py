@@ -35,7 +35,7 @@ from pathlib import Path
 from typing import Any
 
 import streams
-from streams import NotThere, Run, Sender
+from streams import Run, Sender, SourceMissing
 
 LATE_S = 0.02
 LATE_SHARE = 0.01
@@ -106,9 +106,9 @@ def broker() -> Iterator[int]:
         )
         program = shutil.which("mosquitto", path=f"{os.environ['PATH']}:/usr/sbin")
         if program is None:
-            raise NotThere("mosquitto is not installed")
+            raise SourceMissing("mosquitto is not installed")
         with ended(subprocess.Popen([program, "-c", str(configuration)], stderr=subprocess.DEVNULL)):
-            streams.connected(socket.AF_INET, ("127.0.0.1", port)).close()
+            streams.connect(socket.AF_INET, ("127.0.0.1", port)).close()
             yield port
 
 
@@ -116,7 +116,7 @@ def broker() -> Iterator[int]:
 def line() -> Iterator[tuple[str, str]]:
     """Two ends of a serial line without a speed."""
     if shutil.which("socat") is None:
-        raise NotThere("socat is not installed")
+        raise SourceMissing("socat is not installed")
     with tempfile.TemporaryDirectory() as folder:
         ends = f"{folder}/sensor", f"{folder}/device"
         with ended(subprocess.Popen(["socat", *(f"pty,raw,echo=0,link={end}" for end in ends)])):
@@ -160,7 +160,7 @@ def place(source: str) -> Iterator[tuple[str, str, str | None]]:
 
 
 def trial(source: str, engine: str, frames: int, rate: float, seconds: float, expected: list[str]) -> Trial:
-    """Raises NotThere."""
+    """Raises SourceMissing."""
     codec = "csv" if source.endswith("csv") else "f32le"
     count = max(1, round(rate * seconds / frames))
     reader, writer = os.pipe()
@@ -171,7 +171,7 @@ def trial(source: str, engine: str, frames: int, rate: float, seconds: float, ex
             sender = Sender(to, rate, frames, count, codec, pipe)
             cpu_share = share(run, sender.began + min(WARM_UP_S, seconds / 4), sender.began + seconds)
             sent = sender.result()
-            status = run.acknowledged(sent["sent"])
+            status = run.wait_for_samples(sent["sent"])
             time.sleep(0.1)  # for the last decision
         finally:
             pipe.close()
@@ -223,8 +223,8 @@ def _percentile_ms(ascending: list[float], share: float) -> float:
 
 def throughput(engine: str, codec: str, seconds: float) -> dict[str, int]:
     """Counters of a file that is read as fast as it goes, long enough for ``seconds``; every sample stands in it."""
-    content, rounds, account = b"".join(streams.sends(codec, 1)), 1, {"samples_per_s": 0}
-    samples = len(streams.sends(codec, 1))
+    content, rounds, account = b"".join(streams.payloads(codec, 1)), 1, {"samples_per_s": 0}
+    samples = len(streams.payloads(codec, 1))
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "recording"
         for _ in range(2):
@@ -295,7 +295,7 @@ def loads(sources: list[str], seconds: float, hold_s: float, expected: list[str]
             search = Search(source, engine, frames, seconds, expected)
             try:
                 found = search.highest(GUESS.get(source, 0.6) * speed[engine, codec]["samples_per_s"], hold_s)
-            except NotThere as error:
+            except SourceMissing as error:
                 rows.append(row | {"skipped": str(error)})
                 print(f"    skipped: {error}")
                 break

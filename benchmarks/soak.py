@@ -97,7 +97,7 @@ def soak(source: str, engine: str, rate: float, samples: int, expected: list[str
             readings = watch(run, count * FRAMES)
             seconds = time.monotonic() - began
             sent = sender.result()["sent"]
-            status = run.acknowledged(sent)
+            status = run.wait_for_samples(sent)
             time.sleep(0.1)
         finally:
             pipe.close()

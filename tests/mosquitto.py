@@ -1,4 +1,4 @@
-"""A real broker on a free port of loopback, which can be killed and started again, and a publisher that numbers."""
+"""A real MQTT broker on a free loopback port, which tests can kill and restart, and a publisher of numbers."""
 
 import contextlib
 import getpass
@@ -25,7 +25,7 @@ class Broker:
         self._log = folder / "mosquitto.log"
         self._configuration = folder / "mosquitto.conf"
         lines = [
-            f"user {getpass.getuser()}",  # started as root it would become another user, who can't read the folder
+            f"user {getpass.getuser()}",  # Started as root, it would switch to a user that cannot read the folder.
             f"listener {self.port} 127.0.0.1",
             *listener,
             *(settings or ["allow_anonymous true"]),
@@ -54,14 +54,14 @@ class Broker:
         raise AssertionError(self._log.read_text())
 
     def kill(self):
-        """As a power cut would: nothing is saved, nobody is told."""
+        """Kill the broker like a power cut: it saves nothing and informs nobody."""
         if self._process is not None:
             self._process.kill()
             self._process.wait()
             self._process = None
 
     def publish(self, topic, *payloads, **options):
-        """Each with QoS 1, and return when the broker has acknowledged them."""
+        """Publish each with QoS 1, and return when the broker has acknowledged them."""
         import paho.mqtt.client as paho
 
         client = paho.Client(paho.CallbackAPIVersion.VERSION2, protocol=paho.MQTTv5)

@@ -6,8 +6,8 @@ import select
 import socket
 
 from edge_ssm.io.address import Endpoint
+from edge_ssm.io.connections import Address, connect, keep_alive
 from edge_ssm.io.sinks.base import Transport
-from edge_ssm.io.sources.socket import Address, connect, keep_alive
 
 SEND_S = 10.0
 """Seconds for which sending may block."""
