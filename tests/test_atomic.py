@@ -1,4 +1,4 @@
-"""What a written file replaces, and what it must leave as it is."""
+"""What writing a file replaces, and what it must leave unchanged."""
 
 import os
 import stat
@@ -13,7 +13,7 @@ from edge_ssm import files
 NO_ROOT = pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 
 
-def test_a_file_is_replaced_whole_and_nothing_is_left_beside_it(tmp_path):
+def test_a_file_is_replaced_completely_and_nothing_is_left_beside_it(tmp_path):
     path = tmp_path / "f"
     for content in (b"one", b"two"):
         files.check_writable(path)
@@ -37,7 +37,7 @@ def test_a_link_stays_a_link(tmp_path):
     assert sorted(p.name for p in (tmp_path / "far").iterdir()) == ["f", "new"]
 
 
-def test_a_link_in_a_circle_is_an_error(tmp_path):
+def test_a_circular_link_is_an_error(tmp_path):
     (tmp_path / "a").symlink_to("b")
     (tmp_path / "b").symlink_to("a")
     for do in (files.check_writable, lambda path: files.write(path, b"x")):
@@ -45,22 +45,22 @@ def test_a_link_in_a_circle_is_an_error(tmp_path):
             do(tmp_path / "a")
 
 
-def test_a_pipe_is_written_into(tmp_path):
+def test_a_pipe_is_written_directly(tmp_path):
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
     files.check_writable(pipe)  # without a reader, and without waiting for one
     heard = []
     reader = threading.Thread(target=lambda: heard.append(pipe.read_bytes()))
     reader.start()
-    content = os.urandom(1 << 20)  # more than a pipe holds
+    content = os.urandom(1 << 20)  # more than the capacity of a pipe
     files.write(pipe, content)
     reader.join(30)
     assert heard == [content]
     assert stat.S_ISFIFO(pipe.stat().st_mode)
 
 
-def test_a_device_is_written_into(tmp_path):
-    """Through a link of our own: were this not so, the link would be replaced and not the machine's /dev/null."""
+def test_a_device_is_written_directly(tmp_path):
+    """Write through a link, so that a failure would replace the link and not the machine's /dev/null."""
     for device, expected in (("/dev/null", None), ("/dev/full", "No space left on device")):
         link = tmp_path / device[5:]
         link.symlink_to(device)
@@ -75,8 +75,8 @@ def test_a_device_is_written_into(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["/dev/stdout", "/proc/self/fd/1"])
-def test_standard_output_goes_on_where_it_was(tmp_path, name):
-    """Redirected to a file: it must not be replaced, since what came before is in it, nor written from its start."""
+def test_standard_output_continues_at_its_position(tmp_path, name):
+    """A file that standard output is redirected to is neither replaced nor overwritten from its start."""
     code = (
         "import os; from pathlib import Path; from edge_ssm import files as atomic\n"
         f"os.write(1, b'before\\n'); atomic.check_writable(Path({name!r}))\n"
@@ -93,13 +93,13 @@ def test_standard_output_goes_on_where_it_was(tmp_path, name):
     ("place", "said"),
     [("/proc/x", "No such file"), ("/nowhere/x", "No such file"), ("/tmp", "is a folder"), ("/proc/self", "folder")],
 )
-def test_a_place_that_can_not_be_written_is_known_beforehand(place, said):
+def test_an_unwritable_path_is_detected_beforehand(place, said):
     for do in (files.check_writable, lambda path: files.write(path, b"x")):
         with pytest.raises(OSError, match=said):
             do(files.Path(place))
 
 
 @NO_ROOT
-def test_a_device_that_may_not_be_written_is_known_beforehand():
+def test_a_device_without_permission_is_detected_beforehand():
     with pytest.raises(PermissionError):
         files.check_writable(files.Path("/dev/mem"))

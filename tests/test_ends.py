@@ -1,4 +1,4 @@
-"""How commands end that are interrupted, terminated, or can't say what they have to."""
+"""How commands end that are interrupted, are terminated, or cannot write their output."""
 
 import os
 import pty
@@ -50,7 +50,7 @@ sys.addaudithook(on)
         ["profile", "--help"],
     ],
 )
-def test_a_full_output_is_one_line_and_status_1(arguments):
+def test_a_full_output_is_reported_in_one_line_with_status_1(arguments):
     with open("/dev/full", "wb") as full:
         command = [*COMMAND, *map(str, arguments)]
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=120)
@@ -58,26 +58,26 @@ def test_a_full_output_is_one_line_and_status_1(arguments):
     assert done.returncode == 1
 
 
-def test_the_build_commands_output_as_well():
+def test_a_full_output_of_the_build_command_is_reported_in_one_line():
     with open("/dev/full", "wb") as full:
         done = subprocess.run([*BUILD, "--help"], stdout=full, stderr=subprocess.PIPE, text=True, timeout=60)
     assert done.stderr == "edge-ssm-build: error: output: can't be written (No space left on device)\n"
     assert done.returncode == 1
 
 
-def test_the_status_tells_where_stderr_can_not():
+def test_the_exit_status_is_right_without_standard_error():
     with open("/dev/full", "wb") as full:
         assert subprocess.run([*COMMAND, "fly"], stderr=full, timeout=60).returncode == 2
 
 
-def test_a_report_is_kept_where_its_text_can_not_be_shown(tmp_path):
+def test_a_report_is_kept_if_its_text_cannot_be_shown(tmp_path):
     with open("/dev/full", "wb") as full:
         command = [*COMMAND, "profile", str(DEMO), *SHORT, "--json", str(tmp_path / "r.json")]
         assert subprocess.run(command, stdout=full, stderr=subprocess.DEVNULL, timeout=120).returncode == 1
     assert (tmp_path / "r.json").stat().st_size > 1000
 
 
-def test_ctrl_c_in_mid_run_is_one_line():
+def test_ctrl_c_during_a_run_is_reported_in_one_line():
     with subprocess.Popen([*COMMAND, *LONG], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         time.sleep(2)
         process.send_signal(signal.SIGINT)
@@ -86,15 +86,15 @@ def test_ctrl_c_in_mid_run_is_one_line():
 
 
 @pytest.mark.parametrize("module", ["click", "numpy", "edge_ssm.model.network", "edge_ssm.profiler.run"])
-def test_ctrl_c_while_modules_load_is_one_line(module):
+def test_ctrl_c_while_modules_load_is_reported_in_one_line(module):
     for arguments in (LONG, ["top", "--once"]):
         command = [sys.executable, "-c", ON_IMPORT.format(module=module) + MAIN, *arguments]
         done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-        if module == "edge_ssm.profiler.run" and arguments[0] == "top":  # is not loaded by it
+        if module == "edge_ssm.profiler.run" and arguments[0] == "top":  # top does not load it
             assert done.returncode == 0
             continue
         assert done.stderr == "edge-ssm: error: interrupted\n"
-        assert done.returncode in (130, -signal.SIGINT)  # to a shell the same
+        assert done.returncode in (130, -signal.SIGINT)  # the same for a shell
 
 
 def test_ctrl_c_ends_top_in_a_terminal_quietly():
@@ -114,7 +114,7 @@ def test_ctrl_c_ends_top_in_a_terminal_quietly():
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGINT"])
 def test_a_signal_leaves_no_folder_behind(tmp_path, name):
-    """While the first meter is asked, as a device that shuts down may do."""
+    """The signal arrives while the first meter is read, as when a device shuts down."""
     code = ON_CHILD.format(module="edge_ssm.profiler.sampler", name=name) + MAIN
     command = [sys.executable, "-c", code, "profile", str(DEMO), "--engine", "reference", "--no-paced"]
     done = subprocess.run(
@@ -154,7 +154,7 @@ def test_a_signal_while_a_kernel_is_compiled_leaves_no_folder_behind(tmp_path):
         ([*BUILD, "export", "x", "--output", "x", "--error-bound", "nan"], "--error-bound"),
     ],
 )
-def test_what_is_no_number_is_in_no_range(command, said):
+def test_nan_is_in_no_range(command, said):
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=60, stdin=subprocess.DEVNULL)
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()

@@ -1,4 +1,4 @@
-"""The codec framed: byte for byte as docs/framing.md says, and no damage that spreads or passes for a sample."""
+"""The codec framed: byte for byte as docs/framing.md specifies; damage neither spreads nor passes for a sample."""
 
 import ctypes
 import re
@@ -44,7 +44,7 @@ def problems(items):
     return [item.problem.split(":")[0] for item in items if isinstance(item, Malformed)]
 
 
-def test_the_worked_example_of_the_documentation():
+def test_the_example_in_the_documentation_is_correct():
     blocks = re.findall(r"```hex\n(.*?)```", PAGE.read_text(), re.S)
     before, after = (bytes.fromhex("".join(line.split("#")[0] for line in b.splitlines(True))) for b in blocks)
     values = [[1.0, -2.5], [0.0, 3.0]]
@@ -56,7 +56,7 @@ def test_the_worked_example_of_the_documentation():
     assert [n & (1 << 44) - 1 for n in (first.sequence, second.sequence)] == [258, 259]
 
 
-def test_the_documentation_s_c_code_makes_the_same_bytes(tmp_path):
+def test_the_c_code_in_the_documentation_produces_the_same_bytes(tmp_path):
     compiler = shutil.which("cc")
     if compiler is None:
         pytest.skip("no C compiler (cc) here")
@@ -83,7 +83,7 @@ contents = st.lists(
 
 
 @given(contents)
-def test_stuffing_leaves_no_zero_and_can_be_undone(content):
+def test_cobs_leaves_no_zero_and_is_reversible(content):
     packet = cobs_encode(content)
     assert b"\0" not in packet
     assert len(packet) <= len(content) + len(content) // 254 + 1
@@ -92,7 +92,7 @@ def test_stuffing_leaves_no_zero_and_can_be_undone(content):
 
 @st.composite
 def frames(draw):
-    """Some frames of a stream, each with its samples as the decoder should tell them."""
+    """Generate frames of a stream, each with the samples that the decoder should yield."""
     out, number = [], draw(st.integers(0, 2**32 - 1))
     for _ in range(draw(st.integers(1, 6))):
         samples = draw(st.integers(1, 5))
@@ -127,7 +127,7 @@ def test_garbage_between_frames_costs_no_frame(stream, garbage):
 
 
 @given(stream=frames(), data=st.data())
-def test_damage_costs_the_frames_it_touches_and_gives_no_wrong_ones(stream, data):
+def test_damage_costs_the_frames_it_touches_and_produces_no_wrong_ones(stream, data):
     content = bytearray(b"".join(c for c, _ in stream))
     hit = data.draw(st.integers(0, len(content) - 1))
     length = data.draw(st.integers(1, 4))
@@ -146,7 +146,7 @@ def test_damage_costs_the_frames_it_touches_and_gives_no_wrong_ones(stream, data
         if end <= hit or (at >= hit + length and action != "insert") or (at >= hit and action == "insert"):
             kept += samples
         at = end
-    # Whether a number has wrapped is not known to one who lost all that came before.
+    # A receiver that lost everything before cannot know whether a number has wrapped.
     found = [
         (values, time, number % (1 << 32))
         for values, time, number in plain(item for item in decode(bytes(content)) if isinstance(item, Frame))
@@ -158,11 +158,11 @@ def test_damage_costs_the_frames_it_touches_and_gives_no_wrong_ones(stream, data
 
 
 @given(blocks=st.lists(st.binary(max_size=200), max_size=6))
-def test_any_bytes_give_no_more_than_reports(blocks):
+def test_arbitrary_bytes_produce_only_reports(blocks):
     assert all(isinstance(item, Malformed) for item in decode(*blocks))
 
 
-def test_every_single_flipped_bit_is_seen():
+def test_every_single_flipped_bit_is_detected():
     content = encode([[1.5, 2.5]], 5, time_us=0)
     for bit in range(8, 8 * len(content) - 8):
         bad = bytearray(content)
@@ -171,7 +171,7 @@ def test_every_single_flipped_bit_is_seen():
 
 
 def reframed(**fields):
-    """A frame whose header says something else, with a right checksum."""
+    """Return a frame with another header and a correct checksum."""
     body = bytearray(cobs_decode(encode([[1, 2]], 0)[1:-1])[:-4])
     for place, value in fields.items():
         body[int(place[1:])] = value
@@ -192,7 +192,7 @@ def reframed(**fields):
         (reframed(_1=1), "length: 24 bytes, 1 samples make 36"),
     ],
 )
-def test_what_is_wrong_is_said_with_its_byte(content, problem):
+def test_a_report_names_the_problem_and_its_byte(content, problem):
     items = decode(b"\0" + content + encode([1, 2], 0))
     assert [type(item) for item in items] == [Malformed, Frame]
     assert items[0].where == "byte 2"
@@ -226,7 +226,7 @@ def test_without_a_period_only_the_first_sample_has_a_time():
     assert [item.time for item in decode(encode([[1, 2], [3, 4]], 0, time_us=2_000_000))] == [2.0, None]
 
 
-def test_numbers_go_on_where_the_device_s_wrap():
+def test_numbers_continue_where_those_of_the_device_wrap():
     start = 2**32 - 3
     items = decode(*(encode([[0, 0]] * 2, start + 2 * k) for k in range(4)))
     assert numbers(items) == list(range(start, start + 8))
@@ -241,19 +241,19 @@ def test_repeats_keep_their_numbers():
 
 
 @pytest.mark.parametrize("boots", [(1, 2, 3), (9, 4, 4000), (5, 65535, 0)])
-def test_a_start_of_the_device_is_seen_and_numbers_still_grow(boots):
+def test_a_restart_of_the_device_is_detected_and_numbers_still_grow(boots):
     found = numbers(decode(*(encode([[0, 0]] * 2, 100, boot=boot) for boot in boots)))
     assert found == sorted(set(found))
     assert [b - a > LONGEST_LOSS for a, b in pairwise(found)] == [False, True, False, True, False]
 
 
-def test_a_device_without_boot_numbers_that_falls_far_back_has_started_anew():
+def test_a_large_step_back_without_boot_numbers_is_a_restart():
     found = numbers(decode(encode([0, 0], 1 << 21), encode([0, 0], 0), encode([0, 0], 1)))
     assert found[1] - found[0] > LONGEST_LOSS
     assert found[1] == found[2] - 1
 
 
-def test_what_does_not_fit_is_not_encoded():
+def test_values_that_do_not_fit_are_not_encoded():
     for values, options in [
         ([1.5, 0], {"int16": True}),
         ([40000, 0], {"int16": True}),
@@ -268,7 +268,7 @@ def test_what_does_not_fit_is_not_encoded():
             encode(values, 0, **options)
 
 
-def test_the_format_is_known_by_name():
+def test_the_format_is_recognised_by_name():
     assert guess_format("log.framed") == "framed"
     assert isinstance(decoder("framed", SPEC), FramedDecoder)
 

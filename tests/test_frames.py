@@ -1,4 +1,4 @@
-"""Codecs: the same frames however the bytes arrive, and no input that does harm."""
+"""Codecs: the same frames however the bytes arrive, and no input does harm."""
 
 import json
 import math
@@ -24,7 +24,7 @@ def decode(codec, *blocks, spec=SPEC, **options):
 
 
 def plain(items):
-    """Items as comparable values; NaN as None."""
+    """Return items as comparable values, with None for NaN."""
     return [
         ([None if math.isnan(v) else v for v in item.values], item.time, item.label)
         if isinstance(item, Frame)
@@ -52,7 +52,7 @@ def test_a_missing_value_is_nan(field):
     assert plain(decode("csv", f"ax,ay\n1,{field}\n".encode())) == [([1, None], None, None)]
 
 
-def test_malformed_rows_are_reported_with_their_line_and_the_stream_goes_on():
+def test_malformed_rows_are_reported_with_their_line_and_decoding_continues():
     text = b"ax,ay\n1,2\nfoo,2\n1\n1,2,3\n1_0,2\n\xff\xfe,1\n3,4\n"
     items = decode("csv", text)
     assert [i.where for i in items if isinstance(i, Malformed)] == [f"line {n}" for n in (3, 4, 5, 6, 7)]
@@ -61,7 +61,7 @@ def test_malformed_rows_are_reported_with_their_line_and_the_stream_goes_on():
     assert "channel 'ax': 'foo' is not a number" in items[1].problem
 
 
-def test_infinite_and_huge_numbers_are_frames_and_left_to_the_gap_policy():
+def test_infinite_and_huge_numbers_are_frames_for_the_gap_policy_to_handle():
     items = decode("csv", b"ax,ay\ninf,1e400\n-inf,1\n")
     assert [list(i.values) for i in items] == [[math.inf, math.inf], [-math.inf, 1]]
 
@@ -79,7 +79,7 @@ def test_a_trailing_comma_is_a_column_without_a_name():
     assert plain(decode("csv", b"ax,ay,\n1,2,\n")) == [([1, 2], None, None)]
 
 
-def test_a_device_s_greeting_is_no_header():
+def test_a_device_greeting_is_not_a_header():
     items = decode("csv", b"SensorTag ready\n1,2\nax\n")
     assert [type(i) for i in items] == [Malformed, Frame, Malformed]
     with pytest.raises(FrameError, match="no column for channel 'ax'"):
@@ -122,8 +122,8 @@ def test_ndjson_forms():
     ]
 
 
-def test_ndjson_text_and_times_that_no_sink_could_write():
-    """A lone surrogate is no UTF-8, and a number of more than 64 bits fits no field: found by fuzzing."""
+def test_ndjson_text_and_times_that_no_sink_can_write_are_replaced():
+    """A lone surrogate is not UTF-8, and a number of more than 64 bits fits no field: found by fuzzing."""
     lines = [
         r'{"ax": 1, "ay": 2, "time": "\ud83d", "label": "a\ud83d"}',
         r'{"ax": 1, "ay": 2, "time": "\ud83d\ude00", "label": "\ud83d\ude00"}',
@@ -143,7 +143,7 @@ def test_ndjson_text_and_times_that_no_sink_could_write():
 @pytest.mark.parametrize(
     "line", ["{}", "[1]", "[1,2,3]", "3", '"x"', "[true, 1]", '["1", 2]', "[[1], 2]", "{", "[" * 30000, '{"values": 3}']
 )
-def test_ndjson_that_is_no_frame(line):
+def test_ndjson_that_is_not_a_frame_is_malformed(line):
     (item,) = decode("ndjson", line.encode())
     assert isinstance(item, Malformed)
     assert item.where == "line 1"
@@ -193,7 +193,7 @@ def test_any_bytes_give_frames_or_reports(codec, content, cut):
             assert "\n" not in item.problem
 
 
-def test_the_format_is_guessed_by_name():
+def test_the_format_is_guessed_from_the_file_name():
     assert [guess_format(p) for p in ("-", "a.csv", "b/c.NDJSON", "d.jsonl", "e.f32", "x.y/z")] == [
         "csv",
         "csv",

@@ -32,7 +32,7 @@ SPEC = spec("accel_x", "accel_z")
 
 
 class Tree:
-    """What the kernel shows of one device."""
+    """The files that the kernel shows of one device."""
 
     def __init__(self, folder, elements, files=None, number=0, name="lis2dh12"):
         self.sysfs, self.dev = folder / "sys", folder / "dev"
@@ -66,7 +66,7 @@ def layout(*types):
     return Layout(tuple(Element(f"in_{k}", k, *parse_type("in", text)) for k, text in enumerate(types)))
 
 
-def test_the_layouts_of_the_kernel_s_documentation():
+def test_layouts_match_the_documentation_of_the_kernel():
     both = layout("be:u16/16>>0", "be:u32/32>>0", "be:u32/32>>0", "be:u64/64>>0")
     assert (both.offsets, both.size) == ((0, 4, 8, 16), 24)
     some = layout("be:u16/16>>0", "be:u64/64>>0")
@@ -84,7 +84,7 @@ def test_the_layouts_of_the_kernel_s_documentation():
     storage=st.sampled_from([8, 16, 32, 64]),
     data=st.data(),
 )
-def test_any_integer_in_any_place(value, junk, kind, order, storage, data):
+def test_any_integer_at_any_position_is_decoded(value, junk, kind, order, storage, data):
     bits = data.draw(st.integers(1, storage))
     shift = data.draw(st.integers(0, storage - bits))
     low, high = (-(1 << bits - 1), (1 << bits - 1) - 1) if kind == "s" else (0, (1 << bits) - 1)
@@ -97,7 +97,7 @@ def test_any_integer_in_any_place(value, junk, kind, order, storage, data):
     assert one.values(scans, one.elements[0]).tolist() == [value, value]
 
 
-def test_floats():
+def test_floats_are_decoded():
     one = layout("be:f32/32", "le:f64/64")
     content = struct.pack(">f4x", 1.5) + struct.pack("<d", math.pi)
     scans = np.frombuffer(content, np.uint8).reshape(1, -1)
@@ -134,7 +134,7 @@ def test_a_device_is_set_up_and_read(tmp_path, stop):
     assert tree["buffer/enable"] == "0"
 
 
-def test_a_device_that_vanishes_and_comes_back(tmp_path, stop):
+def test_a_device_that_vanishes_and_returns_is_reopened(tmp_path, stop):
     tree = Tree(tmp_path, ACCELEROMETER)
     source = tree.source("lis2dh12")
     source.read(stop, 1)
@@ -168,7 +168,7 @@ def test_raw_values_and_elements_by_name(tmp_path):
     assert source._elements[1].scale == 1
 
 
-def test_the_newer_names_of_buffers(tmp_path):
+def test_the_newer_names_of_buffers_are_found(tmp_path):
     tree = Tree(tmp_path, ACCELEROMETER)
     (tree.device / "buffer").rename(tree.device / "buffer0")
     for file in (tree.device / "scan_elements").iterdir():
@@ -180,7 +180,7 @@ def test_the_newer_names_of_buffers(tmp_path):
 
 
 @given(blocks=st.lists(st.binary(max_size=60), max_size=6))
-def test_any_bytes_give_frames_or_one_report(blocks):
+def test_arbitrary_bytes_produce_frames_or_one_report(blocks):
     one = layout("le:s12/16>>4", "le:f32/32", "be:u64/64")
     reader = IioDecoder(spec("a", "b"), one, ("in_0", "in_1"))
     items = [item for block in blocks for item in reader.feed(block)] + list(reader.finish())
@@ -200,7 +200,7 @@ def test_any_bytes_give_frames_or_one_report(blocks):
         ("iio:device0", {"trigger": "x"}, "current_trigger: x cannot be written"),
     ],
 )
-def test_what_can_not_be_right(tmp_path, device, options, problem):
+def test_invalid_arguments_are_refused(tmp_path, device, options, problem):
     with pytest.raises(UsageError, match=problem):
         Tree(tmp_path, ACCELEROMETER).source(device, **options)
 
@@ -208,12 +208,12 @@ def test_what_can_not_be_right(tmp_path, device, options, problem):
 @pytest.mark.parametrize(
     "text", ["", "le:s12/16>>5", "xx:s8/8", "le:s8/24", "le:s33/32", "le:s0/8", "le:f16/32", "le:s8"]
 )
-def test_types_that_can_not_be(text):
+def test_invalid_types_are_refused(text):
     with pytest.raises(UsageError, match="expected"):
         parse_type("in_x", text)
 
 
-def test_files_of_a_device_that_can_not_be_right(tmp_path):
+def test_invalid_sysfs_files_are_refused(tmp_path):
     for file, value in {"in_accel_scale": "nan", "scan_elements/in_accel_x_index": "-1"}.items():
         folder = tmp_path / file.replace("/", "_")
         folder.mkdir()

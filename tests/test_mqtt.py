@@ -1,4 +1,4 @@
-"""The MQTT source and sink against a real broker, killed and started again under way."""
+"""The MQTT source and sink with a real broker that is killed and restarted."""
 
 import contextlib
 import os
@@ -47,7 +47,7 @@ def ready(source, stop, note="connected"):
 
 
 def take(source, stop, count, seconds=10):
-    """That many messages as (number, token), whatever discontinuities come between; fewer if they do not come."""
+    """Return up to that many messages as (number, token), ignoring discontinuities."""
     found, end = [], time.monotonic() + seconds
     while len(found) < count and time.monotonic() < end:
         item = source.read(stop, end - time.monotonic())
@@ -60,7 +60,7 @@ def numbers(found):
     return [number for number, _ in found]
 
 
-def test_what_is_not_acknowledged_comes_again(broker, stop):
+def test_unacknowledged_messages_arrive_again(broker, stop):
     source = listen(broker)
     ready(source, stop)
     broker.publish("s/1/x", *range(10))
@@ -78,7 +78,7 @@ def test_what_is_not_acknowledged_comes_again(broker, stop):
     again.close()
 
 
-def test_no_more_come_than_may_be_unacknowledged(broker, stop):
+def test_the_receive_maximum_limits_unacknowledged_messages(broker, stop):
     source = listen(broker, receive_maximum=7)
     ready(source, stop)
     broker.publish("s/1/x", *range(30))
@@ -91,7 +91,7 @@ def test_no_more_come_than_may_be_unacknowledged(broker, stop):
     source.close()
 
 
-def test_more_come_than_the_broker_s_own_limit_of_20(broker, stop):
+def test_the_receive_maximum_overrides_the_limit_of_the_broker(broker, stop):
     source = listen(broker)
     ready(source, stop)
     broker.publish("s/1/x", *range(500))
@@ -100,7 +100,7 @@ def test_more_come_than_the_broker_s_own_limit_of_20(broker, stop):
     source.close()
 
 
-def test_the_broker_killed_in_mid_stream(broker, stop):
+def test_a_broker_killed_during_the_stream_loses_nothing(broker, stop):
     source = listen(broker)
     ready(source, stop)
     broker.publish("s/1/x", *range(20))
@@ -118,14 +118,14 @@ def test_the_broker_killed_in_mid_stream(broker, stop):
     assert source.read(stop, 10) == Discontinuity("connected", True)
     again = take(source, stop, 20)
     assert numbers(again) == list(range(10, 30))
-    source.acknowledge(before[-1][1])  # of a connection that is gone: void
+    source.acknowledge(before[-1][1])  # void: of a connection that is gone
     assert source.in_flight == 20
     source.acknowledge(again[-1][1])
     assert source.in_flight == 0
     source.close()
 
 
-def test_a_session_that_the_broker_has_lost_is_told(broker, tmp_path, stop):
+def test_a_session_lost_by_the_broker_is_reported(broker, tmp_path, stop):
     source = listen(broker)
     ready(source, stop)
     broker.kill()
@@ -162,7 +162,7 @@ with ShutdownSignal() as stop:
 
 
 @pytest.mark.slow
-def test_a_reader_killed_again_and_again_misses_nothing(broker, tmp_path):
+def test_a_reader_killed_repeatedly_misses_nothing(broker, tmp_path):
     kept = tmp_path / "kept"
     kept.touch()
     stopped = threading.Event()
@@ -211,7 +211,7 @@ def until(condition, seconds=20):
         time.sleep(0.05)
 
 
-def test_a_broker_that_comes_later_is_waited_for(tmp_path, stop):
+def test_a_broker_that_starts_later_is_waited_for(tmp_path, stop):
     broker = Broker(tmp_path)
     source = listen(broker)
     assert source.read(stop, 5) == Discontinuity("Connection refused", False)
@@ -224,7 +224,7 @@ def test_a_broker_that_comes_later_is_waited_for(tmp_path, stop):
     broker.kill()
 
 
-def test_a_retained_message_is_no_new_sample(broker, stop):
+def test_a_retained_message_is_not_delivered(broker, stop):
     broker.publish("s/1/x", 1, retain=True)
     source = listen(broker)
     ready(source, stop)
@@ -233,7 +233,7 @@ def test_a_retained_message_is_no_new_sample(broker, stop):
     source.close()
 
 
-def test_a_message_that_is_too_long_does_not_stop_the_next(broker, stop):
+def test_an_overlong_message_does_not_stop_the_next(broker, stop):
     source = listen(broker)
     ready(source, stop)
     broker.publish("s/1/x", b"1" * 100_000, b"0" * (1 << 16), 2)
@@ -260,7 +260,7 @@ def test_users_and_passwords(tmp_path, stop):
     assert source.read(stop, 5) == Discontinuity(refused, False)
     with pytest.raises(OSError, match=refused):
         transport.connect()
-    secret.write_text("right\n")  # a renewed password is taken up without a restart
+    secret.write_text("right\n")  # A new password is used without a restart.
     assert source.read(stop, 5) == Discontinuity("connected", True)
     transport.connect()
     transport.send(["1\n"])
@@ -271,7 +271,7 @@ def test_users_and_passwords(tmp_path, stop):
 
 @pytest.fixture
 def certificates(tmp_path):
-    """A root and a server's certificate for 127.0.0.1, made by openssl."""
+    """Certificates of an authority and of a server at 127.0.0.1, made by openssl."""
     if shutil.which("openssl") is None:
         pytest.skip("openssl is not installed")
     folder = tmp_path / "tls"
@@ -307,7 +307,7 @@ def test_tls(tmp_path, certificates, stop):
     broker.kill()
 
 
-def test_a_stop_ends_the_wait_and_close_is_quick(tmp_path):
+def test_a_shutdown_ends_the_wait_and_close_is_quick(tmp_path):
     with ShutdownSignal() as stop:
         source = listen(Broker(tmp_path))
         assert isinstance(source.read(stop, 5), Discontinuity)
@@ -319,7 +319,7 @@ def test_a_stop_ends_the_wait_and_close_is_quick(tmp_path):
         assert time.monotonic() - began < 1
 
 
-def test_two_with_one_name_do_not_hammer_the_broker_and_say_so(broker, tmp_path, stop):
+def test_two_clients_with_one_id_are_reported_and_spare_the_broker(broker, tmp_path, stop):
     sources = [listen(broker, client_id="same") for _ in range(2)]
     time.sleep(3)
     discontinuities = [source.read(stop, 0) for source in sources for _ in range(10)]
@@ -338,7 +338,7 @@ JUNK = [
     bytes(range(256)),
     b"\x20\x03\x00\x00\x00" + b"\x30\xff\xff\xff\xff\xff",  # a CONNACK, then a length that does not end
     b"\x20\x03\x00\x00\x00" + b"\x32\x02\x00\x50",  # a message that is shorter than its topic
-    b"\x20\x03\x00\x00\x00" + b"\x32\x06\x00\x01a\x00\x01\x7f",  # properties that are not there
+    b"\x20\x03\x00\x00\x00" + b"\x32\x06\x00\x01a\x00\x01\x7f",  # missing properties
     b"\x20\x00",
     b"\x90\x03\x00\x01\x00",
 ]
@@ -351,7 +351,7 @@ def test_a_broker_that_sends_junk_does_no_harm(junk, stop):
         for _ in range(3):
             connection, _ = server.accept()
             connection.recv(4096)
-            with contextlib.suppress(OSError):  # it may have hung up already
+            with contextlib.suppress(OSError):  # It may have closed the connection already.
                 connection.sendall(junk)
                 connection.shutdown(socket.SHUT_WR)
             time.sleep(0.05)
@@ -365,7 +365,7 @@ def test_a_broker_that_sends_junk_does_no_harm(junk, stop):
         assert not source._thread.is_alive()
 
 
-def test_a_broker_that_never_answers_is_given_up(stop):
+def test_a_broker_that_never_answers_is_reported(stop):
     with socket.create_server(("127.0.0.1", 0)) as server:
         source = MqttSource(f"mqtt://127.0.0.1:{server.getsockname()[1]}/a", keepalive_s=1, backoff=Backoff(0.1))
         discontinuity = source.read(stop, 5)
@@ -374,7 +374,7 @@ def test_a_broker_that_never_answers_is_given_up(stop):
         source.close()
 
 
-def test_messages_without_acknowledgement_come_too(broker, stop):
+def test_messages_with_qos_0_arrive_too(broker, stop):
     source = listen(broker, receive_maximum=5)
     ready(source, stop)
     broker.publish("s/1/x", *range(50), qos=0)
@@ -398,7 +398,7 @@ def test_lines_are_published_and_acknowledged(broker, stop):
     source.close()
 
 
-def test_a_lost_broker_is_an_error_and_the_same_lines_go_out_after_it(broker, stop):
+def test_a_lost_broker_is_an_error_and_the_same_lines_can_be_sent_again(broker, stop):
     transport = MqttTransport(f"{broker.url}/out", timeout_s=5)
     with pytest.raises(OSError, match="not connected"):
         transport.send(["0\n"])
@@ -418,7 +418,7 @@ def test_a_lost_broker_is_an_error_and_the_same_lines_go_out_after_it(broker, st
     source.close()
 
 
-def test_a_broker_that_stands_still_is_an_error(broker):
+def test_a_stalled_broker_is_an_error(broker):
     transport = MqttTransport(f"{broker.url}/out", timeout_s=0.5)
     transport.connect()
     broker._process.send_signal(signal.SIGSTOP)
@@ -455,7 +455,7 @@ def test_addresses():
         ("mqtt://a..b/t", r"mqtt://a\.\.b/t: 'a\.\.b' is not a host"),
     ],
 )
-def test_addresses_that_can_not_be(url, problem):
+def test_invalid_addresses_are_refused(url, problem):
     with pytest.raises(UsageError, match=problem) as caught:
         parse_topic_address(url, True)
     assert "secret" not in str(caught.value)
@@ -474,7 +474,7 @@ def test_addresses_that_can_not_be(url, problem):
         ("mqtt://h/#", "mqtt://h:1884/a", False),
     ],
 )
-def test_a_sink_that_its_own_source_would_hear(source, sink, expected):
+def test_a_sink_whose_messages_the_source_would_receive_is_a_loop(source, sink, expected):
     assert is_loop(parse_topic_address(source, True), parse_topic_address(sink, False)) is expected
 
 
@@ -487,14 +487,14 @@ def test_a_sink_that_its_own_source_would_hear(source, sink, expected):
         (Credentials(ca_file="x"), "certificates are for mqtts://"),
     ],
 )
-def test_access_that_can_not_be(credentials, problem):
+def test_invalid_credentials_are_refused(credentials, problem):
     with pytest.raises(UsageError, match=problem):
         MqttSource("mqtt://127.0.0.1/a", credentials)
     with pytest.raises(UsageError, match=problem):
         MqttTransport("mqtt://127.0.0.1/a", credentials)
 
 
-def test_files_of_tls_that_can_not_be(tmp_path):
+def test_invalid_certificate_files_are_refused(tmp_path):
     junk = tmp_path / "junk.pem"
     junk.write_text("junk")
     for credentials in (

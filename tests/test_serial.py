@@ -1,4 +1,4 @@
-"""The serial line against real pty pairs made by socat."""
+"""Serial lines, on real pseudo-terminal pairs made by socat."""
 
 import os
 import shutil
@@ -25,7 +25,7 @@ SPEC = InputSpec(("ax", "ay"), np.zeros(2), np.ones(2))
 
 
 class Line:
-    """A pty pair; the device's end is opened by the test."""
+    """A pseudo-terminal pair; the test opens the device's end."""
 
     def __init__(self, folder):
         self.sensor, self.host = folder / "sensor", folder / "host"
@@ -44,7 +44,7 @@ class Line:
         self._socat.send_signal(signal.SIGKILL)
         self._socat.wait()
         os.close(self._fd)
-        for end in (self.sensor, self.host):  # a killed socat leaves its links, udev does not
+        for end in (self.sensor, self.host):  # A killed socat leaves its links, unlike udev.
             end.unlink(missing_ok=True)
 
 
@@ -77,7 +77,7 @@ def open_source(line, stop):
 
 
 def receive(source, stop, count):
-    """That many bytes, from as many reads as they take."""
+    """Return that many bytes, from as many reads as necessary."""
     content = b""
     while len(content) < count:
         item = source.read(stop, 5)
@@ -86,7 +86,7 @@ def receive(source, stop, count):
     return content
 
 
-def test_bytes_arrive_as_they_are(line, stop):
+def test_bytes_arrive_unchanged(line, stop):
     source = open_source(line, stop)
     content = bytes(range(256)) * 4
     line.send(content)
@@ -97,7 +97,7 @@ def test_bytes_arrive_as_they_are(line, stop):
     source.close()
 
 
-def test_split_frames_and_garbage(line, stop):
+def test_split_frames_and_garbage_are_handled(line, stop):
     source = open_source(line, stop)
     reader = decoder("framed", SPEC)
     content = b"boot v1.2\r\n" + b"".join(encode([[k, -k]], k) + b"\xff\0\x13" * (k % 2) for k in range(20))
@@ -111,7 +111,7 @@ def test_split_frames_and_garbage(line, stop):
     source.close()
 
 
-def test_what_was_buffered_before_opening_is_thrown_away(line, stop):
+def test_bytes_buffered_before_opening_are_discarded(line, stop):
     line.send(b"old")
     fd = os.open(line.host, os.O_RDONLY | os.O_NOCTTY)
     assert stop.wait(fd, 5)  # it has crossed the pair
@@ -122,7 +122,7 @@ def test_what_was_buffered_before_opening_is_thrown_away(line, stop):
     source.close()
 
 
-def test_unplugged_and_plugged_in_again(line, stop):
+def test_a_device_that_is_unplugged_and_plugged_in_is_reopened(line, stop):
     source = open_source(line, stop)
     inode = os.stat(line.host).st_ino
     for _ in range(2):
@@ -134,7 +134,7 @@ def test_unplugged_and_plugged_in_again(line, stop):
         assert not lost.connected
         assert lost.reason.startswith("lost: ")
         assert source.read(stop, 0.5) == Discontinuity("no such device; is it plugged in?", False)
-        assert source.read(stop, 0.5) is None  # the same reason is said once
+        assert source.read(stop, 0.5) is None  # the same reason is reported once
         blockers = os.openpty()  # takes the old number, so that the device comes back under another
         line.plug()
         assert source.read(stop, 5) == Discontinuity("connected", True)
@@ -146,7 +146,7 @@ def test_unplugged_and_plugged_in_again(line, stop):
     source.close()
 
 
-def test_a_line_is_opened_once(line, stop):
+def test_a_line_is_opened_exclusively(line, stop):
     source = open_source(line, stop)
     other = SerialSource(str(line.host), 115200)
     assert other.read(stop, 1) == Discontinuity("another program has it open", False)
@@ -154,7 +154,7 @@ def test_a_line_is_opened_once(line, stop):
     other.close()
 
 
-def test_a_stop_ends_the_wait(line):
+def test_a_shutdown_ends_the_wait(line):
     with ShutdownSignal() as stop:
         source = open_source(line, stop)
         threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
@@ -172,12 +172,12 @@ def test_a_stop_ends_the_wait(line):
         ({"flow": "x"}, "flow 'x': expected one of none, rtscts"),
     ],
 )
-def test_options_that_can_not_be(options, problem):
+def test_invalid_options_are_refused(options, problem):
     with pytest.raises(UsageError, match=problem):
         SerialSource("/dev/ttyUSB0", **{"baud": 9600, **options})
 
 
-def test_a_file_is_no_serial_line(tmp_path):
+def test_a_file_is_not_a_serial_line(tmp_path):
     path = tmp_path / "log.csv"
     path.touch()
     with pytest.raises(UsageError, match="not a serial device"):

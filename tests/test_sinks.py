@@ -46,11 +46,11 @@ class Gate(Transport):
 
 
 @pytest.mark.parametrize("overflow", ["drop-oldest", "drop-newest"])
-def test_a_reader_that_stands_still_costs_only_what_the_policy_says(overflow):
+def test_a_stalled_reader_costs_only_what_the_overflow_policy_allows(overflow):
     gate = Gate()
     sink = QueuedSink(gate, 10, overflow)
     sink.write("first")
-    until(lambda: not sink._lines)  # it is being sent, and stays so
+    until(lambda: not sink._lines)  # It is being sent, and stays so.
     for i in range(100):
         sink.write(str(i))
     assert sink.dropped["overflow"] == 90
@@ -64,7 +64,7 @@ def test_a_reader_that_stands_still_costs_only_what_the_policy_says(overflow):
     assert sink.dropped == {"overflow": 90}
 
 
-def test_wait_makes_the_writer_wait_and_loses_nothing():
+def test_wait_blocks_the_writer_and_loses_nothing():
     gate = Gate()
     sink = QueuedSink(gate, 4, "wait")
     writer = threading.Thread(target=lambda: [sink.write(str(i)) for i in range(1000)])
@@ -78,7 +78,7 @@ def test_wait_makes_the_writer_wait_and_loses_nothing():
     assert not sink.dropped
 
 
-def test_what_failed_is_sent_again_in_order_and_the_problem_is_told():
+def test_failed_lines_are_sent_again_in_order_and_the_problem_is_reported():
     gate = Gate()
     gate.fail = 3
     gate.open.set()
@@ -93,7 +93,7 @@ def test_what_failed_is_sent_again_in_order_and_the_problem_is_told():
     sink.close()
 
 
-def test_the_end_waits_for_what_is_queued_and_counts_what_can_not_go(monkeypatch):
+def test_close_waits_for_queued_lines_and_counts_those_not_sent(monkeypatch):
     monkeypatch.setattr("edge_ssm.io.sinks.queue.CLOSE_S", 0.3)
     gate = Gate()
     sink = QueuedSink(gate, 100)
@@ -104,18 +104,18 @@ def test_the_end_waits_for_what_is_queued_and_counts_what_can_not_go(monkeypatch
     gate.open.set()
 
 
-def test_a_file_rotates_and_keeps_so_many(tmp_path):
+def test_a_file_rotates_and_keeps_the_configured_number(tmp_path):
     path = tmp_path / "out"
     sink = FileSink(str(path), FileOptions(append=True, rotate_bytes=20, keep=2))
     for i in range(20):
-        sink.write(f"line {i:02}\n")  # 8 bytes: two a file
+        sink.write(f"line {i:02}\n")  # 8 bytes: two per file
     sink.close()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "out.1", "out.2"]
     assert path.read_text() == "line 18\nline 19\n"
     assert (tmp_path / "out.2").read_text() == "line 14\nline 15\n"
 
 
-def test_appending_takes_a_torn_line_back(tmp_path):
+def test_appending_repairs_an_incomplete_last_line(tmp_path):
     path = tmp_path / "out"
     path.write_bytes(b"whole\ntor")
     sink = FileSink(str(path), FileOptions(append=True))
@@ -131,7 +131,7 @@ def test_appending_takes_a_torn_line_back(tmp_path):
     assert path.read_text() == ""
 
 
-def test_every_file_of_a_table_has_its_heading_once(tmp_path):
+def test_every_file_of_a_table_has_one_header(tmp_path):
     path = tmp_path / "out"
     for line in ("1\n", "2\n", "3\n"):
         sink = FileSink(str(path), FileOptions(append=True, rotate_bytes=6))
@@ -149,7 +149,7 @@ def test_every_file_of_a_table_has_its_heading_once(tmp_path):
     assert (tmp_path / "queued").read_text() == "a\n1\n"
 
 
-def test_a_standard_output_that_does_not_block_gets_every_line_whole():
+def test_a_non_blocking_standard_output_receives_every_line_complete():
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     sink, got = StandardSink(writer, "utf-8"), []
@@ -170,7 +170,7 @@ def test_a_standard_output_that_does_not_block_gets_every_line_whole():
     assert b"".join(got).decode() == "".join(lines)
 
 
-def test_a_standard_output_that_nobody_reads_does_not_hold_up_the_end(monkeypatch):
+def test_an_unread_standard_output_does_not_delay_the_end_for_long(monkeypatch):
     monkeypatch.setattr("edge_ssm.io.sinks.file.CLOSE_S", 0.1)
     reader, writer = os.pipe()
     sink = StandardSink(writer, "utf-8", lambda: False)
@@ -180,7 +180,7 @@ def test_a_standard_output_that_nobody_reads_does_not_hold_up_the_end(monkeypatc
     os.close(writer)
 
 
-def test_a_full_disk_leaves_whole_lines_and_is_waited_out(tmp_path):
+def test_a_full_disk_leaves_complete_lines_and_is_waited_for(tmp_path):
     if os.geteuid():
         pytest.skip("needs root, to mount a small file system")
     disk = tmp_path / "disk"
@@ -204,7 +204,7 @@ def test_a_full_disk_leaves_whole_lines_and_is_waited_out(tmp_path):
         os.system(f"umount -l {disk}")
 
 
-def test_tcp_lines_arrive_and_a_server_that_comes_back_gets_the_next_ones():
+def test_tcp_lines_arrive_and_a_restarted_server_receives_the_next_ones():
     server = socket.create_server(("127.0.0.1", 0))
     port = server.getsockname()[1]
     sink = open_sink(f"tcp://127.0.0.1:{port}")
@@ -231,7 +231,7 @@ def test_a_server_that_never_reads_never_stops_the_writer():
         longest = max(longest, time.perf_counter() - began)
     assert sink.dropped["overflow"] > 0
     assert sink.depth <= 8 + 64
-    assert longest < 5  # it would be for ever
+    assert longest < 5  # otherwise it would wait for ever
     server.close()
 
 
@@ -253,7 +253,7 @@ def test_udp_and_unix_lines_arrive(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["tcp://host", "serial:///dev/x", "unix://", "/nowhere/at/all"])
-def test_a_place_that_is_none_is_refused(text):
+def test_an_invalid_endpoint_is_refused(text):
     with pytest.raises(UsageError):
         open_sink(text)
 
@@ -268,7 +268,7 @@ def test_a_place_that_is_none_is_refused(text):
         ("http://a/#token_file=a%00b", "http://a/: 'a\\x00b': has a zero byte"),
     ],
 )
-def test_an_address_that_can_not_be_is_refused_before_its_thread_begins(text, problem):
+def test_an_invalid_host_is_refused_before_its_thread_starts(text, problem):
     with pytest.raises(UsageError, match=re.escape(problem)):
         open_sink(text)
 
@@ -277,7 +277,7 @@ def test_an_address_that_can_not_be_is_refused_before_its_thread_begins(text, pr
     "text",
     ["mqtt://h/t?username=u&password_file=", "mqtts://h/t?ca_file=", "http://h/#token_file=", "https://h/#ca_file="],
 )
-def test_a_named_pipe_for_a_secret_is_not_waited_for(tmp_path, text):
+def test_a_named_pipe_instead_of_a_secret_file_does_not_block(tmp_path, text):
     os.mkfifo(tmp_path / "fifo")
     with pytest.raises(UsageError, match=r"_file /.*/fifo: not a regular file; expected one"):
         open_sink(f"{text}{tmp_path}/fifo")

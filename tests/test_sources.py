@@ -29,7 +29,7 @@ def stop():
 
 
 def collect(source, stop, until, limit_s=10.0):
-    """What comes until ``until(items)``."""
+    """Return what the source delivers until ``until(items)``."""
     items, end = [], time.monotonic() + limit_s
     while not until(items):
         assert time.monotonic() < end, items
@@ -47,7 +47,7 @@ def discontinuities(items):
     return [item.connected for item in items if isinstance(item, Discontinuity)]
 
 
-def test_a_file_is_read_to_its_end_and_ends(tmp_path, stop):
+def test_a_file_is_read_to_its_end(tmp_path, stop):
     (tmp_path / "f").write_bytes(b"x" * 200_000)
     source = opened(str(tmp_path / "f"))
     items = collect(source, stop, lambda items: source.ended)
@@ -56,7 +56,7 @@ def test_a_file_is_read_to_its_end_and_ends(tmp_path, stop):
     source.close()
 
 
-def test_a_followed_file_goes_on_as_it_grows_is_cut_short_and_is_replaced(tmp_path, stop):
+def test_a_followed_file_is_read_on_as_it_grows_shrinks_or_is_replaced(tmp_path, stop):
     path = tmp_path / "log"
     path.write_bytes(b"one\n")
     source = opened(str(path), follow=True)
@@ -67,7 +67,7 @@ def test_a_followed_file_goes_on_as_it_grows_is_cut_short_and_is_replaced(tmp_pa
     path.write_bytes(b"3\n")
     items = collect(source, stop, content)
     assert (discontinuities(items), content(items)) == ([True], b"3\n")
-    # Rotation: what the old file still got comes before the new one's.
+    # Rotation: the rest of the old file comes before the new file.
     with path.open("ab") as file:
         file.write(b"last\n")
         path.rename(tmp_path / "log.1")
@@ -78,7 +78,7 @@ def test_a_followed_file_goes_on_as_it_grows_is_cut_short_and_is_replaced(tmp_pa
     source.close()
 
 
-def test_a_file_s_position_is_taken_up_only_by_the_same_file(tmp_path, stop):
+def test_a_position_is_resumed_only_in_the_same_file(tmp_path, stop):
     path = tmp_path / "f"
     path.write_bytes(b"0123456789")
     first = opened(str(path))
@@ -95,13 +95,13 @@ def test_a_file_s_position_is_taken_up_only_by_the_same_file(tmp_path, stop):
     assert content([other.read(stop, 0)]) == b"0123456789"
 
 
-def test_another_file_of_the_same_inode_is_another_one(tmp_path, stop):
+def test_another_file_with_the_same_inode_is_recognised(tmp_path, stop):
     path = tmp_path / "f"
     path.write_bytes(b"0123456789")
     first = opened(str(path))
     first.read(stop, 0)
     position = first.position()
-    path.write_bytes(b"0123456780, and more")  # in place; an inode that is free again is given out again, too
+    path.write_bytes(b"0123456780, and more")  # in place, as when the system reuses an inode
     other = opened(str(path))
     assert not other.seek(position)
     path.write_bytes(b"0123456789, and more")
@@ -121,7 +121,7 @@ def test_a_followed_pipe_outlives_its_writers(tmp_path, stop):
     source.close()
 
 
-def test_a_tcp_server_that_goes_and_comes_back(stop):
+def test_a_tcp_server_that_restarts_is_reconnected(stop):
     server = socket.create_server(("127.0.0.1", 0))
     host, port = server.getsockname()
     source = ConnectSource("sensor", (host, port))
@@ -143,12 +143,12 @@ def test_a_tcp_server_that_goes_and_comes_back(stop):
     assert "no connection" in refused.reason
     end = time.monotonic() + 1
     while time.monotonic() < end:
-        assert source.read(stop, 0.1) is None  # said once, tried on
+        assert source.read(stop, 0.1) is None  # reported once, retried
     source.close()
 
 
 @pytest.mark.parametrize("kind", ["tcp", "unix"])
-def test_listening_takes_one_client_after_the_other(tmp_path, stop, kind):
+def test_a_listening_source_accepts_one_client_after_the_other(tmp_path, stop, kind):
     path = str(tmp_path / "s")
     source = ListenSource("here", path if kind == "unix" else ("127.0.0.1", 0))
     address = path if kind == "unix" else ("127.0.0.1", source.port)
@@ -163,7 +163,7 @@ def test_listening_takes_one_client_after_the_other(tmp_path, stop, kind):
     assert not os.path.exists(path)
 
 
-def test_a_unix_socket_that_a_killed_process_left_is_taken_over(tmp_path):
+def test_a_unix_socket_left_by_a_killed_process_is_replaced(tmp_path):
     path = str(tmp_path / "s")
     with socket.socket(socket.AF_UNIX) as left:
         left.bind(path)
@@ -173,7 +173,7 @@ def test_a_unix_socket_that_a_killed_process_left_is_taken_over(tmp_path):
     source.close()
 
 
-def test_udp_datagrams_stay_whole(stop):
+def test_udp_datagrams_are_delivered_complete(stop):
     source = UdpSource("here", ("127.0.0.1", 0))
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
         for i in range(5):
@@ -184,7 +184,7 @@ def test_udp_datagrams_stay_whole(stop):
     source.close()
 
 
-def test_udp_tells_of_datagrams_that_nobody_read_in_time(stop):
+def test_udp_counts_datagrams_that_were_not_read_in_time(stop):
     source = UdpSource("here", ("127.0.0.1", 0))
     source._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 14)
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
@@ -199,7 +199,7 @@ def test_udp_tells_of_datagrams_that_nobody_read_in_time(stop):
     assert source.unread == 1000 - read
 
 
-def test_listening_is_on_loopback_unless_told_otherwise():
+def test_listening_is_on_loopback_by_default():
     assert parse_endpoint("tcp-listen://:9000", SCHEMES).host_and_port() == ("127.0.0.1", 9000)
     assert parse_endpoint("udp://0.0.0.0:9000", SCHEMES).host_and_port() == ("0.0.0.0", 9000)
     assert parse_endpoint("udp://[::1]:9000", SCHEMES).host_and_port() == ("::1", 9000)
@@ -225,12 +225,12 @@ def test_listening_is_on_loopback_unless_told_otherwise():
         ("mqtt://h/t?username=u&password_file=a%00b", "'a\\x00b': has a zero byte"),
     ],
 )
-def test_an_address_that_is_none_is_refused(text, problem):
+def test_an_invalid_address_is_refused(text, problem):
     with pytest.raises(UsageError, match=re.escape(problem)):
         opened(text)
 
 
-def test_a_mailbox_keeps_order_makes_writers_wait_and_wakes_its_reader(stop):
+def test_a_mailbox_keeps_order_blocks_writers_and_wakes_its_reader(stop):
     box = Mailbox(3)
     threading.Thread(target=lambda: [box.put(i) for i in range(1000)], daemon=True).start()
     assert [box.get(stop, 5) for _ in range(1000)] == list(range(1000))
@@ -241,7 +241,7 @@ def test_a_mailbox_keeps_order_makes_writers_wait_and_wakes_its_reader(stop):
     assert box.put(1) is False
 
 
-def test_back_off_doubles_to_its_longest_and_success_starts_anew():
+def test_backoff_doubles_up_to_its_limit_and_success_resets_it():
     backoff = Backoff(longest_s=1.0)
     waits = [backoff.record_failure() for _ in range(10)]
     assert 0.05 <= waits[0] <= 0.1

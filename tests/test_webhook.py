@@ -1,4 +1,4 @@
-"""The webhook against a real HTTP server on loopback."""
+"""Webhooks, with a real HTTP server on loopback."""
 
 import socket
 import threading
@@ -11,7 +11,7 @@ from edge_ssm.io.sinks.webhook import WebhookTransport
 
 
 class Server(ThreadingHTTPServer):
-    """Answers what ``answers`` holds, in turn, else 204; keeps what it was sent."""
+    """Answers with ``answers`` in turn, then 204; keeps the requests."""
 
     daemon_threads = True
 
@@ -100,7 +100,7 @@ def test_a_batch_is_one_request_on_one_connection(server, tmp_path):
         ("hang", "timed out"),
     ],
 )
-def test_what_is_not_taken_is_an_error_and_can_be_sent_again(server, answer, problem):
+def test_a_rejected_request_is_an_error_and_can_be_repeated(server, answer, problem):
     server.answers = [answer]
     transport = open_transport(server, timeout_s=0.5)
     with pytest.raises(OSError, match=problem):
@@ -111,7 +111,7 @@ def test_what_is_not_taken_is_an_error_and_can_be_sent_again(server, answer, pro
     transport.close()
 
 
-def test_a_connection_closed_while_idle_is_made_anew(server):
+def test_a_connection_closed_while_idle_is_restored(server):
     server.answers = ["close"]
     transport = open_transport(server)
     for k in range(3):
@@ -121,7 +121,7 @@ def test_a_connection_closed_while_idle_is_made_anew(server):
     transport.close()
 
 
-def test_an_endless_answer_is_cut(server):
+def test_an_endless_answer_is_cut_off(server):
     server.answers = ["long"]
     transport = open_transport(server)
     transport.send(["1\n"])
@@ -154,7 +154,7 @@ def test_no_server_is_an_error():
         ("http://h/", {"token_file": "/nowhere/x"}, "token file /nowhere/x: cannot be read"),
     ],
 )
-def test_what_can_not_be_right(url, options, problem):
+def test_invalid_arguments_are_refused(url, options, problem):
     with pytest.raises(UsageError, match=problem) as caught:
         WebhookTransport(url, **options)
     assert "secret" not in str(caught.value)

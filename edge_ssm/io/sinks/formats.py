@@ -52,7 +52,7 @@ class Formatter(ABC):
     def adopt(self, network: Network) -> None:
         """Format the decisions of another network from now on."""
         self._names = network.labelled
-        self._regression = network.task == "regression"
+        self._is_regression = network.task == "regression"
 
     def decision(self, decision: Decision) -> None:
         """Write a decision. Raises SinkClosed if the reader is gone, RunFailed if it cannot be written."""
@@ -94,7 +94,7 @@ class NdjsonFormatter(Formatter):
         document: dict[str, Any] = {"index": d.index, "start": d.start, "end": d.end}
         if d.time is not None:
             document["time"] = d.time
-        if self._regression:
+        if self._is_regression:
             document["value"] = [float(v) for v in d.outputs]
         else:
             document |= {"label": d.label, "score": d.score}
@@ -102,7 +102,7 @@ class NdjsonFormatter(Formatter):
             document["gaps"] = d.gaps
         if self._truth:
             document["truth"] = d.truth
-        if self._logits and not self._regression:
+        if self._logits and not self._is_regression:
             document["logits"] = [float(v) for v in d.outputs]
         return json.dumps(document, separators=(",", ":")) + "\n"
 
@@ -117,13 +117,13 @@ class CsvFormatter(Formatter):
 
     def _format_decision(self, d: Decision) -> str:
         row: dict[str, Any] = {"index": d.index, "start": d.start, "end": d.end, "time": d.time}
-        if not self._regression:
+        if not self._is_regression:
             row |= {"label": d.label, "score": d.score}
         row["gaps"] = d.gaps
         if self._truth:
             row["truth"] = d.truth
-        if self._logits or self._regression:
-            prefix = "" if self._regression else "logit_"
+        if self._logits or self._is_regression:
+            prefix = "" if self._is_regression else "logit_"
             row |= {f"{prefix}{name}": float(v) for name, v in zip(self._names, d.outputs, strict=True)}
         line, columns = _csv_line(row.values()), list(row)
         if columns == self._columns:
@@ -155,7 +155,7 @@ class TextFormatter(Formatter):
         width = max(5, *(len(name) for name in self._names))
         line = f"{d.index:>6}  {d.start:>9} - {d.end:<9}"
         header = f"{'#':>6}  {'samples':^21}"
-        if self._regression:
+        if self._is_regression:
             header += "  " + "  ".join(f"{name:>10}" for name in self._names)
             line += "  " + "  ".join(f"{v:>10.4g}" for v in d.outputs)
         else:
@@ -168,7 +168,7 @@ class TextFormatter(Formatter):
                 line += "  ok" if d.label == d.truth else "  wrong"
         if d.gaps:
             line += f"  ({d.gaps} gap samples)"
-        if self._logits and not self._regression:
+        if self._logits and not self._is_regression:
             line += "  [" + " ".join(f"{v:.4f}" for v in d.outputs) + "]"
         if not self._is_header_written:
             self._is_header_written = True
