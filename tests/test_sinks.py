@@ -5,6 +5,7 @@ import re
 import socket
 import threading
 import time
+from importlib import import_module
 
 import pytest
 
@@ -12,7 +13,7 @@ from edge_ssm.errors import UsageError
 from edge_ssm.io.sinks.base import Transport
 from edge_ssm.io.sinks.file import FileOptions, FileSink, StandardSink
 from edge_ssm.io.sinks.queue import QueuedSink
-from edge_ssm.io.sinks.registry import open_sink
+from edge_ssm.io.sinks.registry import MODULES, open_sink
 
 
 def until(condition, limit_s=10.0):
@@ -281,3 +282,8 @@ def test_a_named_pipe_instead_of_a_secret_file_does_not_block(tmp_path, text):
     os.mkfifo(tmp_path / "fifo")
     with pytest.raises(UsageError, match=r"_file /.*/fifo: not a regular file; expected one"):
         open_sink(f"{text}{tmp_path}/fifo")
+
+
+@pytest.mark.parametrize("module", sorted(set(MODULES.values())))
+def test_every_registered_module_opens_transports(module):
+    assert callable(import_module(f"edge_ssm.io.sinks.{module}").open_transport)

@@ -5,6 +5,7 @@ import re
 import socket
 import threading
 import time
+from importlib import import_module
 
 import pytest
 from networks import random_network
@@ -14,6 +15,7 @@ from edge_ssm.io.address import parse_endpoint
 from edge_ssm.io.backoff import Backoff
 from edge_ssm.io.mailbox import Mailbox
 from edge_ssm.io.shutdown import ShutdownSignal
+from edge_ssm.io.sources import registry
 from edge_ssm.io.sources.base import Batch, Discontinuity
 from edge_ssm.io.sources.registry import SCHEMES, open_source
 from edge_ssm.io.sources.socket import ConnectSource, ListenSource, UdpSource
@@ -249,3 +251,10 @@ def test_backoff_doubles_up_to_its_limit_and_success_resets_it():
     backoff.reset()
     assert backoff.remaining_s == 0
     assert backoff.record_failure() <= 0.1
+
+
+@pytest.mark.parametrize("module", sorted(set(registry.MODULES.values())))
+def test_every_registered_module_opens_and_validates_endpoints(module):
+    loaded = import_module(f"edge_ssm.io.sources.{module}")
+    assert callable(loaded.open_endpoint)
+    assert callable(loaded.validate_endpoint)

@@ -88,13 +88,13 @@ class MqttSource(Source):
         self.name = url
         self._address = parse_topic_address(url, wildcards=True)
         self._credentials = credentials or Credentials()
-        for name, value, most in (
+        for name, value, maximum in (
             ("receive_maximum", receive_maximum, 65535),
             ("session_expiry_s", session_expiry_s, 2**32 - 1),
             ("keepalive_s", keepalive_s, 65535),
         ):
-            if not 0 < value <= most:
-                raise UsageError(f"{url}: {name} {value}: expected 1 to {most}")
+            if not 0 < value <= maximum:
+                raise UsageError(f"{url}: {name} {value}: expected 1 to {maximum}")
         self.client_id = client_id or device_id(url)
         self.receive_maximum = receive_maximum
         self.most_in_flight = max_in_flight or max(1, receive_maximum // 2)
@@ -119,9 +119,9 @@ class MqttSource(Source):
         self._was_connected = False
         self._brief = 0  # consecutive connections that did not last
         self._since = 0.0  # time.monotonic() when this connection was accepted; 0: it was not
-        self._waker, self._wake = os.pipe()
-        os.set_blocking(self._waker, False)
-        os.set_blocking(self._wake, False)
+        self._wake_reader, self._wake_writer = os.pipe()
+        os.set_blocking(self._wake_reader, False)
+        os.set_blocking(self._wake_writer, False)
         self._is_closing = False
         self._thread = threading.Thread(target=self._run, name=f"mqtt {self._address.host}", daemon=True)
         self._thread.start()
@@ -159,12 +159,12 @@ class MqttSource(Source):
         self._wake_up()
         self._thread.join(5)
         if not self._thread.is_alive():  # otherwise it hangs in a name look-up and still needs them
-            os.close(self._waker)
-            os.close(self._wake)
+            os.close(self._wake_reader)
+            os.close(self._wake_writer)
 
     def _wake_up(self) -> None:
         with contextlib.suppress(BlockingIOError):
-            os.write(self._wake, b"\0")
+            os.write(self._wake_writer, b"\0")
 
     # Called by the network's thread
 
@@ -212,10 +212,10 @@ class MqttSource(Source):
                 return
             poll = select.poll()
             poll.register(connected, select.POLLIN | (select.POLLOUT if network.want_write() else 0))
-            poll.register(self._waker, select.POLLIN)
+            poll.register(self._wake_reader, select.POLLIN)
             buffered = getattr(connected, "pending", int)()  # poll does not see what TLS has already read.
             ready = dict(poll.poll(0 if buffered else 1000))
-            if ready.pop(self._waker, 0):
+            if ready.pop(self._wake_reader, 0):
                 self._drain_wakeups()
             events = sum(ready.values())
             if buffered or events & ~select.POLLOUT:
@@ -252,14 +252,14 @@ class MqttSource(Source):
         """Wait for ``seconds`` or until ``close``."""
         end = time.monotonic() + seconds
         poll = select.poll()
-        poll.register(self._waker, select.POLLIN)
+        poll.register(self._wake_reader, select.POLLIN)
         while not self._is_closing and (remaining := end - time.monotonic()) > 0:
             poll.poll(remaining * 1000)
             self._drain_wakeups()
 
     def _drain_wakeups(self) -> None:
         with contextlib.suppress(BlockingIOError):
-            os.read(self._waker, 4096)
+            os.read(self._wake_reader, 4096)
 
     def _on_connect(self, network: Any, _data: Any, flags: Any, reason: Any, _properties: Any) -> None:
         if reason.is_failure:
