@@ -39,11 +39,13 @@ from edge_ssm_build.export import graphs
 
 SHAPES = {"small": (64, 2), "ecg": (128, 4), "large": (256, 6)}
 PRUNED = (0, 50, 90)
-KINDS: tuple[exported.Kind, ...] = ("onnx", "tflite")
+KINDS: tuple[exported.GraphKind, ...] = ("onnx", "tflite")
 WARM, STEPS, CHUNK, LONG = 3, 10, 16, 20_000
 
 
-def graph_engine(network: Any, kind: exported.Kind, weights: Any, calibration: Any, chunk: int = 1) -> tuple[Any, int]:
+def graph_engine(
+    network: Any, kind: exported.GraphKind, weights: Any, calibration: Any, chunk: int = 1
+) -> tuple[Any, int]:
     """An engine, and the bytes of its graph."""
     reach = graphs.reach_of(network, calibration) if weights == "int8" else []
     graph = exported.build(kind, network, weights, reach, chunk)
@@ -104,7 +106,7 @@ def steps(rounds: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
 
 def chunks(network: Any, samples: Any, rounds: int) -> list[dict[str, Any]]:
     made = {"cpu": create("cpu", network)}
-    for kind, chunk, what in (("onnx", exported.ANY, "Scan"), ("tflite", 16, "16 unrolled")):
+    for kind, chunk, what in (("onnx", exported.ANY_LENGTH, "Scan"), ("tflite", 16, "16 unrolled")):
         made[f"{kind}, steps"] = graph_engine(network, kind, "float32", samples)[0]
         made[f"{kind}, {what}"] = graph_engine(network, kind, "float32", samples, chunk)[0]
 

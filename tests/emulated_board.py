@@ -197,8 +197,8 @@ def measure(arguments):
     from networks import random_network, samples_for
 
     from edge_ssm.engines.registry import create
-    from edge_ssm.profiler import protocol
-    from edge_ssm.profiler.energy import per_step
+    from edge_ssm.profiler import protocol, sampler
+    from edge_ssm.profiler.energy import energy_per_step
 
     path = f"/run/shared-{os.getpid()}"
     shared = Shared(path)
@@ -218,13 +218,13 @@ def measure(arguments):
 
             shared.put(0.0, whole)
             shared.held_up(0.0)
-            activity = protocol.Activity("work", engine, samples_for(network, 0, 256))
-            meter = protocol.open_meter(arguments.meter)[0]
+            activity = protocol.Workload("work", engine, samples_for(network, 0, 256))
+            meter = sampler.start_selected(arguments.meter)[0]
             run = protocol.run([activity], meter, arguments.rounds, arguments.block, number, on_block=on_block)
             if shared.held_up() > HELD_UP_S and repeated < arguments.runs:
                 repeated += 1
                 continue
-            energy = per_step(run.trace, run.blocks, "work")
+            energy = energy_per_step(run.trace, run.blocks, "work")
             if energy is None and repeated < arguments.runs:
                 repeated += 1  # too few readings in a block: nothing is stated
                 continue

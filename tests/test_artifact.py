@@ -7,6 +7,7 @@ import re
 import struct
 import subprocess
 import sys
+import textwrap
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 from networks import networks, random_network
 from safetensors import safe_open
 
+import edge_ssm
 from edge_ssm.errors import ArtifactError, EdgeSSMError, NetworkError
 from edge_ssm.formats import artifact
 from edge_ssm.formats import description as formats_description
@@ -341,7 +343,7 @@ def test_a_network_that_is_wrong_is_not_written(tmp_path):
     with pytest.raises(EdgeSSMError, match=r"decoder\.bias"):
         artifact.save(path, network, {})
     assert os.listdir(tmp_path) == []
-    with pytest.raises(ArtifactError, match="can't be written"):
+    with pytest.raises(ArtifactError, match="cannot be written"):
         artifact.save(tmp_path / "no" / "m.safetensors", random_network(), {})
 
 
@@ -351,7 +353,7 @@ def test_hostile_files_cost_no_memory(tmp_path, parts):
     hostile = {"claim": struct.pack("<Q", 2**60) + b"{}", "huge": join(document | {"d_model": 1 << 20}, tensors)}
     code = """
 import resource, sys
-from edge_ssm import artifact, inspect
+from edge_ssm.formats import artifact
 from edge_ssm.errors import ArtifactError
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 try:
@@ -364,3 +366,11 @@ except ArtifactError:
         path.write_bytes(content)
         done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=True)
         assert int(done.stdout) < 20_000  # kB
+
+
+def test_the_example_in_the_package_s_documentation_runs(tmp_path, monkeypatch, capsys):
+    example = textwrap.dedent(edge_ssm.__doc__.split("::\n")[1].split("\n``load")[0])
+    monkeypatch.chdir(tmp_path)
+    artifact.save("model.safetensors", random_network(), {})
+    exec(example, {})
+    assert capsys.readouterr().out.startswith("class ")

@@ -34,7 +34,7 @@ RUN = [sys.executable, "-c", "from edge_ssm.cli.app import main; main()"]
 def sealed(network, kind, weights="float32", reach=(), chunk=1):
     content, digest = artifact.to_bytes(network, {"made": "for a test"})
     graph = exported.build(kind, network, weights, reach, chunk)
-    return exported.seal(graph, network, content, digest, exported.Measured(0.0, 0, "nothing"))
+    return exported.to_bytes(graph, network, content, digest, exported.MeasuredError(0.0, 0, "nothing"))
 
 
 def call(*arguments):
@@ -45,7 +45,7 @@ def call(*arguments):
 def long_stream(form, percent):
     """A network, 20,000 samples, and the reference engine's outputs."""
     left = round(20 * (1 - percent / 100))
-    options = {"discretization": "bilinear", "low_rank": 1.0} if form == "S4" else {}
+    options = {"discretization": "bilinear", "rank_one": 1.0} if form == "S4" else {}
     network = random_network(3, h=20, pairs=8, active=[left] * 2, **options)
     samples = samples_for(network, 4, 20_000)
     return network, samples, create("reference", network).chunk(samples)
@@ -73,7 +73,7 @@ def test_pruning_makes_the_graph_smaller(kind):
 @pytest.mark.parametrize("network", [random_network(ragged=True, h=16, pairs=9), random_network(vocabulary=7)])
 def test_a_chunk_graph_computes_the_same_bits(kind, network):
     samples = samples_for(network, 0, 23)
-    graph = exported.build(kind, network, chunk=exported.ANY if kind == "onnx" else 4)
+    graph = exported.build(kind, network, chunk=exported.ANY_LENGTH if kind == "onnx" else 4)
     stepped = create(kind, network).chunk(samples)
     engine = create(kind, network, graph=graph)
     assert np.array_equal(engine.chunk(samples), stepped)
@@ -101,8 +101,8 @@ def test_a_file_holds_its_artifact_and_what_a_stream_needs(kind, tmp_path):
     path.write_bytes(sealed(network, kind, "int8", [3.0, 3.0]))
     model = loading.load(path)
     assert fingerprint(model.network) == fingerprint(network)
-    assert model.engine("auto") == kind
-    assert model.engine("cpu") == "cpu"
+    assert model.resolve_engine("auto") == kind
+    assert model.resolve_engine("cpu") == "cpu"
     content, digest = artifact.to_bytes(network, {"made": "for a test"})
     assert model.artifact == replace(artifact.parse(content), network=model.network)
     text = path.read_bytes()[slice(*containers.metadata(path.read_bytes(), kind)["edge_ssm"])]
@@ -128,7 +128,7 @@ def test_the_onnx_package_and_runtime_read_the_same_metadata():
     found = {entry.key: entry.value for entry in model.metadata_props}
     session = onnxruntime.InferenceSession(content)
     assert session.get_modelmeta().custom_metadata_map == found
-    assert set(found) == {exported.DOCUMENT, exported.SOURCE}
+    assert set(found) == {exported.DOCUMENT_KEY, exported.ARTIFACT_KEY}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -154,9 +154,9 @@ def test_a_snapshot_goes_from_a_file_to_the_cpu_engine_and_back(kind, weights, t
 def test_a_file_runs_as_its_artifact_does(kind, demo_model, demo_stream, tmp_path):
     source = artifact.load(demo_model)
     graph = exported.build(kind, source.network)
-    measured = exported.Measured(0.0, 0, "nothing")
+    measured = exported.MeasuredError(0.0, 0, "nothing")
     path = tmp_path / f"demo.{kind}"
-    path.write_bytes(exported.seal(graph, source.network, demo_model.read_bytes(), source.digest, measured))
+    path.write_bytes(exported.to_bytes(graph, source.network, demo_model.read_bytes(), source.digest, measured))
 
     def decisions(*arguments):
         done = call("run", *arguments, "--stream", "--input", demo_stream, "--logits")
@@ -271,38 +271,38 @@ def test_a_document_that_contradicts_the_file_is_refused():
 
     def refused(change, match):
         with pytest.raises(ArtifactError, match=match):
-            exported.read(rewritten(content, "tflite", change), "tflite")
+            exported.parse(rewritten(content, "tflite", change), "tflite")
 
-    assert exported.read(rewritten(content, "tflite", lambda d: None), "tflite").graph.form.chunk == 1
-    refused(lambda d: d["stream"].update(window=11), "stream: says something else than the artifact")
+    assert exported.parse(rewritten(content, "tflite", lambda d: None), "tflite").graph.spec.chunk == 1
+    refused(lambda d: d["stream"].update(window=11), "stream: contradicts the artifact")
     refused(lambda d: d["form"].update(fingerprint="1" * 64), "form.fingerprint: ")
     refused(lambda d: d.update(source_digest="1" * 64), "source_digest: ")
     refused(lambda d: d["form"]["states"][0][0].update(pairs=1), "form.states.0: 1 pairs, expected 2 or more")
-    refused(lambda d: d["form"]["states"][0][0]["channels"].pop(), "each of the 12 channels must be there once")
+    refused(lambda d: d["form"]["states"][0][0]["channels"].pop(), "expected each of the 12 channels once")
     refused(lambda d: d["form"].update(chunk=-1), "chunk")
     refused(lambda d: d["measured"].update(max_error=-1.0), r"measured\.max_error")
     refused(lambda d: d["measured"].update(samples=-1), r"measured\.samples")
-    refused(lambda d: d.update(format_version=9), "format_version 9 of an exported file is unknown, expected 1; update")
+    refused(lambda d: d.update(format_version=9), "format_version 9 is unknown, expected 1; update")
 
 
 @pytest.mark.parametrize(
     ("measured", "problem"),
     [
-        (exported.Measured(0.0, 1, "x" * 201), r"measured\.samples_from"),
+        (exported.MeasuredError(0.0, 1, "x" * 201), r"measured\.samples_from"),
         (
-            exported.Measured(0.0, 1, "walk.csv)\n  signature   by key 1"),
+            exported.MeasuredError(0.0, 1, "walk.csv)\n  signature   by key 1"),
             "samples_from: is not one line of text; export",
         ),
-        (exported.Measured(-0.5, 1, ""), r"measured\.max_error"),
-        (exported.Measured(0.5, -1, ""), r"measured\.samples"),
+        (exported.MeasuredError(-0.5, 1, ""), r"measured\.max_error"),
+        (exported.MeasuredError(0.5, -1, ""), r"measured\.samples"),
     ],
 )
 def test_what_a_file_says_of_its_measurement_can_forge_no_line(measured, problem):
     network = random_network(h=4, pairs=2, layers=1)
     content, digest = artifact.to_bytes(network, {})
-    sealed_so = exported.seal(exported.build("tflite", network), network, content, digest, measured)
+    sealed_so = exported.to_bytes(exported.build("tflite", network), network, content, digest, measured)
     with pytest.raises(ArtifactError, match=problem):
-        exported.read(sealed_so, "tflite")
+        exported.parse(sealed_so, "tflite")
 
 
 def test_an_error_that_no_float_holds_is_refused():
@@ -314,7 +314,7 @@ def test_an_error_that_no_float_holds_is_refused():
     changed = changed[:place] + exported.ZEROS.encode() + changed[place + 64 :]
     changed = changed[:place] + hashlib.sha256(changed).hexdigest().encode() + changed[place + 64 :]
     with pytest.raises(ArtifactError, match=r"max_error|out of range"):
-        exported.read(changed, "tflite")
+        exported.parse(changed, "tflite")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -446,13 +446,13 @@ def test_a_snapshot_goes_from_an_artifact_to_its_exports_and_back(demo_files, de
 
 def resealed(model, claims=None):
     """The changed ONNX model's file, its document with other claims, its digest computed anew, as anybody can."""
-    (entry,) = [entry for entry in model.metadata_props if entry.key == exported.DOCUMENT]
+    (entry,) = [entry for entry in model.metadata_props if entry.key == exported.DOCUMENT_KEY]
     document = json.loads(entry.value)
     document["measured"].update(claims or {})
     document["digest"] = exported.ZEROS
     entry.value = msgspec.json.encode(document).decode()
     content = model.SerializeToString()
-    place = content.index(exported.ZEROS.encode(), containers.metadata(content, "onnx")[exported.DOCUMENT][0])
+    place = content.index(exported.ZEROS.encode(), containers.metadata(content, "onnx")[exported.DOCUMENT_KEY][0])
     return content[:place] + hashlib.sha256(content).hexdigest().encode() + content[place + 64 :]
 
 
@@ -499,7 +499,7 @@ def test_a_graph_that_never_ends_is_refused_and_the_command_ends(demo_files, dem
     constants = {"trips": np.array(2**62), "on": np.array(True)}
     model.graph.initializer.extend([numpy_helper.from_array(value, name) for name, value in constants.items()])
     loop = helper.make_graph(body, "body", inputs, outputs)
-    model.graph.node.append(helper.make_node("Pipeline", ["trips", "on", "before"], ["output"], body=loop))
+    model.graph.node.append(helper.make_node("Loop", ["trips", "on", "before"], ["output"], body=loop))
     path = tmp_path / "endless.onnx"
     path.write_bytes(resealed(model))
     soon = "from edge_ssm.engines import verification as v; v.LIMIT_S = 0.5; from edge_ssm.cli.app import main; main()"

@@ -23,8 +23,8 @@ from edge_ssm.hardware import machine
 from edge_ssm.histogram import LatencyHistogram
 from edge_ssm.profiler import compare, protocol, report, report_html
 from edge_ssm.profiler.energy import Energy
-from edge_ssm.profiler.protocol import Activity
-from edge_ssm.profiler.sampler import Described
+from edge_ssm.profiler.protocol import Workload
+from edge_ssm.profiler.sampler import MeterDescription
 from edge_ssm.telemetry import status_files
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -149,7 +149,7 @@ def test_comparisons_say_no_more_than_the_intervals(reports):
     assert "energy  not measured in both" in done.stdout
     a = report.load(reports / "a.json")
     same = compare.compare(a, a)
-    assert same.count("no difference that these runs can tell") == 2
+    assert same.count("no difference that these runs can show") == 2
 
     def with_latency(us):
         latency = report.Percentiles(us, us, us, us, us)
@@ -172,10 +172,10 @@ def test_comparisons_say_no_more_than_the_intervals(reports):
     assert "below resolution in both" in compare.compare(with_energy(1, -1, 3), with_energy(1, -1, 3))
     assert "not measured in B" in compare.compare(with_energy(4, 3, 5), a)
     invalid = msgspec.structs.replace(a, valid=False, invalid_because=["the machine throttled"])
-    assert "verdict: none, for a run that is invalid" in compare.compare(a, invalid)
+    assert "verdict: none, because a run is invalid" in compare.compare(a, invalid)
 
 
-@pytest.mark.parametrize("content", [b"", b"{}", b"[]", b"\xff", b'{"version": 1}', b"[" * 5000])
+@pytest.mark.parametrize("content", [b"", b"{}", b"[]", b"\xff", b'{"version": 2}', b"[" * 5000])
 def test_what_is_no_report_is_refused(tmp_path, content):
     path = tmp_path / "r.json"
     path.write_bytes(content)
@@ -185,13 +185,13 @@ def test_what_is_no_report_is_refused(tmp_path, content):
         report.load(tmp_path / "none")
 
 
-def activity(name="work", **options):
+def workload(name="work", **options):
     network = random_network(h=4, pairs=2, layers=1)
-    return Activity(name, create("reference", network), samples_for(network, 0, 64), **options)
+    return Workload(name, create("reference", network), samples_for(network, 0, 64), **options)
 
 
 def test_blocks_are_in_random_order_and_each_round_has_all():
-    one, two = activity("one"), activity("two", rate_hz=200.0, deadline_s=0.005)
+    one, two = workload("one"), workload("two", rate_hz=200.0, deadline_s=0.005)
     run = protocol.run([one, two], None, rounds=6, block_s=0.05, seed=3)
     orders = [[b.kind for b in run.blocks if b.round == i] for i in range(6)]
     assert all(sorted(order) == ["idle", "one", "two"] for order in orders)
@@ -204,23 +204,23 @@ def test_blocks_are_in_random_order_and_each_round_has_all():
 
 def test_a_meter_that_keeps_failing_does_not_keep_the_run_from_its_end():
     class Failing:
-        meter = Described("flaky", [], [], "", 0.1)
+        meter = MeterDescription("flaky", [], [], "", 0.1)
         stopped = 0
 
-        def failed(self):
+        def failure(self):
             return "flaky: gone"
 
         def stop(self):
             Failing.stopped += 1
 
-    run = protocol.run([activity()], Failing(), 2, 0.02, open_next=lambda why: Failing())
+    run = protocol.run([workload()], Failing(), 2, 0.02, next_sampler=Failing)
     assert Failing.stopped == 3
     assert run.trace is None
-    assert [note.endswith("flaky went on") for note in run.notes] == [True, True, False]
+    assert [note.endswith("continued with flaky") for note in run.notes] == [True, True, False]
 
 
 def test_a_late_paced_step_is_a_miss_and_none_is_left_out():
-    slow = activity(rate_hz=100.0, deadline_s=0.010)
+    slow = workload(rate_hz=100.0, deadline_s=0.010)
     step = slow.engine.step
     slow.engine.step = lambda *a: (time.sleep(0.02), step(*a))[1]  # twice as long as there is time for
     run = protocol.run([slow], None, rounds=2, block_s=0.2)
@@ -234,7 +234,7 @@ def test_a_machine_that_changes_makes_the_run_invalid(monkeypatch):
     states = iter([first] * 4)
     changed = msgspec.structs.replace(first, governor="powersave", power_mode="7W", throttle_alerts=1)
     monkeypatch.setattr(machine, "state", lambda: next(states, changed))
-    run = protocol.run([activity()], None, rounds=2, block_s=0.02)
+    run = protocol.run([workload()], None, rounds=2, block_s=0.02)
     assert any("the power mode changed from None to 7W" in why for why in run.invalid)
     assert any("throttled" in why for why in run.invalid)
     assert machine.changes(first, first) == []
@@ -285,7 +285,7 @@ def test_a_family_is_several_models(tmp_path):
     same.write_bytes(DEMO.read_bytes())
     done = profile(DEMO, same, *QUICK, "--sweep", "family", "--engine", "cpu")
     assert done.returncode == 2
-    assert "a model of that name is there already" in done.stderr
+    assert "another model has the same file name" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -307,7 +307,7 @@ def test_a_family_is_several_models(tmp_path):
         ([DEMO, "--step-table", "t.json"], 2, "--step-table: measures networks of its own"),
         ([DEMO, "--json", "/nowhere/r.json"], 2, "/nowhere/r.json: its folder is missing"),
         ([DEMO, "--html", "/tmp"], 2, "/tmp: is a folder"),
-        ([DEMO, "--json", "/proc/x"], 2, "/proc/x: can't be written"),
+        ([DEMO, "--json", "/proc/x"], 2, "/proc/x: cannot be written"),
         ([DEMO, "--json", ""], 2, "'--json': an empty text"),
         ([DEMO, "--html", ""], 2, "'--html': an empty text"),
         ([DEMO, "--sweep", ""], 2, "'--sweep': an empty text"),
@@ -319,7 +319,7 @@ def test_a_family_is_several_models(tmp_path):
         ([DEMO, "--engine", "cpu,cpu"], 2, "--engine 'cpu,cpu': cpu is there twice"),
         ([DEMO, "--engine", "all,cpu"], 2, "--engine 'all,cpu': all stands by itself"),
         (["--step-table", "t.json", "--json", "j"], 2, "one engine's; leave out --json"),
-        (["--step-table", "/proc/x"], 2, "/proc/x: can't be written"),
+        (["--step-table", "/proc/x"], 2, "/proc/x: cannot be written"),
         (["--step-table", "t.json", "--engine", "all"], 2, "--step-table: takes one engine, not 'all'"),
         (["--compare", "a.json", "b.json"], 2, "a.json: cannot be read"),
         (["--compare", "a.json", "b.json", "c.json"], 2, "two reports and nothing else; leave out MODEL"),
@@ -384,7 +384,7 @@ def test_a_full_disk_is_a_failed_run_and_costs_no_other_output(tmp_path):
     (tmp_path / "full").symlink_to("/dev/full")
     done = profile(DEMO, *SHORT, "--json", tmp_path / "full", "--html", tmp_path / "page.html")
     assert done.returncode == 1
-    assert done.stderr == f"edge-ssm: error: {tmp_path / 'full'}: can't be written (No space left on device)\n"
+    assert done.stderr == f"edge-ssm: error: {tmp_path / 'full'}: cannot be written (No space left on device)\n"
     assert "samples/s" in done.stdout
     assert "<svg" in (tmp_path / "page.html").read_text()
 

@@ -56,10 +56,10 @@ def test_a_board_is_known_by_its_device_tree(tmp_path):
     (tmp_path / "compatible").write_bytes(b"nvidia,p3768-0000+p3767-0005\0nvidia,p3767-0005\0nvidia,tegra234\0")
     board = boards.board_name(tmp_path)
     assert board == "p3767-0005"
-    assert {p.profile.board for p in boards.matching(board)} == {"Jetson Orin Nano 8GB"}
+    assert {p.profile.board for p in boards.profiles_of(board)} == {"Jetson Orin Nano 8GB"}
     assert boards.board_name(tmp_path / "none") is None
     (tmp_path / "compatible").write_bytes(b"raspberrypi,5-model-b\0brcm,bcm2712\0")
-    assert boards.matching(boards.board_name(tmp_path))[0].name == "raspberry-pi-5"
+    assert boards.profiles_of(boards.board_name(tmp_path))[0].name == "raspberry-pi-5"
 
 
 def test_a_power_mode_is_known_by_its_name_whatever_its_number(jetson):
@@ -81,17 +81,17 @@ def test_a_power_mode_is_known_by_its_name_whatever_its_number(jetson):
 
 
 def test_a_profile_that_is_not_the_machines_is_a_warning_that_names_both(jetson):
-    named, warning = boards.chosen("auto")
+    named, warning = boards.select("auto")
     assert (named.name, warning) == ("orin-nano-8gb-super-25w", "")
-    assert boards.chosen("orin-nano-8gb-super-25w")[1] == ""
-    named, warning = boards.chosen("orin-nano-8gb-super-15w")
+    assert boards.select("orin-nano-8gb-super-25w")[1] == ""
+    named, warning = boards.select("orin-nano-8gb-super-15w")
     assert named.name == "orin-nano-8gb-super-15w"
     assert "orin-nano-8gb-super-15w (15W)" in warning
     assert "orin-nano-8gb-super-25w (p3767-0005, power mode 25W)" in warning
     with pytest.raises(UsageError, match="'orin': unknown; edge-ssm profiles list"):
-        boards.chosen("orin")
+        boards.select("orin")
     jetson[0].write_text(CONF.replace("25W", "33W"))
-    named, warning = boards.chosen("auto")
+    named, warning = boards.select("auto")
     assert named is None
     assert "no profile fits this machine (p3767-0005, power mode 33W)" in warning
 
@@ -120,5 +120,5 @@ def test_a_profile_with_one_temperature_is_described():
         text = "".join(line for line in good.splitlines(keepends=True) if not line.startswith(left_out))
         assert text != good
         page = boards.describe(boards.decode(Path("p.toml"), text.encode()))
-        assert ("clocks go back" in page) == (left_out != "passive_c")
-        assert ("off at" in page) == (left_out != "critical_c")
+        assert ("clocks are reduced" in page) == (left_out != "passive_c")
+        assert ("shutdown at" in page) == (left_out != "critical_c")

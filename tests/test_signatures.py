@@ -160,7 +160,7 @@ def test_a_signature_without_a_key_id_is_tried_with_every_key(signed):
     del signed.envelope["signatures"][0]["keyid"]
     signed.sig.write_text(json.dumps(signed.envelope))
     assert signatures.verify(signed.model, signed.digest, [signed.other, signed.public]) == signed.id
-    assert "signed by 'a key without name'" in signed.refused(signed.other)
+    assert "signed by 'a key without an id'" in signed.refused(signed.other)
 
 
 def test_a_borrowed_key_id_does_not_help(signed):
@@ -168,7 +168,7 @@ def test_a_borrowed_key_id_does_not_help(signed):
     envelope = json.loads(signed.sig.read_bytes())
     envelope["signatures"][0]["keyid"] = signed.id
     signed.sig.write_text(json.dumps(envelope))
-    assert "the signature is wrong for the key that it names" in signed.refused()
+    assert "the signature is not valid for the key that it names" in signed.refused()
 
 
 def test_the_signature_of_another_model(signed):
@@ -191,7 +191,7 @@ def test_only_white_space_of_the_file_changed(signed):
 def test_the_digest_of_what_was_loaded_decides(signed):
     """As if the file had been exchanged between a look at it and its loading."""
     other = artifact.save(signed.folder / "other.safetensors", random_network(seed=2), {})
-    with pytest.raises(SignatureRefused, match=r"signs artifact digest .* what was loaded has"):
+    with pytest.raises(SignatureRefused, match=r"signs artifact digest .* the loaded model has"):
         signatures.verify(signed.model, other, [signed.public])
 
 
@@ -222,7 +222,7 @@ def test_bytes_that_nobody_signed_are_not_parsed(signed):
 def test_a_trusted_key_signed_something_else(signed, payload, message):
     signed.sign_payload(payload)
     assert message in signed.refused()
-    assert "the key signed something else than a model" in signed.refused()
+    assert "the key signed something other than a model" in signed.refused()
 
 
 @pytest.mark.parametrize(
@@ -308,14 +308,14 @@ def test_a_key_file_that_is_none(signed):
     )
     for content in (b"", b"\xff" * 100, b"-----BEGIN PUBLIC KEY-----\nAAAA\n-----END PUBLIC KEY-----\n"):
         key.write_bytes(content)
-        assert signed.refused(key).startswith(f"{key}: no public key in PEM; expected an Ed25519 public key")
+        assert signed.refused(key).startswith(f"{key}: not a public key in PEM; expected an Ed25519 public key")
     key.write_bytes(b"x" * 70000)
     assert "larger than 65536 bytes" in signed.refused(key)
     rsa = generate_private_key(65537, 2048)
     key.write_bytes(rsa.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo))
     assert f"{key}: a key of another kind (RSAPublicKey)" in signed.refused(key)
-    assert "holds a private key, which belongs on no device" in signed.refused(signed.private)
-    # One key that can't be read spoils all: a typing error must not leave fewer keys than were meant.
+    assert "contains a private key, which must not be on a device" in signed.refused(signed.private)
+    # One key that cannot be read spoils all: a typing error must not leave fewer keys than were meant.
     assert signed.refused(signed.public, signed.folder / "typo").startswith(f"{signed.folder / 'typo'}: cannot be read")
 
 
@@ -413,12 +413,12 @@ def test_a_changed_byte_of_the_signature_changes_nothing_that_is_signed(shared, 
     changed = flipped(content, place, flip)
     key = signatures.load_key(shared.public)
     try:
-        statement, _ = signatures.open_envelope(changed, [key])
+        statement, _ = signatures.verify_envelope(changed, [key])
     except SignatureRefused as error:
         assert "\n" not in str(error)
         return
     # White space, a member's name that is not known then, or the key's id where that leaves it unnamed.
-    assert statement == signatures.open_envelope(content, [key])[0]
+    assert statement == signatures.verify_envelope(content, [key])[0]
 
 
 JSON = st.recursive(
@@ -435,7 +435,7 @@ def test_a_changed_envelope_is_refused_or_says_the_same(shared, member, value, d
     part.pop(member) if drop else part.update({member: value})
     key = signatures.load_key(shared.public)
     try:
-        statement, found = signatures.open_envelope(json.dumps(envelope).encode(), [key])
+        statement, found = signatures.verify_envelope(json.dumps(envelope).encode(), [key])
     except SignatureRefused as error:
         assert "\n" not in str(error)
         return
@@ -445,7 +445,7 @@ def test_a_changed_envelope_is_refused_or_says_the_same(shared, member, value, d
 @given(content=st.binary(max_size=300))
 def test_any_bytes_are_refused(shared, content):
     with pytest.raises(SignatureRefused):
-        signatures.open_envelope(content, [signatures.load_key(shared.public)])
+        signatures.verify_envelope(content, [signatures.load_key(shared.public)])
     with pytest.raises(SignatureRefused):
         signatures.parse_key(content)
 

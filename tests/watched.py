@@ -14,13 +14,13 @@ from networks import samples_for
 
 from edge_ssm.engines.registry import create
 from edge_ssm.formats import artifact
+from edge_ssm.hardware.meters.registry import open_file_meter
 from edge_ssm.io.codecs import registry as codecs
 from edge_ssm.io.sinks.formats import NdjsonFormatter
 from edge_ssm.runtime.pipeline import Pipeline
 from edge_ssm.runtime.windows import Windows
 from edge_ssm.telemetry.http import serve
 from edge_ssm.telemetry.publisher import RunInfo, StatusPublisher
-from edge_ssm.telemetry.top import file_meter
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -100,7 +100,7 @@ def main():
     parser.add_argument("--holes", action="store_true")
     parser.add_argument("--note", help="ignored: a word for tests/emulated_board.py to find")
     arguments = parser.parse_args()
-    meter, run = file_meter(), demo(arguments.holes, hz=arguments.hz, hop=arguments.hop, engine="cpu")
+    meter, run = open_file_meter(), demo(arguments.holes, hz=arguments.hz, hop=arguments.hop, engine="cpu")
 
     def watts():
         reading = meter.read() if meter else None

@@ -19,7 +19,7 @@ def _normalised(parts: Parts, sample: Array) -> Array:
 
 def _buffers(parts: Parts) -> list[dict[str, Array]]:
     """Two sets of states: each step reads one and writes the other, so that none is copied."""
-    states = [state for layer in exported.build("onnx", parts.network).form.states for state in layer]
+    states = [state for layer in exported.build("onnx", parts.network).spec.states for state in layer]
     names = [(name, (len(state.channels), state.pairs)) for state in states for name in (state.re, state.im)]
     return [{name: np.zeros(shape, dtype=np.float32) for name, shape in names} for _ in range(2)]
 

@@ -21,7 +21,7 @@ def _interpreter(parts: Parts) -> tuple[Any, list[int], list[int]]:
     inputs, outputs = made.get_input_details(), made.get_output_details()
     by_name = {detail["name"]: detail["index"] for detail in inputs}
     named = {detail["name"]: detail["index"] for detail in outputs}
-    states = [name for layer in graph.form.states for state in layer for name in (state.re, state.im)]
+    states = [name for layer in graph.spec.states for state in layer for name in (state.re, state.im)]
     return made, [by_name[name] for name in ["input", *states]], [named["output"], *(named[f"new.{n}"] for n in states)]
 
 

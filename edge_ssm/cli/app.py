@@ -244,7 +244,7 @@ def inspect_(model: str, as_json: bool) -> None:
     from edge_ssm.formats import signatures
 
     found = model_files.load(model)
-    description = formats_description.describe_model(found, signatures.beside(model))
+    description = formats_description.describe_model(found, signatures.find_signature(model))
     click.echo(json.dumps(description, indent=1) if as_json else formats_description.render(description))
 
 
@@ -257,7 +257,7 @@ def verify_signature(model: str, keys: tuple[str, ...]) -> None:
     """Check that MODEL.sig is the signature of MODEL by one of the keys. Exit status 2 if it is not."""
     from edge_ssm.formats import signatures
 
-    loaded, key = signatures.load_and_tell(model, [Path(key) for key in keys])
+    loaded, key = signatures.load_with_key(model, [Path(key) for key in keys])
     click.echo(f"{sanitize(model)}: signed by key {key}, artifact digest {loaded.digest}")
 
 
@@ -346,7 +346,7 @@ def _profile(models: tuple[str, ...], engines: str, options: dict[str, Any], nam
     places = {option: Path(options[key]) for option, key in (("--json", "json_"), ("--html", "html_")) if options[key]}
     inputs = {f"MODEL {model}": Path(model) for model in models} | ({} if path is None else {"--input": Path(path)})
     report.check_places(places, inputs)
-    request = profiler_run.Request(
+    request = profiler_run.ProfileSettings(
         models=models,
         engines=_engines(engines),
         chunks=profiler_run.CHUNKS if "chunk" in sweep else _counts("--chunk", options["chunks"]),
@@ -433,12 +433,13 @@ def _firmware_profile(name: str) -> boards.NamedProfile | None:
 @click.option("--interval", type=Finite(0.2, 60), default=1.0, show_default=True, metavar="S")
 def top_(once: bool, as_json: bool, interval: float) -> None:
     """Watch the runs on this machine: decisions, latency, power, temperature, events. Ctrl-C ends."""
+    from edge_ssm.hardware.meters.registry import open_file_meter
     from edge_ssm.telemetry import top
 
     if as_json:
         click.echo(msgspec.json.encode(status_files.running()).decode())
         return
-    meter = top.file_meter()
+    meter = open_file_meter()
     watching = not once and sys.stdout is not None and sys.stdout.isatty()
     try:
         while True:
@@ -480,7 +481,7 @@ def profiles_show(name: str) -> None:
 @profiles_.command("detect")
 def profiles_detect() -> None:
     """This machine's profile, by its module and the name of its power mode."""
-    named, warning = boards.chosen("auto")
+    named, warning = boards.select("auto")
     if named is None:
         raise EdgeSSMError(warning or "no profile fits this machine; edge-ssm profiles list shows what there is")
     click.echo(named.name)

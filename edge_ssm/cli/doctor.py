@@ -21,7 +21,7 @@ import edge_ssm
 from edge_ssm.engines.cpu import cache as kernel_cache
 from edge_ssm.engines.registry import ENGINES, GPU_NODES
 from edge_ssm.engines.wheels import note
-from edge_ssm.hardware.boards import board_name, matching
+from edge_ssm.hardware.boards import board_name, profiles_of
 
 OLDEST, NEWEST = (3, 10), (3, 12)
 
@@ -59,7 +59,7 @@ def _board() -> Finding:
     board = board_name()
     if board is None:
         return Finding("board", False, "not a Jetson (no device tree)")
-    profiles = ", ".join(p.name for p in matching(board))
+    profiles = ", ".join(p.name for p in profiles_of(board))
     return Finding("board", True, f"{board}; profiles: {profiles or 'none'}")
 
 

@@ -179,7 +179,7 @@ def _graph_weights(engine: Engine) -> MixingDtype:
     """Of the graph that an engine runs; float32 where it runs none, but the artifact as it is."""
     from edge_ssm.engines.graph.engine import ExportedEngine
 
-    return engine.graph.form.weights if isinstance(engine, ExportedEngine) else "float32"
+    return engine.graph.spec.weights if isinstance(engine, ExportedEngine) else "float32"
 
 
 def _tried(network: Network, lanes: int, gpu_waits: str, allowed: Sequence[str] | None) -> BenchmarkResult:

@@ -1,1 +1,1 @@
-"""Files that hold a model: artifacts, exported graphs, signatures."""
+"""File formats of models: artifacts, exported graphs and signatures."""

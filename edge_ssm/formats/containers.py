@@ -1,7 +1,8 @@
-"""Where the metadata lies in an ONNX or TFLite file, found without either runtime. Every length is checked before use.
+"""Locating the metadata in an ONNX or TFLite file without either runtime. Every length is checked before it is used.
 
-ONNX: https://github.com/onnx/onnx/blob/main/onnx/onnx.proto (ModelProto.metadata_props is field 14), protobuf's format.
-TFLite: tensorflow/compiler/mlir/lite/schema/schema.fbs (Model.metadata and buffers), flatbuffers' format.
+ONNX: ModelProto.metadata_props, field 14 (https://github.com/onnx/onnx/blob/main/onnx/onnx.proto), in protobuf's
+encoding. TFLite: Model.metadata and Model.buffers (tensorflow/compiler/mlir/lite/schema/schema.fbs), in flatbuffers'
+encoding.
 """
 
 from __future__ import annotations
@@ -12,9 +13,10 @@ from typing import Literal
 
 from edge_ssm.errors import ArtifactError
 
-Kind = Literal["onnx", "tflite"]
+GraphKind = Literal["onnx", "tflite"]
+"""The format of an exported graph, which is also the name of the engine that runs it."""
 Span = tuple[int, int]
-"""Begin and end of bytes within a file."""
+"""First byte and end of a range of bytes in a file."""
 
 TFLITE_IDENTIFIER = b"TFL3"
 METADATA_PROPS = 14
@@ -22,18 +24,18 @@ LENGTH_DELIMITED = 2
 MAX_ENTRIES = 4096
 
 
-def metadata(content: bytes, kind: Kind) -> dict[str, Span]:
-    """Key -> where its value lies. Raises ArtifactError, naming the byte, for what is no such file."""
+def metadata(content: bytes, kind: GraphKind) -> dict[str, Span]:
+    """Return the position of every metadata value by key. Raises ArtifactError, naming the byte, for another file."""
     try:
         return dict(_onnx(content) if kind == "onnx" else _tflite(content))
     except struct.error:
-        raise ArtifactError(f"no {kind} model, or cut short after {len(content)} bytes; copy it again") from None
+        raise ArtifactError(f"not a valid {kind} model, truncated after {len(content)} bytes; copy it again") from None
     except (IndexError, UnicodeDecodeError) as error:
-        raise ArtifactError(f"no {kind} model, or a damaged one ({error}); copy it again") from None
+        raise ArtifactError(f"not a valid {kind} model ({error}); copy it again") from None
 
 
 def _varint(content: bytes, at: int, end: int) -> tuple[int, int]:
-    """A protobuf number and where it ends."""
+    """Return a protobuf number, and the position behind it."""
     value = shift = 0
     while at < end and shift < 64:
         byte = content[at]
@@ -45,7 +47,7 @@ def _varint(content: bytes, at: int, end: int) -> tuple[int, int]:
 
 
 def _fields(content: bytes, span: Span) -> Iterator[tuple[int, int, Span]]:
-    """Number, wire type and span of each field of a protobuf message."""
+    """Yield number, wire type and position of each field of a protobuf message."""
     at, end = span
     while at < end:
         tag, at = _varint(content, at, end)
@@ -67,8 +69,8 @@ def _fields(content: bytes, span: Span) -> Iterator[tuple[int, int, Span]]:
 def _onnx(content: bytes) -> Iterator[tuple[str, Span]]:
     for number, wire, span in _fields(content, (0, len(content))):
         if number == METADATA_PROPS and wire == LENGTH_DELIMITED:
-            entry = {inner: inside for inner, kind, inside in _fields(content, span) if kind == LENGTH_DELIMITED}
-            if 1 in entry and 2 in entry:
+            entry = {field: value for field, type_, value in _fields(content, span) if type_ == LENGTH_DELIMITED}
+            if 1 in entry and 2 in entry:  # key and value
                 yield content[slice(*entry[1])].decode(), entry[2]
 
 
@@ -80,11 +82,11 @@ def _u32(content: bytes, at: int) -> int:
 
 
 def _field(content: bytes, table: int, number: int) -> int:
-    """Where a flatbuffer table's field lies; 0 where it is absent."""
+    """Return the position of a field of a flatbuffer table; 0 if it is absent."""
     (back,) = struct.unpack_from("<i", content, table)
     vtable = table - back
     if not 0 <= vtable <= len(content) - 4:
-        raise IndexError(f"byte {table}: a table without a description")
+        raise IndexError(f"byte {table}: a table without a vtable")
     (size,) = struct.unpack_from("<H", content, vtable)
     if 4 + 2 * number + 2 > size:
         return 0
@@ -93,12 +95,13 @@ def _field(content: bytes, table: int, number: int) -> int:
 
 
 def _target(content: bytes, table: int, number: int) -> int:
-    """Where the table, vector or string of a field begins; 0 where it is absent."""
+    """Return the position of the table, vector or string that a field refers to; 0 if it is absent."""
     at = _field(content, table, number)
     return at + _u32(content, at) if at else 0
 
 
 def _bytes_of(content: bytes, vector: int) -> Span:
+    """Return the position of a vector's bytes."""
     size = _u32(content, vector)
     if size > len(content) - vector - 4:
         raise IndexError(f"byte {vector}: claims {size} bytes, {len(content) - vector - 4} are left")
@@ -106,6 +109,7 @@ def _bytes_of(content: bytes, vector: int) -> Span:
 
 
 def _tables(content: bytes, vector: int) -> Iterator[int]:
+    """Yield the positions of a vector's tables."""
     for i in range(min(_u32(content, vector), MAX_ENTRIES)) if vector else ():
         at = vector + 4 + 4 * i
         yield at + _u32(content, at)
@@ -113,7 +117,7 @@ def _tables(content: bytes, vector: int) -> Iterator[int]:
 
 def _tflite(content: bytes) -> Iterator[tuple[str, Span]]:
     if content[4:8] != TFLITE_IDENTIFIER:
-        raise IndexError("byte 4: not the identifier TFL3")
+        raise IndexError("byte 4: the identifier TFL3 is missing")
     model = _u32(content, 0)
     buffers = _target(content, model, 4)
     for entry in _tables(content, _target(content, model, 6)):

@@ -1,4 +1,4 @@
-"""What an artifact holds, for people and for programs."""
+"""Descriptions of a model file, as plain values for programs and as text."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from edge_ssm.text import sanitize
 
 
 def describe(artifact: Artifact, signature: str | None = None) -> dict[str, Any]:
-    """The artifact as plain values, ready for JSON. Multiply-adds are real ones.
+    """Describe an artifact as plain values that can be written as JSON.
 
-    ``signature`` names the signature file beside the artifact, None where there is none; it is not checked.
+    The numbers of multiply-adds count real operations. ``signature`` is the name of the signature file beside the
+    artifact, which is not checked; None if there is none.
     """
     network = artifact.network
     total = cost(network)
@@ -72,7 +73,7 @@ def describe(artifact: Artifact, signature: str | None = None) -> dict[str, Any]
 
 
 def describe_model(model: Model, signature: str | None = None) -> dict[str, Any]:
-    """Of an exported file its artifact, and under ``graph`` what is its own."""
+    """Describe a model file: its artifact and, for an exported file, its graph under ``graph``."""
     description = describe(model.artifact, signature)
     if model.exported is not None:
         graph, document = model.exported.graph, model.exported.document
@@ -80,8 +81,8 @@ def describe_model(model: Model, signature: str | None = None) -> dict[str, Any]
             "kind": graph.kind,
             "digest": document.digest,
             "file_bytes": len(graph.content),
-            "weights": graph.form.weights,
-            "chunk": graph.form.chunk,
+            "weights": graph.spec.weights,
+            "chunk": graph.spec.chunk,
             "max_error": document.measured.max_error,
             "samples": document.measured.samples,
             "samples_from": document.measured.samples_from,
@@ -90,14 +91,14 @@ def describe_model(model: Model, signature: str | None = None) -> dict[str, Any]
 
 
 def render(description: dict[str, Any]) -> str:
-    """``describe``'s result as a page of text."""
+    """Return a description as a page of text."""
     d = description
     rate = d["input"]["sample_rate_hz"]
     units = d["input"]["units"] or [""] * d["d_input"]
     channels = ", ".join(f"{c} [{u}]" if u else c for c, u in zip(d["input"]["channels"], units, strict=True))
     window = f"{d['window']} samples" + (f" ({d['window'] / rate:g} s at {rate:g} Hz)" if rate else "")
     norm = "before" if d["prenorm"] else "after"
-    signed = f"{d['signature']}, not checked (edge-ssm verify-signature does)" if d["signature"] else "none beside it"
+    signed = f"{d['signature']}, not checked (edge-ssm verify-signature does)" if d["signature"] else "none"
     kind = "S4" if any(row["low_rank_channels"] for row in d["layers"]) else "S4D"
     lines = [
         f"{kind} network, {d['task']}: {d['d_input']} in, {len(d['layers'])} layers of {d['d_model']} channels, "
@@ -105,49 +106,49 @@ def render(description: dict[str, Any]) -> str:
         f"  input       {channels}",
         f"  window      {window}, {d['pooling']} pooling",
         f"  labels      {', '.join(d['labels']) or '(none)'}",
-        f"  form        {d['discretization']} discretization, norm {norm} the block",
+        f"  structure   {d['discretization']} discretization, norm {norm} the block",
         "",
         "  layer  active  rank-one  bypassed  d_state  states  mixing                norm    parameters  "
-        "multiply-adds a step",
+        "multiply-adds/step",
     ]
     for row in d["layers"]:
         mixing = f"{row['mixing']} {row['mixing_columns']}x{row['mixing_rows']} {row['mixing_dtype']}"
         lines.append(
             f"  {row['layer']:>5}  {row['active']:>6}  {row['low_rank_channels']:>8}  {row['bypassed']:>8}  "
             f"{_span(row['channel_states']):>7}  {row['states']:>6}  {mixing:<20}  {row['norm'] or 'none':<6}  "
-            f"{row['parameters']:>10,}  {row['multiply_adds']:>20,}"
+            f"{row['parameters']:>10,}  {row['multiply_adds']:>18,}"
         )
     lines += [
         f"  total  {sum(r['active'] for r in d['layers']):>6}  "
         f"{sum(r['low_rank_channels'] for r in d['layers']):>8}  {sum(r['bypassed'] for r in d['layers']):>8}"
         f"{'':>9}  {sum(r['states'] for r in d['layers']):>6}{'':>30}  {d['parameters']:>10,}  "
-        f"{d['multiply_adds_per_step']:>20,}",
+        f"{d['multiply_adds_per_step']:>18,}",
         "",
-        f"  a step reads {d['bytes_per_step']:,} bytes, of which state {d['state_bytes']:,}",
-        *([f"  rounding    changed a logit by up to {d['rounding_error']:.1e}"] if d["rounding_error"] else []),
+        f"  step        reads {d['bytes_per_step']:,} bytes, {d['state_bytes']:,} of them state",
+        *([f"  rounding    changed an output by up to {d['rounding_error']:.1e}"] if d["rounding_error"] else []),
         f"  file        {d['file_bytes']:,} bytes, format {d['format_version']}, digest {d['digest'][:16]}...",
         f"  signature   {signed}",
-        *(_graph(d["graph"]) if "graph" in d else []),
+        *(_graph_lines(d["graph"]) if "graph" in d else []),
         "  provenance",
         *(f"    {line}" for line in _outline(d["provenance"])),
     ]
     return "\n".join(lines)
 
 
-def _graph(graph: dict[str, Any]) -> list[str]:
-    chunk = {0: "chunks of any number", 1: "single samples"}.get(
+def _graph_lines(graph: dict[str, Any]) -> list[str]:
+    chunk = {0: "chunks of any size", 1: "single samples"}.get(
         graph["chunk"], f"single samples and chunks of {graph['chunk']}"
     )
     return [
         f"  exported    {graph['kind']}, {graph['file_bytes']:,} bytes, digest {graph['digest'][:16]}...; "
-        "the file above is its source, which is in it",
-        f"              {graph['weights']} mixing weights, {chunk}; off by up to {graph['max_error']:.1e} on "
+        "it contains the artifact described above",
+        f"              {graph['weights']} mixing weights, {chunk}; largest error {graph['max_error']:.1e} on "
         f"{graph['samples']} samples ({graph['samples_from']})",
     ]
 
 
 def _span(values: list[int]) -> str:
-    """Smallest and largest of the channels' numbers of states."""
+    """Return the smallest and the largest value as text."""
     if not values:
         return "0"
     low, high = min(values), max(values)

@@ -1,1 +1,1 @@
-"""Boards, machines and power meters."""
+"""Boards, the machine's state and power meters."""

@@ -1,1 +1,1 @@
-"""Measure latency, power and energy: ``edge-ssm profile``."""
+"""The profiler: latency, power and energy of a model on this machine."""

@@ -1,53 +1,53 @@
-"""Two reports side by side, with a verdict that says no more than two runs at different times can.
+"""Comparison of two reports, with a verdict that claims no more than two runs at different times can show.
 
-A report's interval is over the rounds of one run. What all its rounds share - where memory came to lie, how warm the
-room was, what else ran - is in none of it, and differs the next time. So two things are asked of a difference before
-it is called one: the intervals do not meet, and it is larger than ``RUN_TO_RUN``.
+The interval in a report is over the rounds of one run. It cannot contain what all of these rounds have in common, such
+as where memory was allocated, the room temperature and other processes, and what differs the next time. A difference
+must therefore meet two conditions: the intervals do not overlap, and it is larger than ``RUN_TO_RUN``.
 """
 
 from __future__ import annotations
 
-from edge_ssm.histogram import RESOLUTION
 from edge_ssm.profiler.energy import Energy
-from edge_ssm.profiler.report import Report, Result, short
+from edge_ssm.profiler.report import Report, Result, brevity_text
 from edge_ssm.text import sanitize
 
 RUN_TO_RUN = 0.1
-"""Share that medians of the same work differ by from run to run (docs/profile.md has the measurement)."""
+"""Relative difference of medians between runs of the same work (measured in docs/profile.md)."""
 Interval = tuple[float, float, float]
-"""A value, and what bounds it with 95 % confidence."""
+"""A value, and the ends of its 95 % confidence interval."""
 
 
 def compare(a: Report, b: Report) -> str:
-    """For people. Results are matched by what they did; the second is said against the first."""
+    """Return a comparison of two reports as text. Results are matched by name; B is stated relative to A."""
     lines = []
     for report, name in ((a, "A"), (b, "B")):
         m = report.machine
         mode = f", mode {m.power_mode}" if m.power_mode else ""
         lines.append(f"{name}: {m.board}{mode}, {', '.join(x.path for x in report.models)}, {report.created}")
-        lines += [f"   INVALID: {why}" for why in _why_invalid(report)]
-        if cut := short(report):
-            lines.append(f"   {cut}")
+        lines += [f"   INVALID: {reason}" for reason in _reasons(report)]
+        if brevity := brevity_text(report):
+            lines.append(f"   {brevity}")
     lines += _differences(a, b)
-    invalid = [f"{name} ({'; '.join(why)})" for name, why in (("A", _why_invalid(a)), ("B", _why_invalid(b))) if why]
+    invalid = [f"{name} ({'; '.join(_reasons(r))})" for name, r in (("A", a), ("B", b)) if _reasons(r)]
     pairs = _pairs(a, b)
-    for ours, theirs in pairs:
-        lines += ["", ours.name if ours.name == theirs.name else f"{ours.name} / {theirs.name}"]
-        lines.append("  latency " + _latency(ours, theirs, not invalid))
-        lines.append("  energy  " + _energy(ours.energy_per_step_uj, theirs.energy_per_step_uj, not invalid))
+    for x, y in pairs:
+        lines += ["", x.name if x.name == y.name else f"{x.name} / {y.name}"]
+        lines.append("  latency " + _latency(x, y, not invalid))
+        lines.append("  energy  " + _energy(x.energy_per_step_uj, y.energy_per_step_uj, not invalid))
     if not pairs:
-        lines += ["", "nothing to compare: no result of A has its like in B"]
+        lines += ["", "nothing to compare: no result of A matches a result of B"]
     if invalid:
-        lines += ["", f"verdict: none, for a run that is invalid: {' and '.join(invalid)}"]
+        lines += ["", f"verdict: none, because a run is invalid: {' and '.join(invalid)}"]
     return "\n".join(sanitize(line) for line in lines)
 
 
-def _why_invalid(report: Report) -> list[str]:
+def _reasons(report: Report) -> list[str]:
+    """Return why a report is invalid; empty if it is valid."""
     return [] if report.valid else report.invalid_because or ["no reason given"]
 
 
 def _differences(a: Report, b: Report) -> list[str]:
-    """Besides what is compared."""
+    """Describe the differences in the conditions of the two measurements."""
     lines = []
     if a.machine != b.machine:
         lines.append("the machines differ, or what runs on them")
@@ -66,50 +66,41 @@ def _differences(a: Report, b: Report) -> list[str]:
 
 
 def _pairs(a: Report, b: Report) -> list[tuple[Result, Result]]:
+    """Match the results by name; if no name matches, by position, since the engines or models may differ."""
     by_name = {result.name: result for result in b.results}
-    found = [(result, by_name[result.name]) for result in a.results if result.name in by_name]
-    if not found and len(a.results) == len(b.results):
-        # Other engines or models, in the same order of activities.
-        like = [(x, y) for x, y in zip(a.results, b.results, strict=True)]
-        found = [(x, y) for x, y in like if (x.chunk, x.lanes, x.paced_hz) == (y.chunk, y.lanes, y.paced_hz)]
-    return found
+    pairs = [(result, by_name[result.name]) for result in a.results if result.name in by_name]
+    if not pairs and len(a.results) == len(b.results):
+        same_position = zip(a.results, b.results, strict=True)
+        pairs = [(x, y) for x, y in same_position if (x.chunk, x.lanes, x.paced_hz) == (y.chunk, y.lanes, y.paced_hz)]
+    return pairs
 
 
 def _verdict(a: Interval, b: Interval, better: str) -> str:
-    """A difference is one where the intervals do not meet and runs of the same work do not differ by as much."""
+    """State whether B differs from A; ``better`` is the word for a smaller value."""
     if b[1] <= a[2] and a[1] <= b[2]:
-        return "no difference that these runs can tell"
+        return "no difference that these runs can show"
+    word = better if b[0] < a[0] else "worse"
     if a[0] <= 0 or b[0] <= 0:
-        return f"B is {better if b[0] < a[0] else 'worse'}"
-    ratio = b[0] / a[0]
-    if max(ratio, 1 / ratio) <= 1 + RUN_TO_RUN:
+        return f"B is {word}"
+    if max(a[0], b[0]) <= (1 + RUN_TO_RUN) * min(a[0], b[0]):
         return (
-            f"B is {ratio:.3g} of A: runs at different times differ by that much (up to {100 * RUN_TO_RUN:.0f} %) "
-            "without a cause; measure both in one run to tell"
+            f"B is {b[0] / a[0]:.3g} of A: runs at different times differ by that much (up to {100 * RUN_TO_RUN:.0f} "
+            "%) without a cause; measure both in one run to tell"
         )
-    return f"B is {ratio:.3g} of A: {better if ratio < 1 else 'worse'}"
+    return f"B is {b[0] / a[0]:.3g} of A: {word}"
 
 
-def _latency(a: Result, b: Result, judge: bool) -> str:
-    def interval(r: Result) -> Interval:
-        """At least as wide as the histogram's resolution, which reports of version 1 left out."""
-        p50 = r.latency_us.p50
-        return (
-            p50,
-            min(r.latency_low_us, p50 * (1 - RESOLUTION)),
-            max(r.latency_high_us, p50 * (1 + RESOLUTION)),
-        )
-
-    x, y = interval(a), interval(b)
-    shown = f"A {x[0]:.2f} us ({x[1]:.2f} to {x[2]:.2f}), B {y[0]:.2f} us ({y[1]:.2f} to {y[2]:.2f})"
-    return f"{shown}: {_verdict(x, y, 'faster')}" if judge else shown
+def _latency(a: Result, b: Result, has_verdict: bool) -> str:
+    x, y = ((r.latency_us.p50, r.latency_low_us, r.latency_high_us) for r in (a, b))
+    text = f"A {x[0]:.2f} us ({x[1]:.2f} to {x[2]:.2f}), B {y[0]:.2f} us ({y[1]:.2f} to {y[2]:.2f})"
+    return f"{text}: {_verdict(x, y, 'faster')}" if has_verdict else text
 
 
-def _energy(a: Energy | None, b: Energy | None, judge: bool) -> str:
+def _energy(a: Energy | None, b: Energy | None, has_verdict: bool) -> str:
     if a is None or b is None:
         return "not measured in " + ("both" if a is b else "A" if a is None else "B")
     if a.below_resolution and b.below_resolution:
         return "below resolution in both"
-    shown = ", ".join(f"{n} {e.dynamic:.4g} uJ ({e.low:.4g} to {e.high:.4g})" for n, e in (("A", a), ("B", b)))
+    text = ", ".join(f"{n} {e.dynamic:.4g} uJ ({e.low:.4g} to {e.high:.4g})" for n, e in (("A", a), ("B", b)))
     x, y = (a.dynamic, a.low, a.high), (b.dynamic, b.low, b.high)
-    return f"beyond idling: {shown}" + (f": {_verdict(x, y, 'thriftier')}" if judge else "")
+    return f"beyond idling: {text}" + (f": {_verdict(x, y, 'thriftier')}" if has_verdict else "")

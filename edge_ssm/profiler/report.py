@@ -1,10 +1,10 @@
-"""The report of a profile: a version, plain values, a table for people."""
+"""The report of a profile: its JSON schema, how it is computed from a measurement, and a table as text."""
 
 from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -15,115 +15,147 @@ from edge_ssm import files
 from edge_ssm.errors import InputRefused, RunFailed
 from edge_ssm.hardware.machine import Machine
 from edge_ssm.histogram import RESOLUTION, LatencyHistogram
-from edge_ssm.profiler.energy import Energy, mean_power, per_step, t95
-from edge_ssm.profiler.protocol import BLOCK_S, ROUNDS, Activity, Run
+from edge_ssm.model.network import Array
+from edge_ssm.profiler.energy import Energy, energy_per_step, mean_power, t95
+from edge_ssm.profiler.protocol import BLOCK_S, ROUNDS, Measurement, Workload
 from edge_ssm.profiler.sampler import Trace
 from edge_ssm.text import sanitize
 
 VERSION = 2
-"""1 had a number for every percentile, and 0 misses where there was no deadline; it is read still."""
-LARGEST = 1 << 24
-"""Bytes of a report that is read: some hundred times what one of a sweep has."""
+MAX_BYTES = 1 << 24
+"""Size of the largest report that is read: about a hundred times the report of a sweep."""
 NOT_MEASURED = "power: not measured (no sensor; see edge-ssm doctor)"
-POINTS = 2000
-"""Of a curve in the report, at most."""
+MAX_POINTS = 2000
+"""Most points of a curve in the report."""
+
+NonNegative = Annotated[float, msgspec.Meta(ge=0)]
+Positive = Annotated[float, msgspec.Meta(gt=0)]
+Count = Annotated[int, msgspec.Meta(ge=0, le=1 << 53)]
+PositiveCount = Annotated[int, msgspec.Meta(ge=1, le=1 << 53)]
 
 
 class Percentiles(msgspec.Struct, frozen=True):
-    """Microseconds, off by at most 1.6 % (``monitor.latency``); the maximum is exact. None where so few calls were made
-    that less than ten were longer (100, 1000, 10000 calls are needed): it would be a matter of one or two, or the
-    maximum by another name."""
+    """Percentiles of a latency in microseconds, each at most 1.6 % too large; the maximum is exact.
 
-    p50: float
-    p90: float | None
-    p99: float | None
-    p999: float | None
-    max: float
+    A percentile is None if fewer than ten calls took longer (p90 needs 100 calls, p99 1,000 and p999 10,000): it would
+    depend on one or two calls, or repeat the maximum.
+    """
+
+    p50: NonNegative
+    p90: NonNegative | None
+    p99: NonNegative | None
+    p999: NonNegative | None
+    max: NonNegative
+
+    def __post_init__(self) -> None:
+        """Raise ValueError unless the percentiles ascend."""
+        values = [v for v in (self.p50, self.p90, self.p99, self.p999, self.max) if v is not None]
+        if values != sorted(values):
+            raise ValueError("the percentiles do not ascend")
 
 
 class Result(msgspec.Struct, frozen=True):
-    """Of one activity. A call advances ``chunk`` samples of ``lanes`` streams."""
+    """The result of one workload. A call advances ``lanes`` streams by ``chunk`` samples each."""
 
     name: str
     model: str
     engine: str
-    chunk: int
-    lanes: int
-    paced_hz: float | None
+    chunk: PositiveCount
+    lanes: PositiveCount
+    paced_hz: Positive | None
+    """Sample rate at which the workload was paced; None for back to back."""
     latency_us: Percentiles
-    """Of a call."""
-    latency_low_us: float
-    latency_high_us: float
-    """Of the median, with 95 % confidence over rounds, and the histogram's resolution on top; ``p50`` is within."""
-    jitter_us: float | None
-    """From the median to p99: of a paced call's end after it was due, else of its latency; None without a p99."""
+    """Latency of a call."""
+    latency_low_us: NonNegative
+    """Lower end of the 95 % confidence interval of the median latency."""
+    latency_high_us: NonNegative
+    """Upper end of the 95 % confidence interval of the median latency."""
+    jitter_us: NonNegative | None
+    """Difference of p99 and the median: of ``late_us`` if paced, else of ``latency_us``; None without a p99."""
     late_us: Percentiles | None
-    """Of a paced call, from when it was due to its end."""
-    deadline_us: float | None
-    deadline_misses: int | None
-    """None where there is no deadline."""
-    samples: int
-    samples_per_s: float
-    cpu_percent: float
-    """Of one core, this process."""
+    """Time from when a paced call is due to its end."""
+    deadline_us: Positive | None
+    deadline_misses: Count | None
+    """Number of calls that missed the deadline; None if there is no deadline."""
+    samples: Count
+    samples_per_s: NonNegative
+    cpu_percent: NonNegative
+    """Processor time of this process, in percent of one core."""
     energy_per_step_uj: Energy | None
-    """Of a sample of one lane; None where no meter read."""
+    """Energy of a step of one lane; None if no meter could be read."""
     power_w: dict[str, float]
-    """By rail, and ``total``; empty where no meter read."""
-    histogram: list[tuple[int, int]]
-    """(upper edge in nanoseconds, calls)."""
+    """Mean power by rail and as ``total``; empty if no meter could be read."""
+    histogram: list[tuple[Count, Count]]
+    """Upper edge in nanoseconds, and number of calls, of each bucket that is not empty."""
 
 
 class MeterInfo(msgspec.Struct, frozen=True):
+    """The meter that was read."""
+
     name: str
     covers: str
     rails: list[str]
-    resolution_w: float
-    period_s: float
+    resolution_w: NonNegative
+    period_s: Positive
 
 
 class Curves(msgspec.Struct, frozen=True):
-    """Over seconds from the beginning, thinned out."""
+    """Power and temperature over the time in seconds since the beginning, thinned out to ``MAX_POINTS``."""
 
     power_s: list[float] = []
     power_w: list[float] = []
     temperature_s: list[float] = []
     temperature_c: dict[str, list[float]] = {}
     blocks: list[tuple[str, float, float]] = []
+    """Kind, begin and end of each block."""
 
 
 class Model(msgspec.Struct, frozen=True):
+    """A model that was measured."""
+
     path: str
     digest: str
 
 
 class Report(msgspec.Struct, frozen=True):
-    """``latency_us``, ``energy_per_step_uj``, ``power_w`` and ``engine`` are those of the first result."""
+    """A whole report.
 
-    version: Annotated[int, msgspec.Meta(ge=1)]
+    ``latency_us``, ``energy_per_step_uj``, ``power_w`` and ``engine`` repeat those of the first result.
+    """
+
+    version: int
     edge_ssm: str
+    """Version of edge-ssm."""
     created: str
+    """Date and time, ISO 8601."""
     valid: bool
     invalid_because: list[str]
+    """Changes of the machine that make the measurement invalid."""
     quick: bool
     meter: MeterInfo | None
     notes: list[str]
     machine: Machine
     profile: str | None
-    models: list[Model]
+    """Name of the firmware profile."""
+    models: Annotated[list[Model], msgspec.Meta(min_length=1)]
     samples_from: str
-    rounds: int
-    block_s: float
+    """What the samples are: a recording's path, or a description of the noise."""
+    rounds: PositiveCount
+    block_s: Positive
     seed: int
-    timer_ns: float
+    timer_ns: NonNegative
+    """Nanoseconds that timing adds to a call."""
     idle_w: dict[str, float]
+    """Mean power of the idle machine by rail and as ``total``; empty if no meter could be read."""
     clocks_mhz: list[float]
+    """Highest clock that is allowed, for each online core."""
     gpu_mhz: float | None
     fan_rpm: float | None
-    resident_mib: float
-    start_up_s: float | None
-    load_percent: float
-    """Of all processors, before the run."""
+    resident_mib: NonNegative
+    start_up_s: NonNegative | None
+    """Duration of a run without samples."""
+    load_percent: NonNegative
+    """Load of all processors before the measurement."""
     engine: str
     latency_us: Percentiles
     energy_per_step_uj: Energy | None
@@ -132,9 +164,15 @@ class Report(msgspec.Struct, frozen=True):
     curves: Curves
 
 
+class _Version(msgspec.Struct):
+    version: int
+
+
 def percentiles(histogram: LatencyHistogram) -> Percentiles:
+    """Return the percentiles that a histogram's number of calls can support."""
+
     def tail(per_mille: int) -> float | None:
-        """With ten calls beyond it, their number is known to a third (1/sqrt(10)); with fewer it says little."""
+        # With ten calls beyond a percentile, their number has a relative standard deviation of 1/sqrt(10), a third.
         if histogram.count * (1000 - per_mille) < 10 * 1000:
             return None
         return histogram.percentile_ns(per_mille / 10) / 1e3
@@ -143,162 +181,170 @@ def percentiles(histogram: LatencyHistogram) -> Percentiles:
     return Percentiles(median, tail(900), tail(990), tail(999), longest)
 
 
-def latency_interval(medians_us: list[float], p50: float) -> tuple[float, float]:
-    """Of the median call, microseconds: Student's t over the rounds' medians, and the histogram's resolution on top,
-    for medians that all fall into one bucket agree without being equal. ``p50``, of all calls, is held within."""
-    n, middle = len(medians_us), float(np.mean(medians_us))
-    around = t95(n) * float(np.std(medians_us, ddof=1)) / n**0.5 if n > 1 else middle
-    low, high = min(middle - around, p50), max(middle + around, p50)
+def latency_interval(medians_us: Sequence[float], p50_us: float) -> tuple[float, float]:
+    """Return the 95 % confidence interval of the median latency in microseconds.
+
+    It is Student's t over the medians of the rounds, widened to contain ``p50_us``, the median of all calls, and by the
+    histogram's resolution: medians that fall into the same bucket agree without being equal.
+    """
+    n, mean = len(medians_us), float(np.mean(medians_us))
+    half_width = t95(n) * float(np.std(medians_us, ddof=1)) / n**0.5 if n > 1 else mean
+    low, high = min(mean - half_width, p50_us), max(mean + half_width, p50_us)
     return max(0.0, low * (1 - RESOLUTION)), high * (1 + RESOLUTION)
 
 
-def result(activity: Activity, model: str, run: Run) -> Result:
-    latency, late = percentiles(activity.latency), percentiles(activity.late) if activity.rate_hz else None
-    lanes = activity.engine.lanes
-    low, high = latency_interval(activity.block_p50_us, latency.p50)
-    energy = per_step(run.trace, run.blocks, activity.name) if run.trace is not None else None
+def make_result(workload: Workload, measurement: Measurement) -> Result:
+    """Summarise what was measured of a workload."""
+    latency = percentiles(workload.latency)
+    late = percentiles(workload.late) if workload.rate_hz else None
+    low, high = latency_interval(workload.block_p50_us, latency.p50)
+    trace, lanes = measurement.trace, workload.engine.lanes
+    energy = None if trace is None else energy_per_step(trace, measurement.blocks, workload.name)
     if energy is not None and lanes > 1:
-        shares = ("total", "dynamic", "low", "high", "total_low", "total_high")
-        energy = msgspec.structs.replace(energy, **{name: getattr(energy, name) / lanes for name in shares})
-    of = late or latency
+        fields = ("total", "dynamic", "low", "high", "total_low", "total_high")
+        energy = msgspec.structs.replace(energy, **{name: getattr(energy, name) / lanes for name in fields})
+    jittered = late or latency
+    has_deadline = workload.deadline_s is not None
     return Result(
-        name=activity.name,
-        model=model,
-        engine=activity.engine.name,
-        chunk=activity.chunk,
+        name=workload.name,
+        model=workload.model,
+        engine=workload.engine.name,
+        chunk=workload.chunk,
         lanes=lanes,
-        paced_hz=activity.rate_hz,
+        paced_hz=workload.rate_hz,
         latency_us=latency,
         latency_low_us=low,
         latency_high_us=high,
-        jitter_us=None if of.p99 is None else of.p99 - of.p50,
+        jitter_us=None if jittered.p99 is None else jittered.p99 - jittered.p50,
         late_us=late,
-        deadline_us=None if activity.deadline_s is None else activity.deadline_s * 1e6,
-        deadline_misses=None if activity.deadline_s is None else activity.misses,
-        samples=activity.steps * lanes,
-        samples_per_s=activity.steps * lanes / activity.seconds,
-        cpu_percent=100 * activity.cpu_s / activity.seconds,
+        deadline_us=None if workload.deadline_s is None else workload.deadline_s * 1e6,
+        deadline_misses=workload.misses if has_deadline else None,
+        samples=workload.steps * lanes,
+        samples_per_s=workload.steps * lanes / workload.seconds,
+        cpu_percent=100 * workload.cpu_s / workload.seconds,
         energy_per_step_uj=energy,
-        power_w={} if run.trace is None else mean_power(run.trace, run.blocks, activity.name),
-        histogram=activity.latency.buckets(),
+        power_w={} if trace is None else mean_power(trace, measurement.blocks, workload.name),
+        histogram=workload.latency.buckets(),
     )
 
 
-def curves(run: Run) -> Curves:
-    zero = run.states[0][0]
-    shaded = [(b.kind, b.begin_s - zero, b.end_s - zero) for b in run.blocks]
-    zones = list(run.states[0][1].temperature_c)
-    seen = [(at - zero, s.temperature_c) for at, s in run.states if all(zone in s.temperature_c for zone in zones)]
-    at, watts = ([], []) if run.trace is None else _thinned(run.trace, zero)
+def make_curves(measurement: Measurement) -> Curves:
+    """Return power and temperature over time; a state in which a zone is off line is left out."""
+    zero = measurement.states[0][0]
+    zones = list(measurement.states[0][1].temperature_c)
+    readings = [(at - zero, s.temperature_c) for at, s in measurement.states if set(zones) <= set(s.temperature_c)]
+    power_s, power_w = ([], []) if measurement.trace is None else _thinned(measurement.trace, zero)
     return Curves(
-        at, watts, [t for t, _ in seen], {zone: [celsius[zone] for _, celsius in seen] for zone in zones}, shaded
+        power_s=power_s,
+        power_w=power_w,
+        temperature_s=[at for at, _ in readings],
+        temperature_c={zone: [celsius[zone] for _, celsius in readings] for zone in zones},
+        blocks=[(b.kind, b.begin_s - zero, b.end_s - zero) for b in measurement.blocks],
     )
 
 
 def _thinned(trace: Trace, zero: float) -> tuple[list[float], list[float]]:
-    """Means of neighbours, so that no more than POINTS are left."""
-    count = -(-len(trace.time_s) // POINTS) if len(trace.time_s) else 1
-    whole = len(trace.time_s) // count * count
-    at = (trace.time_s[:whole] - zero).reshape(-1, count).mean(axis=1)
-    watts = trace.total()[:whole].reshape(-1, count).mean(axis=1)
-    return [round(float(t), 3) for t in at], [round(float(w), 4) for w in watts]
+    """Return times and total power, averaged over groups of neighbours so that at most ``MAX_POINTS`` are left."""
+    size = -(-len(trace.time_s) // MAX_POINTS) or 1
+    count = len(trace.time_s) // size * size
+
+    def means(values: Array, digits: int) -> list[float]:
+        return [round(float(v), digits) for v in values[:count].reshape(-1, size).mean(axis=1)]
+
+    return means(trace.time_s - zero, 3), means(trace.total(), 4)
 
 
 def as_json(report: Report) -> bytes:
+    """Return a report as indented JSON."""
     return msgspec.json.format(msgspec.json.encode(report), indent=1) + b"\n"
 
 
+def load(path: Path) -> Report:
+    """Read a report.
+
+    Raises InputRefused, naming the file and the field, for a report that is missing, damaged or of another version.
+    """
+    content = files.read_regular_file(path, MAX_BYTES, remedy="expected a report of edge-ssm profile --json")
+    try:
+        version = msgspec.json.decode(content, type=_Version).version
+        if version != VERSION:
+            raise InputRefused(f"{path}: report version {version}, expected {VERSION}; measure again")
+        return msgspec.json.decode(content, type=Report)
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, or too many digits
+        raise InputRefused(f"{path}: not a report of edge-ssm profile --json ({error})") from None
+
+
 def write(path: Path, content: bytes) -> None:
-    """Raises RunFailed if the place can't be written; ``check_places`` has seen before that it could."""
+    """Write an output file. Raises RunFailed if it cannot be written, although ``check_places`` accepted it."""
     try:
         files.write(path, content)
     except OSError as error:
-        raise RunFailed(f"{path}: can't be written ({error.strerror})") from None
+        raise RunFailed(f"{path}: cannot be written ({error.strerror})") from None
 
 
 def check_place(path: Path) -> None:
-    """Before minutes are spent on what goes there. Raises InputRefused."""
+    """Check, before minutes of work, that an output file can be written. Raises InputRefused."""
     try:
         files.check_writable(path)
     except OSError as error:
-        why = f"can't be written ({error.strerror})"
+        problem = f"cannot be written ({error.strerror})"
         if path.is_dir():
-            why = "is a folder"
+            problem = "is a folder"
         elif not path.exists() and not os.access(Path(os.path.realpath(path)).parent, os.W_OK):
-            why = "its folder is missing or can't be written to"
-        raise InputRefused(f"{path}: {why}; name another file") from None
+            problem = "its folder is missing or cannot be written to"
+        raise InputRefused(f"{path}: {problem}; name another file") from None
 
 
 def check_places(outputs: Mapping[str, Path], inputs: Mapping[str, Path]) -> None:
-    """The same for all ``outputs``, by option; and that none is one of ``inputs`` or another output, under whatever
-    name, which would be lost. Raises InputRefused."""
-    taken = list(inputs.items())
+    """Check all output files, and that none of them overwrites an input or another output.
+
+    Parameters
+    ----------
+    outputs, inputs
+        Paths by the option that names them. Two paths that lead to the same file count as one.
+
+    Raises InputRefused.
+    """
+    others = list(inputs.items())
     for option, path in outputs.items():
         check_place(path)
-        for other, theirs in taken:
-            if _same(path, theirs):
+        for other, other_path in others:
+            if _is_same_file(path, other_path):
                 raise InputRefused(f"{option} {path}: is {other} too, which would be lost; name another file")
         if files.own_descriptor(path) is None and _is_standard_output(path):
             raise InputRefused(f"{option} {path}: standard output goes there; name another file, or /dev/stdout")
-        taken.append((option, path))
+        others.append((option, path))
 
 
-def _same(a: Path, b: Path) -> bool:
+def _is_same_file(a: Path, b: Path) -> bool:
     try:
-        found = a.stat()
-        # Any number may write to a terminal or to /dev/null.
-        return os.path.samestat(found, b.stat()) and not stat.S_ISCHR(found.st_mode)
+        status = a.stat()
+        # Several outputs may go to one terminal or to /dev/null.
+        return os.path.samestat(status, b.stat()) and not stat.S_ISCHR(status.st_mode)
     except OSError:
         return os.path.realpath(a) == os.path.realpath(b)
 
 
 def _is_standard_output(path: Path) -> bool:
     try:
-        found = path.stat()
-        return stat.S_ISREG(found.st_mode) and os.path.samestat(found, os.fstat(1))
+        status = path.stat()
+        return stat.S_ISREG(status.st_mode) and os.path.samestat(status, os.fstat(1))
     except OSError:
         return False
 
 
-def load(path: Path) -> Report:
-    """Raises InputRefused, naming the file and the field, for one that is missing, damaged, of another version, or that
-    no measurement can have given."""
-    from edge_ssm.profiler import report_checks
-
-    content = files.read_regular_file(path, LARGEST, remedy="expected a report of edge-ssm profile --json")
-    try:
-        found = msgspec.json.decode(content, type=Report)
-    except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
-        raise InputRefused(f"{path}: not a report of edge-ssm profile --json ({error})") from None
-    if found.version not in (1, VERSION):
-        version = report_checks.shown(found.version)
-        raise InputRefused(f"{path}: report version {version}, expected {VERSION}; measure again")
-    if found.version == 1:
-        found = _of_version_1(found)
-    if problem := report_checks.problem(found):
-        raise InputRefused(f"{path}: {problem}; no measurement gives that")
-    return found
-
-
-def _of_version_1(found: Report) -> Report:
-    def renewed(r: Result) -> Result:
-        misses = None if r.deadline_us is None else r.deadline_misses
-        return msgspec.structs.replace(r, deadline_misses=misses)
-
-    return msgspec.structs.replace(found, results=[renewed(r) for r in found.results])
-
-
-def short(report: Report) -> str:
-    """In words, where the rounds are fewer or shorter than of a profile that was not cut short; else empty."""
+def brevity_text(report: Report) -> str:
+    """Return a warning about a report of fewer or shorter rounds than the default; empty for others."""
     if report.rounds >= ROUNDS and report.block_s >= BLOCK_S:
         return ""
     return (
         f"{'quick' if report.quick else 'short'}: {report.rounds} rounds of {report.block_s:g} s, fewer or shorter "
-        f"than the {ROUNDS} of {BLOCK_S:g} s of a whole profile; intervals are wide, or miss what is slow"
+        f"than the default of {ROUNDS} rounds of {BLOCK_S:g} s; the intervals are wide, and slow effects are missed"
     )
 
 
 def energy_text(energy: Energy | None) -> str:
+    """Return an energy as text, in microjoules or millijoules."""
     if energy is None:
         return "not measured"
     unit, scale = ("mJ", 1e3) if energy.total >= 1e4 else ("uJ", 1.0)
@@ -309,49 +355,60 @@ def energy_text(energy: Energy | None) -> str:
 
 
 def percentile_texts(of: Percentiles) -> list[str]:
-    """p50, p90, p99, p99.9, the maximum; "-" for what the number of calls can't carry."""
+    """Return p50, p90, p99, p99.9 and the maximum as texts; "-" for None."""
     return ["-" if v is None else f"{v:.1f}" for v in (of.p50, of.p90, of.p99, of.p999, of.max)]
 
 
 def render(report: Report) -> str:
-    """For people."""
-    m = report.machine
-    modes = [
-        x for x in (m.jetpack, m.power_mode and f"mode {m.power_mode}", m.governor and f"governor {m.governor}") if x
-    ]
-    lines = [f"{m.board}, {m.processor}, {m.cores} cores" + (f"; {', '.join(modes)}" if modes else "")]
-    cut = f" ({'quick' if report.quick else 'short'})" if short(report) else ""
-    lines.append(
-        f"{report.rounds} rounds of {report.block_s:g} s blocks{cut}; samples: "
-        f"{report.samples_from}; timing adds {report.timer_ns:.0f} ns to a call"
-    )
-    lines += [f"model {model.path} ({model.digest[:12]})" for model in report.models]
-    lines.append("")
-    lines.append(f"{'':34} {'p50':>9} {'p90':>9} {'p99':>9} {'p99.9':>9} {'max':>9}  us a call")
-    for r in report.results:
-        lines.append(f"{r.name:34} {' '.join(f'{value:>9}' for value in percentile_texts(r.latency_us))}")
-        jitter = "" if r.jitter_us is None else f", jitter {r.jitter_us:.1f} us"
-        lines.append(f"{'':4}{r.samples_per_s:.0f} samples/s, {r.cpu_percent:.0f} % of a core{jitter}")
-        if r.late_us is not None and r.deadline_us is not None:
-            p99 = "" if r.late_us.p99 is None else f"p99 {r.late_us.p99:.1f}, "
-            lines.append(
-                f"{'':4}output after the sample was due: p50 {r.late_us.p50:.1f}, {p99}max "
-                f"{r.late_us.max:.1f} us; {r.deadline_misses} later than the deadline of {r.deadline_us:.0f} us"
-            )
-        if report.meter is not None:
-            lines.append(f"{'':4}energy a sample: {energy_text(r.energy_per_step_uj)}")
-            lines.append(f"{'':4}power: " + _watts(r.power_w))
+    """Return a report as text."""
+    lines = [*_head_lines(report), ""]
+    lines.append(f"{'':34} {'p50':>9} {'p90':>9} {'p99':>9} {'p99.9':>9} {'max':>9}  us per call")
+    for result in report.results:
+        lines += _result_lines(result, report.meter is not None)
     lines.append("")
     if report.meter is None:
         lines.append(NOT_MEASURED)
     else:
-        lines.append(f"power by {report.meter.name}: {report.meter.covers}; idle: {_watts(report.idle_w)}")
-    start = "" if report.start_up_s is None else f"; start to end of an empty run {report.start_up_s:.2f} s"
-    lines.append(f"resident {report.resident_mib:.0f} MiB{start}; load before the run {report.load_percent:.0f} %")
+        lines.append(f"power by {report.meter.name}: {report.meter.covers}; idle: {_power_text(report.idle_w)}")
+    start_up = "" if report.start_up_s is None else f"; a run without samples takes {report.start_up_s:.2f} s"
+    lines.append(f"resident {report.resident_mib:.0f} MiB{start_up}; load before the run {report.load_percent:.0f} %")
     lines += [f"note: {note}" for note in report.notes]
-    lines += [f"INVALID: {why}" for why in report.invalid_because]
+    lines += [f"INVALID: {reason}" for reason in report.invalid_because]
     return "\n".join(sanitize(line) for line in lines)
 
 
-def _watts(by_rail: dict[str, float]) -> str:
-    return ", ".join(f"{name} {watts:.3f} W" for name, watts in by_rail.items()) or "not measured"
+def _head_lines(report: Report) -> list[str]:
+    m = report.machine
+    modes = [m.jetpack, m.power_mode and f"mode {m.power_mode}", m.governor and f"governor {m.governor}"]
+    mode = "".join(f"; {text}" for text in [", ".join(filter(None, modes))] if text)
+    brevity = f" ({'quick' if report.quick else 'short'})" if brevity_text(report) else ""
+    return [
+        f"{m.board}, {m.processor}, {m.cores} cores{mode}",
+        f"{report.rounds} rounds of {report.block_s:g} s blocks{brevity}; samples: {report.samples_from}; "
+        f"timing adds {report.timer_ns:.0f} ns to a call",
+        *(f"model {model.path} ({model.digest[:12]})" for model in report.models),
+    ]
+
+
+def _result_lines(r: Result, has_meter: bool) -> list[str]:
+    jitter = "" if r.jitter_us is None else f", jitter {r.jitter_us:.1f} us"
+    lines = [
+        f"{r.name:34} {' '.join(f'{value:>9}' for value in percentile_texts(r.latency_us))}",
+        f"    {r.samples_per_s:.0f} samples/s, {r.cpu_percent:.0f} % of a core{jitter}",
+    ]
+    if r.late_us is not None and r.deadline_us is not None:
+        p99 = "" if r.late_us.p99 is None else f"p99 {r.late_us.p99:.1f}, "
+        lines.append(
+            f"    output after the sample was due: p50 {r.late_us.p50:.1f}, {p99}max {r.late_us.max:.1f} us; "
+            f"{r.deadline_misses} later than the deadline of {r.deadline_us:.0f} us"
+        )
+    if has_meter:
+        lines += [
+            f"    energy per sample: {energy_text(r.energy_per_step_uj)}",
+            f"    power: {_power_text(r.power_w)}",
+        ]
+    return lines
+
+
+def _power_text(watts_by_rail: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {watts:.3f} W" for name, watts in watts_by_rail.items()) or "not measured"

@@ -1,4 +1,4 @@
-"""A profile's report as one HTML file that needs nothing else: tables, and curves as SVG."""
+"""The report of a profile as a self-contained HTML page: tables, and curves as SVG."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import html
 import math
 from collections.abc import Callable, Mapping, Sequence
 
-from edge_ssm.profiler.report import NOT_MEASURED, Report, Result, energy_text, percentile_texts, short
+from edge_ssm.profiler.report import NOT_MEASURED, Report, Result, brevity_text, energy_text, percentile_texts
 
 WIDTH, HEIGHT = 860, 260
 LEFT, RIGHT, TOP, BOTTOM = 72, 16, 18, 34
@@ -28,6 +28,7 @@ Scale = Callable[[float], float]
 
 
 def render(report: Report) -> str:
+    """Return a report as an HTML page."""
     m, e = report.machine, html.escape
     parts = [
         "<!doctype html><html lang=en><meta charset=utf-8>",
@@ -35,19 +36,19 @@ def render(report: Report) -> str:
         f"<title>edge-ssm profile: {e(m.board)}</title><style>{_STYLE}</style>",
         f"<h1>{e(', '.join(x.path for x in report.models))} on {e(m.board)}</h1>",
     ]
-    parts += [f"<p class=bad>Invalid: {e(why)}.</p>" for why in report.invalid_because]
-    if cut := short(report):
-        parts.append(f"<p class=note>{e(cut[0].upper() + cut[1:])}.</p>")
+    parts += [f"<p class=bad>Invalid: {e(reason)}.</p>" for reason in report.invalid_because]
+    if brevity := brevity_text(report):
+        parts.append(f"<p class=note>{e(brevity.capitalize())}.</p>")
     parts += ["<h2>Latency</h2>", _latency_table(report.results), _latency_plot(report.results)]
     parts += ["<h2>Power and energy</h2>"]
     if report.meter is None:
-        parts.append(f"<p>{e(NOT_MEASURED[0].upper() + NOT_MEASURED[1:])}.</p>")
+        parts.append(f"<p>{e(NOT_MEASURED.capitalize())}.</p>")
     else:
         parts += [_energy_table(report), _power_plot(report)]
         parts.append(
-            f"<p class=note>By {e(report.meter.name)}: {e(report.meter.covers)}; a reading every "
-            f"{report.meter.period_s * 1e3:.0f} ms, in steps of {report.meter.resolution_w * 1e3:.3g} mW. Blocks of "
-            "work are shaded in the colour of what ran; what comes before the first is the warm-up.</p>"
+            f"<p class=note>Measured by {e(report.meter.name)}: {e(report.meter.covers)}; a reading every "
+            f"{report.meter.period_s * 1e3:.0f} ms, in steps of {report.meter.resolution_w * 1e3:.3g} mW. Active "
+            "blocks are shaded in the colour of their workload; the time before the first block is the warm-up.</p>"
         )
     if report.curves.temperature_c:
         parts += ["<h2>Temperature</h2>", _temperature_plot(report)]
@@ -63,7 +64,7 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _latency_table(results: Sequence[Result]) -> str:
-    head = ["microseconds a call", "p50", "p90", "p99", "p99.9", "max", "95 % of p50", "samples/s", "misses"]
+    head = ["microseconds per call", "p50", "p90", "p99", "p99.9", "max", "95 % of p50", "samples/s", "misses"]
     rows = []
     for r in results:
         misses = "" if r.deadline_us is None else f"{r.deadline_misses} of {r.samples // r.chunk // r.lanes}"
@@ -78,13 +79,13 @@ def _energy_table(report: Report) -> str:
     for r in report.results:
         watts = [f"{r.power_w[rail]:.3f} W" if rail in r.power_w else "" for rail in rails]
         rows.append([r.name, energy_text(r.energy_per_step_uj), *watts])
-    return _table(["", "energy a sample", *rails], rows)
+    return _table(["", "energy per sample", *rails], rows)
 
 
 def _frame(
     x_ticks: Sequence[tuple[float, str]], y_ticks: Sequence[tuple[float, str]], x: str, y: str, body: str
 ) -> str:
-    """``ticks``: (place in the picture, text)."""
+    """Return a plot of ``body`` with axes; a tick is a coordinate in the picture and its label."""
     low = HEIGHT - BOTTOM
     lines = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role=img aria-label="{html.escape(y)} over {html.escape(x)}">']
     for at, text in x_ticks:
@@ -99,6 +100,7 @@ def _frame(
 
 
 def _linear(low: float, high: float, first: float, last: float) -> Scale:
+    """Return the linear map from values in [low, high] to coordinates in [first, last]."""
     span = (high - low) or 1.0
     return lambda v: first + (v - low) / span * (last - first)
 
@@ -119,7 +121,7 @@ def _legend(names: Sequence[str]) -> str:
 
 
 def _latency_plot(results: Sequence[Result]) -> str:
-    """Share of calls that take longer than a time, both on log axes: tails show."""
+    """Plot the share of calls that take longer than a time, on two logarithmic axes, which show the tail."""
     low = min(r.histogram[0][0] for r in results) / 1e3 * 0.8
     high = max(r.latency_us.max for r in results) * 1.2
     calls = max(sum(n for _, n in r.histogram) for r in results)
@@ -142,13 +144,13 @@ def _latency_plot(results: Sequence[Result]) -> str:
     return _frame(
         x_ticks,
         y_ticks,
-        "microseconds a call",
+        "microseconds per call",
         "calls that take longer",
         "".join(lines) + _legend([r.name for r in results]),
     )
 
 
-def _over_time(report: Report, x: Scale) -> str:
+def _shaded_blocks(report: Report, x: Scale) -> str:
     kinds = [r.name for r in report.results]
     return "".join(
         f'<rect class=active fill="{COLOURS[kinds.index(kind) % len(COLOURS)]}" x="{x(begin):.1f}" y="{TOP}" '
@@ -159,32 +161,33 @@ def _over_time(report: Report, x: Scale) -> str:
     )
 
 
-def _time_plot(report: Report, curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], what: str) -> str:
-    last = max([t for at, _ in curves.values() for t in at] + [end for _, _, end in report.curves.blocks])
-    values = [v for _, of in curves.values() for v in of]
+def _time_plot(report: Report, curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], label: str) -> str:
+    """Plot curves, each of them times and values by name, over time in seconds."""
+    last = max([t for times, _ in curves.values() for t in times] + [end for _, _, end in report.curves.blocks])
+    values = [v for _, curve in curves.values() for v in curve]
     low, high = min(values), max(values)
     margin = 0.05 * (high - low) or 0.05 * abs(high) or 1.0
     low, high = low - margin, high + margin
     x, y = _linear(0, last, LEFT, WIDTH - RIGHT), _linear(low, high, HEIGHT - BOTTOM, TOP)
-    lines = [_over_time(report, x)]
-    for i, (at, of) in enumerate(curves.values()):
-        points = " ".join(f"{x(t):.1f},{y(v):.1f}" for t, v in zip(at, of, strict=True))
+    lines = [_shaded_blocks(report, x)]
+    for i, (times, curve) in enumerate(curves.values()):
+        points = " ".join(f"{x(t):.1f},{y(v):.1f}" for t, v in zip(times, curve, strict=True))
         lines.append(f'<polyline fill=none stroke="{COLOURS[i % len(COLOURS)]}" points="{points}"/>')
     lines.append(_legend(list(curves)) if len(curves) > 1 else "")
     x_ticks = [(x(t), f"{t:g}") for t in _round_ticks(0, last)]
     y_ticks = [(y(v), f"{v:.4g}") for v in _round_ticks(low, high)]
-    return _frame(x_ticks, y_ticks, "seconds", what, "".join(lines))
+    return _frame(x_ticks, y_ticks, "seconds", label, "".join(lines))
 
 
 def _power_plot(report: Report) -> str:
-    of = report.curves
-    return _time_plot(report, {"power": (of.power_s, of.power_w)}, "watts") if of.power_s else ""
+    curves = report.curves
+    return _time_plot(report, {"power": (curves.power_s, curves.power_w)}, "watts") if curves.power_s else ""
 
 
 def _temperature_plot(report: Report) -> str:
-    of = report.curves
-    zones = {zone: (of.temperature_s, celsius) for zone, celsius in list(of.temperature_c.items())[: len(COLOURS)]}
-    return _time_plot(report, zones, "Celsius")
+    curves = report.curves
+    shown = list(curves.temperature_c.items())[: len(COLOURS)]
+    return _time_plot(report, {zone: (curves.temperature_s, celsius) for zone, celsius in shown}, "degrees Celsius")
 
 
 def _facts(report: Report) -> str:
@@ -193,19 +196,16 @@ def _facts(report: Report) -> str:
         ["processor", f"{m.processor}, {m.cores} cores, {m.memory_mib} MiB"],
         ["system", f"Linux {m.kernel}, Python {m.python}" + (f", {m.jetpack}" if m.jetpack else "")],
         ["power mode", m.power_mode or "none"],
-        ["profile", report.profile or "none"],
+        ["firmware profile", report.profile or "none"],
         ["governor", m.governor or "unknown"],
-        ["clocks allowed", ", ".join(f"{mhz:g} MHz" for mhz in sorted(set(report.clocks_mhz))) or "unknown"],
+        ["highest clock", ", ".join(f"{mhz:g} MHz" for mhz in sorted(set(report.clocks_mhz))) or "unknown"],
         ["gpu clock", f"{report.gpu_mhz:g} MHz" if report.gpu_mhz else "no GPU seen"],
         ["fan", f"{report.fan_rpm:g} rpm" if report.fan_rpm is not None else "none seen"],
         ["protocol", f"{report.rounds} rounds of {report.block_s:g} s blocks in random order, seed {report.seed}"],
         ["samples", report.samples_from],
         ["timing adds", f"{report.timer_ns:.0f} ns to a call"],
         ["resident memory", f"{report.resident_mib:.0f} MiB"],
-        [
-            "start and end of an empty run",
-            "not measured" if report.start_up_s is None else f"{report.start_up_s:.2f} s",
-        ],
+        ["a run without samples", "not measured" if report.start_up_s is None else f"{report.start_up_s:.2f} s"],
         ["load before the run", f"{report.load_percent:.0f} %"],
         *([f"model {model.path}", model.digest] for model in report.models),
         ["measured", f"{report.created}, edge-ssm {report.edge_ssm}"],

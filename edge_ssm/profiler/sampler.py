@@ -1,8 +1,8 @@
-"""Reads a power meter in a process of its own, beside what is measured.
+"""Reading a power meter in a separate process while a measurement runs.
 
-The meter's work is in nobody's steps, and a service that hangs is killed with the process that waits for it. The child
-(``python -m edge_ssm.profiler.sampler NAME FILE``) writes a line of JSON that describes the meter, then one a reading,
-and last, if the meter fails, why.
+This way the meter's work is part of no step, and a service that hangs is killed together with the process that waits
+for it. The child process (``python -m edge_ssm.profiler.sampler NAME FILE PARENT``) writes lines of JSON to FILE: first
+one that describes the meter, then one for each reading, and at the end the reason if the meter fails.
 """
 
 from __future__ import annotations
@@ -19,16 +19,18 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
-from edge_ssm.errors import MeterLost, MeterUnavailable
+from edge_ssm.errors import MeterLost, MeterUnavailable, UsageError
 from edge_ssm.hardware.meters.base import Rail
-from edge_ssm.hardware.meters.registry import METERS
+from edge_ssm.hardware.meters.registry import METERS, open_meter
 from edge_ssm.model.network import Array
 
 START_S = 15.0
-"""A meter that says nothing for so long is given up: jtop's client can wait for ever."""
+"""Time in seconds after which a meter without a reading is given up: jtop's client can wait for ever."""
 
 
-class Described(msgspec.Struct, frozen=True):
+class MeterDescription(msgspec.Struct, frozen=True):
+    """The properties of a meter, see ``edge_ssm.hardware.meters.base.Meter``."""
+
     name: str
     rails: list[Rail]
     total: list[str]
@@ -37,7 +39,9 @@ class Described(msgspec.Struct, frozen=True):
 
 
 class _Line(msgspec.Struct, frozen=True):
-    meter: Described | None = None
+    """A line of the child process: a description, a reading or an error."""
+
+    meter: MeterDescription | None = None
     time_s: float = 0.0
     watts: list[float] = []
     error: str = ""
@@ -45,48 +49,51 @@ class _Line(msgspec.Struct, frozen=True):
 
 @dataclass
 class Trace:
-    """What a meter said: ``time_s`` (n,) float64 of CLOCK_MONOTONIC, ``watts`` (n, rails) float64."""
+    """The readings of a meter over time."""
 
-    meter: Described
+    meter: MeterDescription
     time_s: Array
+    """Shape (n,), float64: time of each reading in seconds of CLOCK_MONOTONIC."""
     watts: Array
+    """Shape (n, rails), float64: power of each rail in watts."""
 
     def total(self) -> Array:
-        """(n,): the sum of the rails that make up the whole."""
+        """Return the power of the whole board in watts, shape (n,)."""
         names = [rail.name for rail in self.meter.rails]
         total: Array = self.watts[:, [names.index(name) for name in self.meter.total]].sum(axis=1)
         return total
 
     @property
     def resolution_w(self) -> float:
-        """Of the whole: quanta of several rails add."""
+        """Resolution of the total in watts: the resolutions of its rails add up."""
         return sum(rail.resolution_w for rail in self.meter.rails if rail.name in self.meter.total)
 
 
 @dataclass
 class Sampler:
-    """A running child. ``meter`` is what it reads."""
+    """A child process that reads a meter."""
 
-    meter: Described
+    meter: MeterDescription
     _process: subprocess.Popen[bytes]
     _file: Path
     _folder: tempfile.TemporaryDirectory[str] = field(repr=False)
 
-    def failed(self) -> str:
-        """Why the meter no longer reads; empty while it does."""
+    def failure(self) -> str:
+        """Return why the meter no longer reads; empty while it does."""
         if self._process.poll() is None:
             return ""
         lines = _lines(self._file)
         return (lines[-1].error if lines else "") or f"{self.meter.name}: its reader ended"
 
     def trace(self) -> Trace:
-        """All readings so far."""
+        """Return all readings up to now."""
         readings = [line for line in _lines(self._file) if line.watts]
         times = np.array([line.time_s for line in readings])
         watts = np.array([line.watts for line in readings]).reshape(len(readings), len(self.meter.rails))
         return Trace(self.meter, times, watts)
 
     def stop(self) -> None:
+        """End the child process and remove its file."""
         if self._process.poll() is None:
             self._process.terminate()
             try:
@@ -98,43 +105,76 @@ class Sampler:
 
 
 def _lines(path: Path) -> list[_Line]:
+    """Return the complete lines of the child process; the last one may be half written."""
     try:
-        whole = path.read_bytes().split(b"\n")[:-1]
+        complete = path.read_bytes().split(b"\n")[:-1]
     except OSError:
         return []
-    return [msgspec.json.decode(line, type=_Line) for line in whole]
+    return [msgspec.json.decode(line, type=_Line) for line in complete]
 
 
 def start(name: str, limit_s: float = START_S) -> Sampler:
-    """Raises MeterUnavailable, in one line, if the meter can't be read or is silent for ``limit_s``."""
+    """Start to read the meter ``name`` of the registry.
+
+    Raises MeterUnavailable if the meter cannot be read or gives no reading within ``limit_s`` seconds.
+    """
     folder = tempfile.TemporaryDirectory(prefix="edge-ssm-")
     try:
-        return _started(name, limit_s, folder)
-    except BaseException:  # a Ctrl-C too
+        return _start(name, limit_s, folder)
+    except BaseException:  # Ctrl-C as well
         folder.cleanup()
         raise
 
 
-def _started(name: str, limit_s: float, folder: tempfile.TemporaryDirectory[str]) -> Sampler:
+def start_selected(meter: str) -> tuple[Sampler | None, list[str]]:
+    """Start to read the meter that the option ``--meter`` names.
+
+    Parameters
+    ----------
+    meter
+        A name of the registry; "auto" for the first meter that can be read; "none" for no meter.
+
+    Returns
+    -------
+    The sampler, None without one, and for "auto" the reasons why the meters before it cannot be read.
+
+    Raises UsageError for an unknown name, and MeterUnavailable if a named meter cannot be read.
+    """
+    if meter == "none":
+        return None, []
+    if meter != "auto":
+        if meter not in METERS:
+            raise UsageError(f"--meter {meter!r}: unknown, expected auto, none, {', '.join(METERS)}")
+        return start(meter), []
+    problems: list[str] = []
+    for name in METERS:
+        try:
+            return start(name), problems
+        except MeterUnavailable as error:
+            problems.append(str(error))
+    return None, problems
+
+
+def _start(name: str, limit_s: float, folder: tempfile.TemporaryDirectory[str]) -> Sampler:
     path = Path(folder.name) / "readings"
     command = [sys.executable, "-m", "edge_ssm.profiler.sampler", name, str(path), str(os.getpid())]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(entry or os.getcwd() for entry in sys.path)}
     process = subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment
     )
-    until = time.monotonic() + limit_s
+    deadline = time.monotonic() + limit_s
     try:
         while True:
-            ended = process.poll() is not None
+            has_ended = process.poll() is not None
             lines = _lines(path)
-            described = next((line.meter for line in lines if line.meter), None)
-            if described is not None and len(lines) > 1:
-                return Sampler(described, process, path, folder)
-            why = next((line.error for line in lines if line.error), "")
-            if not why and not ended and time.monotonic() > until:
-                why = f"{name}: no reading within {limit_s:g} s"
-            if why or ended:
-                raise MeterUnavailable(why or f"{name}: its reader ended with status {process.returncode}")
+            description = next((line.meter for line in lines if line.meter), None)
+            if description is not None and len(lines) > 1:
+                return Sampler(description, process, path, folder)
+            problem = next((line.error for line in lines if line.error), "")
+            if not problem and not has_ended and time.monotonic() > deadline:
+                problem = f"{name}: no reading within {limit_s:g} s"
+            if problem or has_ended:
+                raise MeterUnavailable(problem or f"{name}: its reader ended with status {process.returncode}")
             time.sleep(0.02)
     except BaseException:
         process.kill()
@@ -142,32 +182,33 @@ def _started(name: str, limit_s: float, folder: tempfile.TemporaryDirectory[str]
         raise
 
 
-def _child(name: str, path: str, parent: int) -> None:
+def _read_meter(name: str, path: str, parent: int) -> None:
+    """Read a meter until the parent process is gone; this is what the child process does."""
     with open(path, "wb", buffering=0) as file:
 
-        def say(line: _Line) -> None:
+        def write(line: _Line) -> None:
             file.write(msgspec.json.encode(line) + b"\n")
 
         try:
-            meter = METERS[name]()
+            meter = open_meter(name)
         except MeterUnavailable as error:
-            say(_Line(error=str(error)))
+            write(_Line(error=str(error)))
             return
-        say(_Line(Described(meter.name, list(meter.rails), list(meter.total), meter.covers, meter.period_s)))
+        write(_Line(MeterDescription(meter.name, list(meter.rails), list(meter.total), meter.covers, meter.period_s)))
         try:
             due = time.monotonic()
             while os.getppid() == parent:
                 reading = meter.read()
                 if reading is not None:
-                    say(_Line(time_s=reading.time_s, watts=list(reading.watts)))
+                    write(_Line(time_s=reading.time_s, watts=list(reading.watts)))
                 due = max(due + meter.poll_s, time.monotonic() + meter.poll_s / 4)
                 time.sleep(max(0.0, due - time.monotonic()))
         except MeterLost as error:
-            say(_Line(error=str(error)))
+            write(_Line(error=str(error)))
         finally:
             meter.close()
 
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    _child(sys.argv[1], sys.argv[2], int(sys.argv[3]))
+    _read_meter(sys.argv[1], sys.argv[2], int(sys.argv[3]))

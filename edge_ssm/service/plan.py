@@ -106,7 +106,7 @@ class _Check:
                 signatures.load_key(Path(key))
         with self._at("model"):
             model, network = models.load(settings.model, settings.sample_rate, settings.require_signature)
-        self._asked = model.engine
+        self._asked = model.resolve_engine
         self._digest = model.digest
         signed = ", signed" if settings.require_signature else ""
         kept = ", reloaded when it changes" if settings.reload else ""
@@ -132,7 +132,7 @@ class _Check:
                 if model.digest in loaded:
                     raise UsageError(f"{path}: is {loaded[model.digest]}, or there twice; expected a smaller model")
             loaded[model.digest] = path
-            self._threads(model.engine(settings.engine))
+            self._threads(model.resolve_engine(settings.engine))
             self._say("member", f"{path}, digest {model.digest[:12]}")
 
     def _source(self, network: Network) -> None:
@@ -183,7 +183,7 @@ class _Check:
         named = None
         with self._at("profile"):
             if settings.profile != "none":
-                named, warning = boards.chosen(settings.profile)
+                named, warning = boards.select(settings.profile)
                 if warning:
                     self._warn("profile", warning)
         with self._at("latency_budget" if settings.latency_budget and settings.chunk != "auto" else "chunk"):

@@ -284,7 +284,7 @@ def candidate(
 
     runtime = named.profile.runtime if named else None
     gpu_waits = runtime.gpu_waits if runtime else "spin"
-    name = model.engine(settings.engine)
+    name = model.resolve_engine(settings.engine)
     off_by = model.exported.document.measured.max_error if model.exported else 0.0
     if name in ("auto", "cpu", "cpu-float32"):
         with suppress(EngineUnavailable):  # said again, or gone around, by what follows
@@ -307,7 +307,7 @@ def firmware_profile(name: str, say: Say) -> boards.NamedProfile | None:
     """The one asked for; a mismatch is a warning."""
     if name == "none":
         return None
-    named, warning = boards.chosen(name)
+    named, warning = boards.select(name)
     if warning:
         say(f"warning: {warning}")
     return named
@@ -375,9 +375,9 @@ def _reloader(
 def _power() -> Callable[[], float | None]:
     """Watts now, by the first meter that is read from files; None where there is none."""
     from edge_ssm.errors import MeterLost
-    from edge_ssm.telemetry.top import file_meter
+    from edge_ssm.hardware.meters.registry import open_file_meter
 
-    meter = file_meter()
+    meter = open_file_meter()
 
     def read() -> float | None:
         if meter is None:

@@ -5,28 +5,16 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 
-from edge_ssm.errors import MeterLost, MeterUnavailable
+from edge_ssm.errors import MeterLost
 from edge_ssm.hardware import machine
 from edge_ssm.hardware.boards import power_mode
 from edge_ssm.hardware.meters.base import Meter
-from edge_ssm.hardware.meters.registry import METERS
 from edge_ssm.telemetry.publisher import EVENTS
 from edge_ssm.telemetry.status import Status
 from edge_ssm.text import sanitize
 
 STALE_S = 5.0
 BAR = 30
-
-
-def file_meter() -> Meter | None:
-    """The first meter that is read from files. jtop's client is left to ``profile``: it can hang."""
-    for name, open_it in METERS.items():
-        if name != "jtop":
-            try:
-                return open_it()
-            except MeterUnavailable:
-                continue
-    return None
 
 
 def power_line(meter: Meter | None) -> str:

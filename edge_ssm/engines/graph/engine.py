@@ -17,7 +17,7 @@ from edge_ssm.engines.base import Engine, refusal
 from edge_ssm.engines.graph.denormals import Flushing
 from edge_ssm.errors import ArtifactError, UsageError
 from edge_ssm.formats import exported
-from edge_ssm.formats.containers import Kind
+from edge_ssm.formats.containers import GraphKind
 from edge_ssm.formats.exported import Graph
 from edge_ssm.formats.graph.parts import cells_of
 from edge_ssm.model.input_range import input_range
@@ -41,7 +41,7 @@ class Slot:
 
 
 class ExportedEngine(Engine):
-    kind: ClassVar[Kind]
+    kind: ClassVar[GraphKind]
     dtype: ClassVar[npt.DTypeLike] = np.dtype(np.float32)
 
     def __init__(self, network: Network, lanes: int = 1, graph: Graph | None = None, threads: int = 1) -> None:
@@ -63,12 +63,14 @@ class ExportedEngine(Engine):
     def _fitting(self, graph: Graph | None) -> Graph:
         """The file's own graph, or one made here: of an artifact, or for another sample rate than the file's."""
         if graph is not None and graph.kind == self.kind:
-            if graph.form.fingerprint == self.fingerprint:
+            if graph.spec.fingerprint == self.fingerprint:
                 return graph
-            form, instead = graph.form, ", or stream at the file's own sample rate, or take --engine cpu"
-            return exported.build(self.kind, self.network, form.weights, form.reach, form.chunk, instead=instead)
+            spec, alternative = graph.spec, ", or stream at the file's own sample rate, or take --engine cpu"
+            return exported.build(
+                self.kind, self.network, spec.weights, spec.input_maxima, spec.chunk, alternative=alternative
+            )
         command = f"edge-ssm-build export MODEL --to {self.kind} --output MODEL.{self.kind}"
-        return exported.build(self.kind, self.network, instead=f", or on the workstation: {command}")
+        return exported.build(self.kind, self.network, alternative=f", or on the workstation: {command}")
 
     def step(self, sample: npt.ArrayLike, out: Array | None = None) -> Array:
         x = np.asarray(sample, dtype=np.float64)
@@ -168,7 +170,7 @@ class ExportedEngine(Engine):
 
 def _slots(network: Network, graph: Graph) -> list[Slot]:
     slots = []
-    for i, (states, block) in enumerate(zip(graph.form.states, network.blocks, strict=True)):
+    for i, (states, block) in enumerate(zip(graph.spec.states, network.blocks, strict=True)):
         for state in states:
             at, cells = cells_of(block.ssm.pairs, np.array(state.channels, dtype=np.int64), state.pairs)
             slots.append(Slot((state.re, state.im), (len(state.channels), state.pairs), i, at, cells))

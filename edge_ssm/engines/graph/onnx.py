@@ -20,8 +20,8 @@ import onnxruntime as ort
 from edge_ssm.engines.graph.engine import ExportedEngine
 from edge_ssm.engines.registry import GPU_NODES
 from edge_ssm.errors import ArtifactError, RunFailed
-from edge_ssm.formats.containers import Kind
-from edge_ssm.formats.exported import ANY
+from edge_ssm.formats.containers import GraphKind
+from edge_ssm.formats.exported import ANY_LENGTH
 from edge_ssm.model.network import Array
 
 TENSORRT, CUDA, CPU = "TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"
@@ -40,7 +40,7 @@ class _Lane:
 
 class OnnxEngine(ExportedEngine):
     name: ClassVar[str] = "onnx"
-    kind: ClassVar[Kind] = "onnx"
+    kind: ClassVar[GraphKind] = "onnx"
 
     def _open(self, threads: int) -> None:
         asked, self.warning = providers(ort.get_available_providers())
@@ -93,7 +93,7 @@ class OnnxEngine(ExportedEngine):
 
     def _advance(self, lane: int, z: Array, outputs: Array) -> None:
         states = self._lanes[lane]
-        if self.graph.form.chunk == ANY and len(z) > 1:
+        if self.graph.spec.chunk == ANY_LENGTH and len(z) > 1:
             samples, made = z.astype(np.float32), np.empty(outputs.shape, np.float32)
             self._call(self._binding(states, states.turn, samples, made))
             states.turn = 1 - states.turn

@@ -16,7 +16,7 @@ import numpy as np
 
 from edge_ssm.engines.graph.engine import ExportedEngine
 from edge_ssm.errors import ArtifactError, RunFailed
-from edge_ssm.formats.containers import Kind
+from edge_ssm.formats.containers import GraphKind
 from edge_ssm.model.network import Array
 
 try:
@@ -31,7 +31,7 @@ STDERR = 2
 
 class TfliteEngine(ExportedEngine):
     name: ClassVar[str] = "tflite"
-    kind: ClassVar[Kind] = "tflite"
+    kind: ClassVar[GraphKind] = "tflite"
 
     def _open(self, threads: int) -> None:
         try:
@@ -42,7 +42,7 @@ class TfliteEngine(ExportedEngine):
             )
             self._check(_shapes(inputs), _shapes(outputs))
             self._chunk_runner: Any = None
-            if self.graph.form.chunk > 1:
+            if self.graph.spec.chunk > 1:
                 # Another interpreter: one that has lent itself to a runner refuses to be invoked.
                 self._chunk_runner = self._loaded(threads).get_signature_runner("chunk")
             for detail in inputs.values():
@@ -99,7 +99,7 @@ class TfliteEngine(ExportedEngine):
 
     def _advance_chunks(self, z: Array, outputs: Array) -> int:
         """As many samples as whole chunks have; returns their number."""
-        size = self.graph.form.chunk
+        size = self.graph.spec.chunk
         names = [name for slot in self._slots for name in slot.names]
         whole = len(z) // size * size
         for begin in range(0, whole, size):

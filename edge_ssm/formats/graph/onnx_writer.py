@@ -1,7 +1,8 @@
-"""The step as an ONNX model, checked by ONNX's own checker. Needs the package ``onnx``.
+"""Writing the step as an ONNX model, which ONNX's own checker verifies. Needs the package ``onnx``.
 
-Inputs ``input`` (1, d_input), normalised, or a token, and a state's parts; outputs ``output`` (1, d_output) and the new
-parts. With ``chunk`` the model takes any number of samples, (T, d_input) to (T, d_output), by a Scan of the step.
+The inputs are ``input``, a normalised sample or a token of shape (1, d_input), and the states; the outputs are
+``output``, shape (1, d_output), and the new states. With ``chunk`` the model takes any number of samples, (T, d_input)
+to (T, d_output), as a Scan over the step.
 """
 
 from __future__ import annotations
@@ -17,22 +18,24 @@ from edge_ssm.formats.graph.step import Shape, States, Value, state_names, write
 from edge_ssm.model.network import Array, Norm
 
 OPSET, IR = 20, 9
-"""Opset 20 is the first with Gelu; ONNX Runtime reads it, and this IR, from 1.17 on."""
+"""Opset 20 is the first one with Gelu; ONNX Runtime supports it, and this IR version, since 1.17."""
 
 
 class OnnxWriter:
-    """See ``step.Writer``; a value's ref is its name."""
+    """A ``step.Writer`` for ONNX, in which the reference to a value is its name."""
 
     def __init__(self) -> None:
         self.nodes: list[Any] = []
         self.constants: dict[str, Any] = {}
 
     def constant(self, name: str, array: Array) -> Value:
+        """Return the constant of this name, which is added if it is new."""
         if name not in self.constants:
             self.constants[name] = numpy_helper.from_array(np.ascontiguousarray(array), name)
         return Value(name, array.shape)
 
     def node(self, kind: str, inputs: Sequence[Value], shape: Shape, name: str = "", **attributes: Any) -> Value:
+        """Add an operator with one output of the given shape, and return the output."""
         name = name or f"{kind.lower()}.{len(self.nodes)}"
         refs = [x.ref for x in inputs]
         self.nodes.append(helper.make_node(kind, refs, [name], name=name, **attributes))
@@ -42,45 +45,56 @@ class OnnxWriter:
         return self.node(kind, [a, b], np.broadcast_shapes(a.shape, b.shape))
 
     def add(self, a: Value, b: Value) -> Value:
+        """Return a + b."""
         return self._elementwise("Add", a, b)
 
     def sub(self, a: Value, b: Value) -> Value:
+        """Return a - b."""
         return self._elementwise("Sub", a, b)
 
     def mul(self, a: Value, b: Value) -> Value:
+        """Return a * b, element by element."""
         return self._elementwise("Mul", a, b)
 
     def gelu(self, x: Value) -> Value:
+        """Return the exact GELU of x."""
         return self.node("Gelu", [x], x.shape)
 
     def sigmoid(self, x: Value) -> Value:
+        """Return the logistic function of x."""
         return self.node("Sigmoid", [x], x.shape)
 
-    def _whole(self, *numbers: int) -> Value:
+    def _integers(self, *numbers: int) -> Value:
         return self.constant("whole." + "x".join(map(str, numbers)), np.array(numbers, dtype=np.int64))
 
     def reshape(self, x: Value, shape: Shape) -> Value:
-        return self.node("Reshape", [x, self._whole(*shape)], shape)
+        """Return x in another shape."""
+        return self.node("Reshape", [x, self._integers(*shape)], shape)
 
     def sum_last(self, x: Value, keep: bool) -> Value:
+        """Return the sums over the last axis."""
         shape = (*x.shape[:-1], 1) if keep else x.shape[:-1]
-        return self.node("ReduceSum", [x, self._whole(-1)], shape, keepdims=int(keep))
+        return self.node("ReduceSum", [x, self._integers(-1)], shape, keepdims=int(keep))
 
-    def gather(self, x: Value, name: str, places: Array) -> Value:
-        return self.node("Gather", [x, self.constant(name, places)], (*x.shape[:-1], len(places)), axis=-1)
+    def gather(self, x: Value, name: str, indices: Array) -> Value:
+        """Return the elements of x at constant indices along the last axis."""
+        return self.node("Gather", [x, self.constant(name, indices)], (*x.shape[:-1], len(indices)), axis=-1)
 
     def split(self, x: Value, sizes: Sequence[int]) -> list[Value]:
+        """Return x in pieces along the last axis."""
         name = f"split.{len(self.nodes)}"
-        found = [Value(f"{name}.{i}", (*x.shape[:-1], size)) for i, size in enumerate(sizes)]
-        refs = [value.ref for value in found]
-        self.nodes.append(helper.make_node("Split", [x.ref, self._whole(*sizes).ref], refs, name=name, axis=-1))
-        return found
+        pieces = [Value(f"{name}.{i}", (*x.shape[:-1], size)) for i, size in enumerate(sizes)]
+        refs = [piece.ref for piece in pieces]
+        self.nodes.append(helper.make_node("Split", [x.ref, self._integers(*sizes).ref], refs, name=name, axis=-1))
+        return pieces
 
     def concat(self, values: Sequence[Value]) -> Value:
+        """Return the values joined along the last axis."""
         shape = (*values[0].shape[:-1], sum(value.shape[-1] for value in values))
         return self.node("Concat", values, shape, axis=-1)
 
-    def linear(self, x: Value, name: str, linear: Linear, reach: float) -> Value:
+    def linear(self, x: Value, name: str, linear: Linear, input_max: float) -> Value:
+        """Return a linear map of x."""
         rows, columns = linear.weight.shape
         shape, transposed = (1, rows), np.ascontiguousarray(linear.weight.T)
         bias = self.constant(f"{name}.bias", linear.bias)
@@ -91,23 +105,25 @@ class OnnxWriter:
         if linear.weight.dtype == np.float16:
             wide = self.node("Cast", [weight], (columns, rows), to=TensorProto.FLOAT)
         else:
-            # QDQ, symmetric as TensorRT wants it; the runtime makes one integer product of it and the MatMul.
-            # Each has constants of its own: where it changes the type of shared ones it fails, by a name given twice.
-            step = self.constant(f"{name}.x_step", np.array(reach / 127, dtype=np.float32))
+            # Quantise-dequantise pairs, symmetric as TensorRT requires; the runtime merges them and the MatMul into
+            # one integer product. Shared constants would make it fail with a duplicate name when it changes their type.
+            step = self.constant(f"{name}.x_step", np.array(input_max / 127, dtype=np.float32))
             zero = self.constant(f"{name}.x_zero", np.array(0, dtype=np.int8))
             one = self.constant(f"{name}.weight_step", np.array(1, dtype=np.float32))
-            none = self.constant(f"{name}.weight_zero", np.array(0, dtype=np.int8))
+            weight_zero = self.constant(f"{name}.weight_zero", np.array(0, dtype=np.int8))
             x = self.node("QuantizeLinear", [x, step, zero], x.shape)
             x = self.node("DequantizeLinear", [x, step, zero], x.shape)
-            wide = self.node("DequantizeLinear", [weight, one, none], (columns, rows))
-        # The rows' scales stand between MatMul and Add, which ONNX Runtime would join to a Gemm without that product.
+            wide = self.node("DequantizeLinear", [weight, one, weight_zero], (columns, rows))
+        # The product with the scales separates MatMul and Add, which ONNX Runtime would otherwise merge into a Gemm.
         return self.add(self.mul(self.node("MatMul", [x, wide], shape), scale), bias)
 
     def layer_norm(self, x: Value, name: str, norm: Norm) -> Value:
+        """Return the LayerNorm of x, shape (1, H)."""
         weights = self.constant(f"{name}.weight", norm.weight), self.constant(f"{name}.bias", norm.bias)
         return self.node("LayerNormalization", [x, *weights], x.shape, axis=-1, epsilon=norm.eps)
 
     def lookup(self, token: Value, name: str, rows: Array) -> Value:
+        """Return the row with the number ``token``."""
         number = self.reshape(self.node("Cast", [token], token.shape, to=TensorProto.INT64), (1,))
         return self.node("Gather", [self.constant(name, rows), number], (1, rows.shape[1]), axis=0)
 
@@ -116,8 +132,8 @@ def _info(name: str, *shape: int | str) -> Any:
     return helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)
 
 
-def _named(w: OnnxWriter, value: Value, name: str) -> None:
-    """Give an output of the graph its name; where no operator made it, one must."""
+def _name_output(w: OnnxWriter, value: Value, name: str) -> None:
+    """Give an output of the graph its name; an output that no operator computes becomes that of an Identity."""
     for node in w.nodes:
         for refs in (node.input, node.output):
             for i, ref in enumerate(refs):
@@ -127,37 +143,52 @@ def _named(w: OnnxWriter, value: Value, name: str) -> None:
         w.node("Identity", [value], value.shape, name)
 
 
-def write(parts: Parts, reach: Sequence[float], chunk: bool, metadata: dict[str, str]) -> bytes:
-    """A model's bytes. ``reach``: see ``step.write_step``; ``metadata``: text by key."""
+def write(parts: Parts, input_maxima: Sequence[float], chunk: bool, metadata: dict[str, str]) -> bytes:
+    """Return the content of a model file.
+
+    Parameters
+    ----------
+    parts, input_maxima
+        See ``step.write_step``.
+    chunk
+        Whether the model takes any number of samples; else it takes one.
+    metadata
+        Metadata texts by key.
+    """
     w = OnnxWriter()
-    at = "at." if chunk else ""  # a name within the Scan must not be one around it
+    at = "at." if chunk else ""  # a name inside the Scan must differ from the names outside
     names = state_names(parts)
     flat = [(name, shape) for re, im, shape in names for name in (re, im)]
     states: States = [(Value(at + re, shape), Value(at + im, shape)) for re, im, shape in names]
     sample = Value(f"{at}input", (parts.d_input,) if chunk else (1, parts.d_input))
     row = w.reshape(sample, (1, parts.d_input)) if chunk else sample
-    output, after = write_step(w, parts, row, states, reach)
+    output, after = write_step(w, parts, row, states, input_maxima)
     d_output = output.shape[1]
     if chunk:
         output = w.reshape(output, (d_output,))
-    _named(w, output, f"{at}output")
+    _name_output(w, output, f"{at}output")
     for value, (name, _) in zip([part for pair in after for part in pair], flat, strict=True):
-        _named(w, value, f"{at}new.{name}")
-    given = [_info(at + name, *shape) for name, shape in flat]
-    made = [_info(f"{at}new.{name}", *shape) for name, shape in flat]
+        _name_output(w, value, f"{at}new.{name}")
+    old_states = [_info(at + name, *shape) for name, shape in flat]
+    new_states = [_info(f"{at}new.{name}", *shape) for name, shape in flat]
     nodes, length = w.nodes, "samples" if chunk else 1
     if chunk:
         body = helper.make_graph(
-            nodes, "step", [*given, _info(sample.ref, *sample.shape)], [*made, _info(f"{at}output", d_output)]
+            nodes,
+            "step",
+            [*old_states, _info(sample.ref, *sample.shape)],
+            [*new_states, _info(f"{at}output", d_output)],
         )
         ins, outs = [name for name, _ in flat], [f"new.{name}" for name, _ in flat]
         nodes = [helper.make_node("Scan", [*ins, "input"], [*outs, "output"], "scan", body=body, num_scan_inputs=1)]
-        given, made = ([_info(n, *shape) for n, (_, shape) in zip(names_, flat, strict=True)] for names_ in (ins, outs))
+        old_states, new_states = (
+            [_info(name, *shape) for name, (_, shape) in zip(outer, flat, strict=True)] for outer in (ins, outs)
+        )
     graph = helper.make_graph(
         nodes,
         "chunk" if chunk else "step",
-        [_info("input", length, parts.d_input), *given],
-        [_info("output", length, d_output), *made],
+        [_info("input", length, parts.d_input), *old_states],
+        [_info("output", length, d_output), *new_states],
         list(w.constants.values()),
     )
     return _model(graph, metadata)

@@ -1,6 +1,7 @@
-"""A step's parts: real float32 arrays, smaller for what was pruned, from which a graph is written.
+"""The arrays from which a graph is written: real, mostly float32, without what pruning removed.
 
-Channels of about as many states lie in one rectangle, so that a runtime without ragged arrays steps few of them.
+A runtime without ragged arrays needs rectangular ones, so channels with about the same number of states are grouped
+into a rectangle, padded to the largest of them.
 """
 
 from __future__ import annotations
@@ -14,114 +15,136 @@ from edge_ssm.model.network import Array, Block, LinearEncoder, MixingDtype, Net
 from edge_ssm.model.transforms import quantised
 
 GROUP_COST = 1024
-"""What the operators of one more rectangle cost, in padded pairs: some ten calls against elements."""
+"""Cost of the operators of one more rectangle, about ten calls, expressed as a number of padded pairs."""
 
 
 @dataclass(frozen=True)
 class Group:
-    """k channels of a layer in a rectangle of n pairs each, padded where one has fewer. Real parts first: (2, k, n)."""
+    """k channels of a layer in a rectangle of n pairs each, in the notation of ``discretize.StepParameters``.
+
+    Arrays of shape (2, k, n) are float32 and hold the real parts, then the imaginary parts.
+    """
 
     channels: Array
-    """(k,) int64: places among the layer's K active channels."""
+    """Shape (k,), int64: positions among the layer's K active channels."""
     states: Array
-    """(s,) int64: places of their states in the layer's axis of S."""
+    """Shape (s,), int64: positions of the channels' states among the layer's S states."""
     cells: Array
-    """(s,) int64: places of the same states in the rectangle, flat. What is left of it is padding."""
+    """Shape (s,), int64: positions of the same states in the flattened rectangle; the other cells are padding."""
     delta: Array
-    """(2, k, n): Abar - 1. A padded state has -1: it takes the input and forgets it."""
+    """Shape (2, k, n): Abar - 1. It is -1 for padding, which takes the input and forgets it."""
     C: Array
-    """(2, k, n): of 2 C Bbar, the imaginary part negated, so that y is one sum of products; 0 for padding."""
+    """Shape (2, k, n): 2 C Bbar with negated imaginary part, so that y is a sum of products; 0 for padding."""
     p: Array | None
-    """(2, k, n) of the rank-one term; None for diagonal channels."""
+    """Shape (2, k, n): p of the rank-one term; None for diagonal channels."""
     r: Array | None
-    """(2, k, n): of 2 r, the imaginary part negated."""
-    beta: Array | None  # (k, 1)
+    """Shape (2, k, n): 2 r with negated imaginary part; None for diagonal channels."""
+    beta: Array | None
+    """Shape (k, 1), float32; None for diagonal channels."""
 
     @property
     def shape(self) -> tuple[int, int]:
+        """The shape of the rectangle, (k, n)."""
         _, k, n = self.delta.shape
         return k, n
 
 
 @dataclass(frozen=True)
 class Linear:
-    """y = weight x * scale + bias."""
+    """A linear map, y = (weight x) * scale + bias."""
 
-    weight: Array  # (out, in): float32, float16 or int8
-    bias: Array  # (out,) float32
-    scale: Array | None = None  # (out,) float32; None for float32 weights
+    weight: Array
+    """Shape (out, in): float32, float16 or int8."""
+    bias: Array
+    """Shape (out,), float32."""
+    scale: Array | None = None
+    """Shape (out,), float32; None for float32 weights."""
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One block; the channels that enter its mixing are in the order of its groups, then the bypassed ones."""
+    """One block. The G channels that enter its mixing are in the order of its groups, then the bypassed ones."""
 
-    columns: Array  # (G,) int64, channels
+    columns: Array
+    """Shape (G,), int64: the channels that enter the mixing."""
     groups: tuple[Group, ...]
-    D: Array  # (G,) float32
-    gated: bool
-    mixing: Linear  # in = G; out = 2R if gated, else R
+    D: Array
+    """Shape (G,), float32."""
+    is_gated: bool
+    """Whether a gated linear unit follows the mixing."""
+    mixing: Linear
+    """From G values to 2R if gated, else to R."""
     order: Array | None
-    """(H,) int64: where each channel's summand lies in the R of mixing with ``constants`` behind; None if as it is."""
-    constants: Array  # (H - R,) float32
+    """Shape (H,), int64: position of each channel among the R results followed by ``constants``; None if R = H."""
+    constants: Array
+    """Shape (H - R,), float32: what the removed rows add."""
     norm: Norm | None
 
 
 @dataclass(frozen=True)
 class Parts:
+    """The arrays of a whole network."""
+
     h: int
     d_input: int
     encoder: Linear | Array
-    """Of normalised samples, or the embedding (vocabulary, H) of tokens."""
+    """The map of normalised samples, or the embedding of tokens, shape (vocabulary, H)."""
     layers: tuple[Layer, ...]
     decoder: Linear
     prenorm: bool
 
 
 def parts_of(network: Network, weights: MixingDtype = "float32") -> Parts:
-    """The parts of ``network``'s step with mixing weights of a type: those it has, or theirs rounded once more."""
+    """Return the arrays of a network, with its mixing weights rounded to the type ``weights`` if they have another."""
     encoder = network.encoder
     decoder = Linear(network.decoder.weight, network.decoder.bias)
     if isinstance(encoder, TokenEncoder):
-        enters: Linear | Array = encoder.embedding
+        entry: Linear | Array = encoder.embedding
     else:
         assert isinstance(encoder, LinearEncoder)
-        enters = Linear(encoder.weight, encoder.bias)
+        entry = Linear(encoder.weight, encoder.bias)
     layers = tuple(_layer(network, block, weights) for block in network.blocks)
-    return Parts(network.d_model, network.d_input, enters, layers, decoder, network.prenorm)
+    return Parts(network.d_model, network.d_input, entry, layers, decoder, network.prenorm)
 
 
 def groups_of(network: Network, block: Block) -> tuple[Group, ...]:
+    """Return the groups of a block's active channels; channels with and without a rank-one term are separate."""
     step = step_parameters(block.ssm, network.discretization)
     groups = []
-    for ranked in (False, True):
-        channels = np.flatnonzero(step.rank_one == ranked)
+    for rank_one in (False, True):
+        channels = np.flatnonzero(step.rank_one == rank_one)
         groups += [_group(step, members) for members in _rectangles(channels, step.pairs)]
     return tuple(groups)
 
 
 def _rectangles(channels: Array, pairs: Array) -> list[Array]:
-    """``channels`` split by their numbers of pairs so that padding and GROUP_COST together are least."""
+    """Split channels by their numbers of pairs so that the cost of padding and of the groups is smallest.
+
+    An optimal split cuts the channels, sorted by their pairs, into consecutive pieces: dynamic programming over them.
+    """
     order = channels[np.argsort(-pairs[channels], kind="stable")]
     heights = pairs[order]
     ends = [*(np.flatnonzero(np.diff(heights)) + 1).tolist(), len(order)] if len(order) else []
     starts = [0, *ends[:-1]]
-    # best[i]: the cost of the first i runs of equal height, and where the last rectangle begins.
+    # best[i]: the cost of the first i runs of equal height, and the run with which the last rectangle begins.
     best: list[tuple[float, int]] = [(0.0, 0)]
     for last, end in enumerate(ends):
         costs = [(best[i][0] + GROUP_COST + int(heights[starts[i]]) * (end - starts[i]), i) for i in range(last + 1)]
         best.append(min(costs))
-    found = []
+    rectangles = []
     run = len(ends)
     while run:
         begin = best[run][1]
-        found.append(np.sort(order[starts[begin] : ends[run - 1]]))
+        rectangles.append(np.sort(order[starts[begin] : ends[run - 1]]))
         run = begin
-    return found[::-1]
+    return rectangles[::-1]
 
 
 def cells_of(pairs: Array, channels: Array, n: int) -> tuple[Array, Array]:
-    """Where the states of ``channels`` lie: in the layer's axis of states, and in a rectangle of n a channel, flat."""
+    """Locate the states of ``channels``, of which the layer's channels have ``pairs`` each.
+
+    Returns their positions among the layer's states, and in a flattened rectangle with n columns, both of shape (s,).
+    """
     first = np.cumsum(pairs) - pairs
     states = np.concatenate([np.arange(first[c], first[c] + pairs[c]) for c in channels])
     cells = np.concatenate([i * n + np.arange(pairs[c]) for i, c in enumerate(channels)])
@@ -137,16 +160,16 @@ def _group(step: StepParameters, channels: Array) -> Group:
         flat[cells] = values[states]
         return np.stack([flat.real, flat.imag]).reshape(2, k, n).astype(np.float32)
 
-    ranked = bool(step.rank_one[channels].any())
+    rank_one = bool(step.rank_one[channels].any())
     return Group(
         channels=channels,
         states=states,
         cells=cells,
         delta=rectangle(step.delta, -1.0),
         C=rectangle(2 * step.C.conj()),
-        p=rectangle(step.p) if ranked else None,
-        r=rectangle(2 * step.r.conj()) if ranked else None,
-        beta=step.beta[channels].astype(np.float32)[:, None] if ranked else None,
+        p=rectangle(step.p) if rank_one else None,
+        r=rectangle(2 * step.r.conj()) if rank_one else None,
+        beta=step.beta[channels].astype(np.float32)[:, None] if rank_one else None,
     )
 
 
@@ -158,23 +181,23 @@ def _layer(network: Network, block: Block, weights: MixingDtype) -> Layer:
     columns = np.concatenate([*active, bypassed]).astype(np.int64)
     if mixing.dtype != weights:
         mixing = quantised(mixing, weights)
-    places = np.searchsorted(mixing.columns, columns)
+    positions = np.searchsorted(mixing.columns, columns)
     linear = Linear(
-        np.ascontiguousarray(mixing.weight[:, places]),
+        np.ascontiguousarray(mixing.weight[:, positions]),
         mixing.bias[mixing.stacked_rows()].astype(np.float32),
         mixing.scale,
     )
-    h, left = network.d_model, len(mixing.rows)
+    h, kept = network.d_model, len(mixing.rows)
     removed = np.setdiff1d(np.arange(h), mixing.rows)
     order = None
     if len(removed):
         order = np.empty(h, dtype=np.int64)
-        order[mixing.rows], order[removed] = np.arange(left), left + np.arange(len(removed))
+        order[mixing.rows], order[removed] = np.arange(kept), kept + np.arange(len(removed))
     return Layer(
         columns=columns,
         groups=groups,
         D=ssm.D[columns].astype(np.float32),
-        gated=mixing.kind == "glu",
+        is_gated=mixing.kind == "glu",
         mixing=linear,
         order=order,
         constants=mixing.constant()[removed].astype(np.float32),

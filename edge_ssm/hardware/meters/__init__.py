@@ -1,1 +1,1 @@
-"""Power meters, one module per kind of sensor."""
+"""Power meters, one module for each kind of sensor."""

@@ -1,76 +1,74 @@
-"""Power meters: what a board's sensors say of its rails, in watts.
+"""The interface of a power meter, and what several meters share.
 
-``open_meter`` finds one that reads; a meter is read from a process of its own (``monitor.sampler``), so that neither
-its work nor a service that hangs is in the way of what is measured.
+``edge_ssm.hardware.meters.registry.open_meter`` opens a meter by name. The profiler reads it in a separate process
+(``edge_ssm.profiler.sampler``), so that neither the meter's own work nor a service that hangs disturbs a measurement.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import msgspec
 
-SYS = Path("/sys")
 FASTEST_S = 0.02
-"""Between readings. Sensors of boards average over milliseconds; asking more often costs more than it tells."""
-WHOLE_BOARD = ("VDD_IN", "POM_5V_IN", "VIN", "VDD_RTC_IN")
-"""Rails that feed all the others."""
+"""Shortest time between readings, in seconds. Board sensors average over milliseconds, so reading more often costs
+processor time without adding information."""
+INPUT_RAILS = ("VDD_IN", "POM_5V_IN", "VIN", "VDD_RTC_IN")
+"""Names of the rails that feed all the others on a Jetson."""
 
 
 class Rail(msgspec.Struct, frozen=True):
+    """A supply rail that a meter measures."""
+
     name: str
     resolution_w: float
-    """The smallest difference that a reading can show, at the voltage seen first."""
+    """Smallest difference between two readings, in watts, at the voltage of the first reading."""
 
 
 @dataclass(frozen=True)
 class Reading:
+    """The power of every rail at one moment."""
+
     time_s: float
-    """CLOCK_MONOTONIC, when the values were taken."""
+    """Time at which the values were taken, in seconds of CLOCK_MONOTONIC."""
     watts: tuple[float, ...]
-    """In the order of the meter's rails."""
+    """Power of each rail, in the order of ``Meter.rails``."""
 
 
 class Meter(ABC):
+    """A power meter.
+
+    The constructor raises MeterUnavailable if the sensor does not exist or cannot be read.
+    """
+
     name: str
     rails: tuple[Rail, ...]
     total: tuple[str, ...]
-    """The rails whose sum is what the board (RAPL: the processor) takes."""
+    """Names of the rails whose sum is the power of the whole board (RAPL: of the processor)."""
     covers: str
-    """What ``total`` is, for people."""
+    """What the sum of the ``total`` rails covers, for display."""
     period_s: float
-    """Between readings that differ."""
+    """Time after which a new value is available, in seconds."""
 
     @property
     def poll_s(self) -> float:
-        """How often to look."""
+        """Interval at which to call ``read``, in seconds."""
         return self.period_s
 
     @abstractmethod
     def read(self) -> Reading | None:
-        """Now; None if nothing new is there yet. Raises MeterLost."""
+        """Return the current reading, or None if there is no new one yet. Raises MeterLost."""
 
     def total_w(self, reading: Reading) -> float:
-        """What the board (RAPL: the processor) takes, by one of its readings."""
+        """Return the power in watts of the whole board (RAPL: of the processor) in one of the meter's readings."""
         return sum(w for rail, w in zip(self.rails, reading.watts, strict=True) if rail.name in self.total)
 
-    def close(self) -> None:  # noqa: B027  most have nothing to close
-        """Nothing is held by the meters that are files."""
+    def close(self) -> None:  # noqa: B027  most meters hold nothing that must be released
+        """Release the meter's resources."""
 
 
-def _read(path: Path) -> str:
-    return path.read_text().strip()
-
-
-def _number(path: Path, otherwise: float) -> float:
-    try:
-        return float(_read(path))
-    except (OSError, ValueError):
-        return otherwise
-
-
-def _total(names: list[str]) -> tuple[str, ...]:
-    whole = [name for name in names if name in WHOLE_BOARD]
-    return tuple(whole[:1] or names)
+def total_rails(names: Sequence[str]) -> tuple[str, ...]:
+    """Return the rails that add up to the whole board: the input rail if it is measured, else all rails."""
+    return tuple([name for name in names if name in INPUT_RAILS][:1] or names)

@@ -1,25 +1,46 @@
-"""The registry of power meters."""
+"""The registry of power meters. A meter's module is imported only when the meter is opened."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
 
+from edge_ssm.errors import MeterUnavailable
 from edge_ssm.hardware.meters.base import Meter
-from edge_ssm.hardware.meters.battery import BatteryMeter
-from edge_ssm.hardware.meters.hwmon import HwmonMeter
-from edge_ssm.hardware.meters.rapl import RaplMeter
 
 
-def _jtop() -> Meter:
-    from edge_ssm.hardware.meters.jtop import JtopMeter
+@dataclass(frozen=True)
+class MeterEntry:
+    """Where to find a meter's class."""
 
-    return JtopMeter()
+    module: str
+    cls: str
+    may_hang: bool = False
+    """Whether the meter asks a service that may never answer; open such a meter only in the sampler's process."""
 
 
-METERS: dict[str, Callable[[], Meter]] = {
-    "hwmon": HwmonMeter,
-    "jtop": _jtop,
-    "rapl": RaplMeter,
-    "battery": BatteryMeter,
+METERS: dict[str, MeterEntry] = {
+    "hwmon": MeterEntry("edge_ssm.hardware.meters.hwmon", "HwmonMeter"),
+    "jtop": MeterEntry("edge_ssm.hardware.meters.jtop", "JtopMeter", may_hang=True),
+    "rapl": MeterEntry("edge_ssm.hardware.meters.rapl", "RaplMeter"),
+    "battery": MeterEntry("edge_ssm.hardware.meters.battery", "BatteryMeter"),
 }
-"""By name, in the order in which they are tried."""
+"""All meters by name, in the order in which ``--meter auto`` tries them."""
+
+
+def open_meter(name: str) -> Meter:
+    """Open the meter of the registry with this name. Raises MeterUnavailable if it cannot be read."""
+    entry = METERS[name]
+    meter: Meter = getattr(import_module(entry.module), entry.cls)()
+    return meter
+
+
+def open_file_meter() -> Meter | None:
+    """Open the first meter that is read from files and cannot hang; None if there is none."""
+    for name, entry in METERS.items():
+        if not entry.may_hang:
+            try:
+                return open_meter(name)
+            except MeterUnavailable:
+                continue
+    return None

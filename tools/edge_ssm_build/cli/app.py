@@ -64,7 +64,7 @@ def _kind_of(model: str) -> str:
         start = b""  # said by whoever reads it
     if start.startswith(ZIP):
         return "checkpoint"
-    if loading.kind_of(Path(model)) is not None:
+    if loading.detect_kind(Path(model)) is not None:
         return "exported"
     return "artifact" if start[8:] == b"{" or model.endswith(".safetensors") else "checkpoint"
 
@@ -446,14 +446,14 @@ def export(model: str, output: str, to: Any, weights: Any, error_bound: float | 
 
 
 def _chunk_size(text: str | None, to: str) -> int:
-    from edge_ssm.formats.exported import ANY
+    from edge_ssm.formats.exported import ANY_LENGTH
 
     if text is None:
         return 1
     if to == "onnx":
         if text != "any":
             raise UsageError(f"--chunk {text!r}: an onnx graph takes any number of samples; give any")
-        return ANY
+        return ANY_LENGTH
     if not text.isdecimal() or not 2 <= int(text) <= 256:
         raise UsageError(f"--chunk {text!r}: expected 2 to 256 samples, which a tflite graph takes one after the other")
     return int(text)
@@ -582,7 +582,7 @@ def record(name: str, output: str, split: Any, window: int, windows_each: int | 
 @click.option("--output", required=True, metavar="DIR/NAME", help="Gets NAME.pem, private, and NAME.pub.pem, public.")
 def keygen(output: str) -> None:
     """Make an Ed25519 key pair that signs models. The private key is not encrypted: keep it where nobody reads it."""
-    signatures.need_library()
+    signatures.require_cryptography()
     from edge_ssm_build.export import signing
 
     _folder(str(Path(output).parent))
@@ -598,7 +598,7 @@ def keygen(output: str) -> None:
 )
 def sign(model: str, keys: tuple[str, ...]) -> None:
     """Sign MODEL, an artifact: writes MODEL.sig beside it. docs/signing.md says what is in it."""
-    signatures.need_library()
+    signatures.require_cryptography()
     from edge_ssm_build.export import signing
 
     path, ids = signing.sign(Path(model), [Path(key) for key in keys])

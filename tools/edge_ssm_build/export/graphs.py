@@ -14,8 +14,8 @@ from edge_ssm.engines.reference import ReferenceEngine
 from edge_ssm.engines.registry import Engine, create
 from edge_ssm.errors import InputRefused, RunFailed
 from edge_ssm.formats import artifact, exported, loading
-from edge_ssm.formats.containers import Kind
-from edge_ssm.formats.exported import Measured
+from edge_ssm.formats.containers import GraphKind
+from edge_ssm.formats.exported import MeasuredError
 from edge_ssm.io import recording
 from edge_ssm.model.network import Array, Mixing, MixingDtype, Network, TokenEncoder
 from edge_ssm.text import sanitize
@@ -32,7 +32,7 @@ class Made:
 
     content: bytes
     weights: MixingDtype
-    measured: Measured
+    measured: MeasuredError
     windows: int
     window_error: float
     """Largest error of a pooled output, which is what a decision is made of; 0 without whole windows."""
@@ -73,7 +73,7 @@ def reach_of(network: Network, samples: Array) -> list[float]:
 def samples_of(network: Network, path: str | None) -> tuple[Array, str]:
     """(n, d_input) in the sensor's units that the graph is tried on, and where they are from."""
     if path is not None:
-        return recording.read(path, network), sanitize(os.path.basename(path), exported.LONGEST_NAME)
+        return recording.read(path, network), sanitize(os.path.basename(path), exported.MAX_NAME_LENGTH)
     rng = np.random.default_rng(0)
     if isinstance(network.encoder, TokenEncoder):
         tokens = rng.integers(0, len(network.encoder.embedding), (SAMPLES, 1))
@@ -89,7 +89,7 @@ def own_weights(network: Network) -> MixingDtype:
 
 def make(
     source: Path,
-    kind: Kind,
+    kind: GraphKind,
     weights: MixingDtype | None = None,
     chunk: int = 1,
     heard: tuple[Array, str] | None = None,
@@ -97,7 +97,7 @@ def make(
 ) -> Made:
     """The exported file of the artifact ``source``.
 
-    ``weights``: of the mixing in the graph, None for the artifact's own. ``chunk``: samples of a call, ``files.ANY``
+    ``weights``: of the mixing in the graph, None for the artifact's own. ``chunk``: samples of a call, ``exported.ANY_LENGTH``
     for any number (ONNX). ``heard``: samples (n, d_input) and what they are; the error is measured on them, and an int8
     ONNX graph quantises the mixing's inputs by the largest of theirs.
 
@@ -125,9 +125,9 @@ def make(
             f"export: the {kind} graph with {chosen} weights is off by up to {off:.1e} from the reference, more than "
             f"{bound or np.inf:g}; nothing was written: {advice}"
         )
-    measured = Measured(off, len(samples), samples_from)
-    made = exported.seal(graph, network, content, loaded.digest, measured)
-    again = exported.read(made, kind)
+    measured = MeasuredError(off, len(samples), samples_from)
+    made = exported.to_bytes(graph, network, content, loaded.digest, measured)
+    again = exported.parse(made, kind)
     engine = create(kind, again.source.network, graph=again.graph)
     if not np.array_equal(_streamed(engine, samples), found):
         raise RunFailed(f"export: the {kind} file steps otherwise than the graph in it; nothing was written")

@@ -85,7 +85,7 @@ def statement(model: Path) -> signatures.Statement:
 
 def envelope(payload: bytes, keys: Sequence[Ed25519PrivateKey]) -> bytes:
     """The DSSE envelope of a payload with one signature a key, as JSON. The same arguments give the same bytes."""
-    signed = signatures.pre_authentication(payload)
+    signed = signatures.pre_authentication_encoding(payload)
     content = signatures.Envelope(
         payload=base64.b64encode(payload).decode(),
         payload_type=signatures.PAYLOAD_TYPE,
