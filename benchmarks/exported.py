@@ -1,4 +1,4 @@
-"""The engines onnx and tflite beside the CPU engine: microseconds a step, and how far from the float64 reference.
+"""The engines onnx and tflite compared with the CPU engine: microseconds per step, and the error.
 
     OMP_NUM_THREADS=1 python benchmarks/exported.py [--rounds 101] [--core N] [--output benchmarks/exported.json]
 

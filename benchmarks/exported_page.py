@@ -1,4 +1,4 @@
-"""The tables of docs/exported.md from exported.json: ``python benchmarks/exported_page.py``."""
+"""Write the tables of docs/exported.md from exported.json: ``python benchmarks/exported_page.py``."""
 
 from __future__ import annotations
 
@@ -11,18 +11,20 @@ PAGE = ROOT / "docs" / "exported.md"
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
+    """Return a Markdown table."""
     lines = [head, ["---"] * len(head), *rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def steps(rows: list[dict[str, Any]]) -> str:
-    found = {(row["engine"], row["shape"], row["pruned"]): row for row in rows}
+    """Return the table of microseconds per step."""
+    by_key = {(row["engine"], row["shape"], row["pruned"]): row for row in rows}
     networks = list(dict.fromkeys((row["shape"], row["pruned"]) for row in rows))
     lines = []
     for engine in dict.fromkeys(row["engine"] for row in rows):
         cells = []
         for shape, pruned in networks:
-            row = found[engine, shape, pruned]
+            row = by_key[engine, shape, pruned]
             time = f"{row['median_us']:.1f}" if row["median_us"] >= 10 else f"{row['median_us']:.2f}"
             cells.append(time if engine == "cpu" else f"{time} ({row['ratio']:.1f}x)")
         lines.append([engine, *cells])
@@ -30,38 +32,41 @@ def steps(rows: list[dict[str, Any]]) -> str:
 
 
 def chunks(rows: list[dict[str, Any]]) -> str:
-    found = {(row["engine"], row["shape"]): row["median_us"] for row in rows}
+    """Return the table of microseconds per sample in chunks."""
+    median_us = {(row["engine"], row["shape"]): row["median_us"] for row in rows}
     shapes = list(dict.fromkeys(row["shape"] for row in rows))
     engines = dict.fromkeys(row["engine"] for row in rows)
-    return table(["", *shapes], [[engine, *(f"{found[engine, shape]:.1f}" for shape in shapes)] for engine in engines])
+    return table(["", *shapes], [[engine, *(f"{median_us[engine, shape]:.1f}" for shape in shapes)] for engine in engines])
 
 
 def errors(rows: list[dict[str, Any]], demo: list[dict[str, Any]]) -> str:
-    found = {(row["engine"], row["weights"], row["network"]): row["max_error"] for row in rows}
-    of_demo = {(row["engine"], row["weights"]): row for row in demo}
+    """Return the table of the largest errors."""
+    max_error = {(row["engine"], row["weights"], row["network"]): row["max_error"] for row in rows}
+    demo_rows = {(row["engine"], row["weights"]): row for row in demo}
     networks = list(dict.fromkeys(row["network"] for row in rows))
     lines = []
     for engine, weights in dict.fromkeys((row["engine"], row["weights"]) for row in rows):
-        cells = [f"{found[engine, weights, network]:.0e}" for network in networks]
-        row = of_demo.get((engine, weights))
+        cells = [f"{max_error[engine, weights, network]:.0e}" for network in networks]
+        row = demo_rows.get((engine, weights))
         cells += (
             [f"{row['max_error']:.0e} ({row['window_error']:.0e})", f"{row['labels_differing']} of {row['windows']}"]
             if row
             else ["", ""]
         )
         lines.append([f"{engine} {weights}", *cells])
-    return table(["", *networks, "demo", "its labels that differ"], lines)
+    return table(["", *networks, "demo", "demo: different labels"], lines)
 
 
 def main() -> None:
+    """Replace the tables between their markers."""
     results = json.loads((ROOT / "benchmarks" / "exported.json").read_text())
-    made = {
+    tables = {
         "steps": steps(results["steps"]),
         "chunks": chunks(results["chunks"]),
         "errors": errors(results["errors"], results["demo"]),
     }
     text = PAGE.read_text()
-    for name, content in made.items():
+    for name, content in tables.items():
         begin, end = f"<!-- {name} -->\n", f"<!-- end {name} -->\n"
         before, rest = text.split(begin)
         text = before + begin + content + end + rest.split(end)[1]

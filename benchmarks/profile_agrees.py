@@ -1,8 +1,8 @@
-"""Whether ``edge-ssm profile`` and the benchmarks of the engine see the same step, and what timing each step costs.
+"""Agreement of ``edge-ssm profile`` with the benchmark of the engines, and the cost of timing each step.
 
     OMP_NUM_THREADS=1 python benchmarks/profile_agrees.py
 
-Rounds take turns: the benchmarks' measure (one look at the clock for twenty steps) and the profile's (each step timed).
+Rounds of both take turns: the benchmark reads the clock once for twenty steps, the profiler after every step.
 """
 
 from __future__ import annotations
@@ -26,25 +26,26 @@ ROUNDS, ROUND_S = 21, 0.1
 
 
 def main() -> None:
+    """Measure, and print the ratios."""
     overhead = protocol.timer_ns()
     print(f"timing adds {overhead:.0f} ns to a call that does nothing")
     for shape, (h, layers) in SHAPES.items():
         network = random_network(h=h, pairs=32, layers=layers, d_input=1, d_output=5)
         samples = samples_for(network, 0, 256)
         engine = create("cpu", network)
-        calls = protocol.Activity("cpu", engine, samples).calls()
-        ratios, ours, theirs = [], [], []
+        calls = protocol.Workload("cpu", engine, samples).calls()
+        ratios, profiler_us, benchmark_us = [], [], []
         for turn in range(ROUNDS + 1):
             (benchmark,) = selection.measure([engine], list(samples[:20]), 5)
             histogram = LatencyHistogram()
-            protocol._back_to_back(calls, time.perf_counter_ns() + int(ROUND_S * 1e9), histogram)
+            protocol.run_back_to_back(calls, time.perf_counter_ns() + int(ROUND_S * 1e9), histogram)
             profiled = histogram.percentile_ns(50) / 1e3
             if turn:
                 ratios.append(profiled / benchmark)
-                ours.append(profiled)
-                theirs.append(benchmark)
+                profiler_us.append(profiled)
+                benchmark_us.append(benchmark)
         print(
-            f"{shape:6} profile p50 {statistics.median(ours):7.2f} us, benchmark {statistics.median(theirs):7.2f} us, "
+            f"{shape:6} profile p50 {statistics.median(profiler_us):7.2f} us, benchmark {statistics.median(benchmark_us):7.2f} us, "
             f"ratio {statistics.median(ratios):.3f} ({min(ratios):.2f} to {max(ratios):.2f})"
         )
 

@@ -1,9 +1,9 @@
-"""A model at half the sample rate it was trained at, without retraining: accuracy on real recordings.
+"""Accuracy of a model on real recordings at half the sample rate of its training, without retraining.
 
     python benchmarks/sample_rate.py MODEL [--data watch] [--output FILE]
 
 The test split is low-pass filtered and resampled to half its rate (scipy, polyphase); the model's step sizes are
-doubled, as `edge-ssm run --sample-rate` does. Needs the `host` extra and a data set with a sample rate.
+doubled, as `edge-ssm run --sample-rate` does. It needs the `host` extra and a data set with a sample rate.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from edge_ssm_build.training.scoring import split_windows
 
 
 def main() -> None:
+    """Measure, print and write the accuracies."""
     parser = argparse.ArgumentParser()
     parser.add_argument("model", type=Path)
     parser.add_argument("--data", default="watch")
