@@ -2,14 +2,16 @@
 
     OMP_NUM_THREADS=1 python benchmarks/exported.py [--rounds 101] [--core N] [--output benchmarks/exported.json]
 
-Needs the `host` and `export` extras. All on one pinned core, one thread each. `steps`: random S4D networks of the sizes
-small (H = 64, N = 64, 2 layers), ecg (128, 64, 4) and large (256, 64, 6), whole, and with 50 and 90 % of the operators
-and their mixing columns removed. All entries of a network take turns, ten steps each after three that
-warm the caches; a figure is the median over rounds, `ratio` the median of the rounds' own ratios to the CPU engine.
-`chunks`: the same a sample for 16 samples in one call. `errors`: 20,000 steps of S4D and S4 networks as training begins
-with them (H = 32, N = 64, 2 layers; S4 is HiPPO-LegS), with operators bypassed; int8 ONNX graphs are calibrated on
-other samples of the same kind. `demo`: the demo on its recording, in windows, as `edge-ssm-build export --input` tries
-it.
+It needs the `host` and `export` extras. Everything runs on one pinned core, with one thread for each engine.
+
+`steps`: random S4D networks of the sizes small (H = 64, N = 64, 2 layers), ecg (128, 64, 4) and large (256, 64, 6),
+whole, and with 50 and 90 % of the operators and their mixing columns removed. The engines of a network take turns, with
+ten steps each after three that warm the caches. A figure is the median over rounds, and `ratio` the median of the
+rounds' own ratios to the CPU engine.
+`chunks`: the same per sample, for 16 samples in one call.
+`errors`: 20,000 steps of S4D and S4 networks as they are before training (H = 32, N = 64, 2 layers; S4 is HiPPO-LegS),
+with operators bypassed; int8 ONNX graphs are calibrated on other samples of the same kind.
+`demo`: the demo on its recording, in windows, as `edge-ssm-build export --input` tests it.
 """
 
 from __future__ import annotations
@@ -46,14 +48,17 @@ WARM, STEPS, CHUNK, LONG = 3, 10, 16, 20_000
 def graph_engine(
     network: Any, kind: exported.GraphKind, weights: Any, calibration: Any, chunk: int = 1
 ) -> tuple[Any, int]:
-    """An engine, and the bytes of its graph."""
-    reach = graphs.reach_of(network, calibration) if weights == "int8" else []
-    graph = exported.build(kind, network, weights, reach, chunk)
+    """Return an engine, and the size of its graph in bytes."""
+    input_maxima = graphs.reach_of(network, calibration) if weights == "int8" else []
+    graph = exported.build(kind, network, weights, input_maxima, chunk)
     return create(kind, network, graph=graph), len(graph.content)
 
 
 def turns(calls: dict[str, Any], warms: dict[str, Any], per_call: int, rounds: int) -> dict[str, dict[str, float]]:
-    """Name -> median microseconds a sample, and its ratio to the first; before a turn it warms the caches."""
+    """Return the median microseconds per sample and the ratio to the first entry, by name.
+
+    The entries take turns; before its turn, each warms the caches.
+    """
     times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds + 1):
         for name, call in calls.items():
@@ -72,31 +77,33 @@ def turns(calls: dict[str, Any], warms: dict[str, Any], per_call: int, rounds: i
 
 
 def stepper(engine: Any, samples: list[Any]) -> Any:
+    """Return a function that steps the engine over the samples."""
     return lambda: [engine.step(x) for x in samples]
 
 
 def steps(rounds: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Return the rows of the tables `steps` and `chunks`."""
     singles, chunked = [], []
     for shape, (h, layers) in SHAPES.items():
         for percent in PRUNED:
-            left = round(h * (1 - percent / 100))
+            kept = round(h * (1 - percent / 100))
             network = random_network(
-                h=h, pairs=32, layers=layers, d_input=1, d_output=5, active=[left] * layers, columns=left
+                h=h, pairs=32, layers=layers, d_input=1, d_output=5, active=[kept] * layers, columns=kept
             )
             samples = samples_for(network, 0, CHUNK)
-            made = {"cpu": (create("cpu", network), 0)}
+            engines = {"cpu": (create("cpu", network), 0)}
             for kind in KINDS:
                 for weights in MIXING_DTYPES:
-                    made[f"{kind} {weights}"] = graph_engine(network, kind, weights, samples)
+                    engines[f"{kind} {weights}"] = graph_engine(network, kind, weights, samples)
 
             calls, warms = (
-                {name: stepper(engine, list(samples[:count])) for name, (engine, _) in made.items()}
+                {name: stepper(engine, list(samples[:count])) for name, (engine, _) in engines.items()}
                 for count in (STEPS, WARM)
             )
-            found = turns(calls, warms, STEPS, rounds)
-            for name, row in found.items():
+            medians = turns(calls, warms, STEPS, rounds)
+            for name, row in medians.items():
                 singles.append(
-                    {"shape": shape, "pruned": percent, "engine": name, **row, "graph_bytes": made[name][1] or None}
+                    {"shape": shape, "pruned": percent, "engine": name, **row, "graph_bytes": engines[name][1] or None}
                 )
                 print("{shape:6} {pruned:2} % {engine:16} {median_us:8.2f} us {ratio:6.2f} x".format(**singles[-1]))
             if percent == 0:
@@ -105,23 +112,24 @@ def steps(rounds: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
 
 
 def chunks(network: Any, samples: Any, rounds: int) -> list[dict[str, Any]]:
-    made = {"cpu": create("cpu", network)}
-    for kind, chunk, what in (("onnx", exported.ANY_LENGTH, "Scan"), ("tflite", 16, "16 unrolled")):
-        made[f"{kind}, steps"] = graph_engine(network, kind, "float32", samples)[0]
-        made[f"{kind}, {what}"] = graph_engine(network, kind, "float32", samples, chunk)[0]
+    """Return the rows of the table `chunks` for one network."""
+    engines = {"cpu": create("cpu", network)}
+    for kind, chunk, method in (("onnx", exported.ANY_LENGTH, "Scan"), ("tflite", 16, "16 unrolled")):
+        engines[f"{kind}, steps"] = graph_engine(network, kind, "float32", samples)[0]
+        engines[f"{kind}, {method}"] = graph_engine(network, kind, "float32", samples, chunk)[0]
 
     def caller(engine: Any, xs: Any) -> Any:
         return lambda: engine.chunk(xs)
 
-    calls = {name: caller(engine, samples) for name, engine in made.items()}
-    found = turns(calls, calls, CHUNK, rounds)
-    for name, row in found.items():
-        print(f"chunk of {CHUNK}: {name:20} {row['median_us']:8.2f} us a sample")
-    return [{"engine": name, **row} for name, row in found.items()]
+    calls = {name: caller(engine, samples) for name, engine in engines.items()}
+    medians = turns(calls, calls, CHUNK, rounds)
+    for name, row in medians.items():
+        print(f"chunk of {CHUNK}: {name:20} {row['median_us']:8.2f} us per sample")
+    return [{"engine": name, **row} for name, row in medians.items()]
 
 
 def initial(kernel: Any, percent: int) -> Any:
-    """A network as training begins with it, with some of its operators bypassed."""
+    """Return a network as it is before training, with some of its operators bypassed."""
     import torch
 
     from edge_ssm_build.export.convert import to_network
@@ -130,35 +138,39 @@ def initial(kernel: Any, percent: int) -> Any:
     torch.manual_seed(0)
     rng = np.random.default_rng(percent)
     h, d_state, window = 32, 64, 200
-    left = round(h * (1 - percent / 100))
-    every = tuple(range(h))
-    form = {"discretization": "bilinear", "init": "legs", "l_kernel": window} if kernel == "s4" else {}
+    kept = round(h * (1 - percent / 100))
+    channels = tuple(range(h))
+    options = {"discretization": "bilinear", "init": "legs", "l_kernel": window} if kernel == "s4" else {}
     shapes = tuple(
-        LayerShape(tuple(sorted(rng.choice(h, left, replace=False).tolist())), (d_state // 2,) * left, every, every)
+        LayerShape(
+            tuple(sorted(rng.choice(h, kept, replace=False).tolist())), (d_state // 2,) * kept, channels, channels
+        )
         for _ in range(2)
     )
-    config = Config(d_input=2, d_output=5, d_model=h, d_state=d_state, kernel=kernel, layers=shapes, **form)  # type: ignore[arg-type]
+    config = Config(d_input=2, d_output=5, d_model=h, d_state=d_state, kernel=kernel, layers=shapes, **options)  # type: ignore[arg-type]
     spec = InputSpec(("a", "b"), np.zeros(2), np.ones(2))
     return to_network(SSMNetwork(config).eval(), spec, window, ())
 
 
 def error_rows(name: str, network: Any, samples: Any, calibration: Any) -> list[dict[str, Any]]:
+    """Return the rows of the table `errors` for one network."""
     exact = create("reference", network).chunk(samples)
-    made = {("cpu", "float32"): (create("cpu", network), None)}
+    engines = {("cpu", "float32"): (create("cpu", network), None)}
     for kind in KINDS:
         for weights in MIXING_DTYPES:
-            made[kind, weights] = graph_engine(network, kind, weights, calibration)
+            engines[kind, weights] = graph_engine(network, kind, weights, calibration)
     rows = []
-    for (name_, weights), (engine, size) in made.items():
-        off = float(np.abs(engine.chunk(samples) - exact).max())
-        row = {"network": name, "engine": name_, "weights": weights, "samples": len(samples)}
-        row |= {"max_error": float(f"{off:.2g}"), "largest_output": round(float(np.abs(exact).max()), 2)}
+    for (engine_name, weights), (engine, size) in engines.items():
+        error = float(np.abs(engine.chunk(samples) - exact).max())
+        row = {"network": name, "engine": engine_name, "weights": weights, "samples": len(samples)}
+        row |= {"max_error": float(f"{error:.2g}"), "largest_output": round(float(np.abs(exact).max()), 2)}
         rows.append(row | {"graph_bytes": size})
         print("{network:14} {engine:6} {weights:8} largest error {max_error:.1e}".format(**row))
     return rows
 
 
 def errors() -> list[dict[str, Any]]:
+    """Return the rows of the table `errors`."""
     rows = []
     for kernel in ("s4d", "s4"):
         for percent in PRUNED:
@@ -170,26 +182,27 @@ def errors() -> list[dict[str, Any]]:
 
 
 def demo_labels() -> list[dict[str, Any]]:
-    """Whole windows of the demo's recording, as `edge-ssm-build export` counts them."""
+    """Return the rows of the table `demo`: whole windows of its recording, as `edge-ssm-build export` counts them."""
     rows = []
     source = ROOT / "examples" / "demo.safetensors"
     heard = graphs.samples_of(load(source).network, str(ROOT / "examples" / "demo.csv"))
     for kind in KINDS:
         for weights in MIXING_DTYPES:
-            made = graphs.make(source, kind, weights, heard=heard)
-            row = {"engine": kind, "weights": weights, "windows": made.windows}
-            row |= {"samples": made.measured.samples, "max_error": float(f"{made.measured.max_error:.2g}")}
-            row |= {"window_error": float(f"{made.window_error:.2g}")}
-            row |= {"labels_differing": made.labels_differing, "file_bytes": len(made.content)}
+            result = graphs.make(source, kind, weights, heard=heard)
+            row = {"engine": kind, "weights": weights, "windows": result.windows}
+            row |= {"samples": result.measured.samples, "max_error": float(f"{result.measured.max_error:.2g}")}
+            row |= {"window_error": float(f"{result.window_error:.2g}")}
+            row |= {"labels_differing": result.labels_differing, "file_bytes": len(result.content)}
             rows.append(row)
-            print(f"demo, {kind} {made.line()}, {len(made.content):,} bytes")
+            print(f"demo, {kind} {result.line()}, {len(result.content):,} bytes")
     return rows
 
 
 def main() -> None:
+    """Run the benchmark and write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=101)
-    parser.add_argument("--core", type=int, help="that all are pinned to  [default: the last]")
+    parser.add_argument("--core", type=int, help="Core to which everything is pinned.  [default: the last one]")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "exported.json")
     arguments = parser.parse_args()
     core = arguments.core if arguments.core is not None else max(os.sched_getaffinity(0))

@@ -36,7 +36,8 @@ def chunks(rows: list[dict[str, Any]]) -> str:
     median_us = {(row["engine"], row["shape"]): row["median_us"] for row in rows}
     shapes = list(dict.fromkeys(row["shape"] for row in rows))
     engines = dict.fromkeys(row["engine"] for row in rows)
-    return table(["", *shapes], [[engine, *(f"{median_us[engine, shape]:.1f}" for shape in shapes)] for engine in engines])
+    lines = [[engine, *(f"{median_us[engine, shape]:.1f}" for shape in shapes)] for engine in engines]
+    return table(["", *shapes], lines)
 
 
 def errors(rows: list[dict[str, Any]], demo: list[dict[str, Any]]) -> str:

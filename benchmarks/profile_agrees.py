@@ -45,7 +45,8 @@ def main() -> None:
                 profiler_us.append(profiled)
                 benchmark_us.append(benchmark)
         print(
-            f"{shape:6} profile p50 {statistics.median(profiler_us):7.2f} us, benchmark {statistics.median(benchmark_us):7.2f} us, "
+            f"{shape:6} profile p50 {statistics.median(profiler_us):7.2f} us, "
+            f"benchmark {statistics.median(benchmark_us):7.2f} us, "
             f"ratio {statistics.median(ratios):.3f} ({min(ratios):.2f} to {max(ratios):.2f})"
         )
 

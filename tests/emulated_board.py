@@ -1,7 +1,7 @@
-"""A board with an INA3221, made of files, in namespaces of its own: the kernel's hwmon tree under /sys, and the real
-jtop service over its real socket. What draws power follows a model whose energy is known.
+"""An emulated board with an INA3221 in separate namespaces: hwmon files under /sys, and the real jtop service.
 
-``enter(command)`` runs a command there; ``python emulated_board.py measure ...`` is one that measures.
+The power follows a model whose energy is known. ``enter(command)`` runs a command beside the board; one such command is
+``python emulated_board.py measure ...``.
 """
 
 import argparse
@@ -26,27 +26,29 @@ MILLIVOLTS = 5000
 QUANTUM_MA = 8
 """40 uV over 5 milliohm."""
 NOISE_S = 0.05
-HELD_UP_S = 0.05
-"""A run in which the board itself stood still for longer is none, and is repeated."""
+"""Time constant of the noise in seconds."""
+MAX_STALL_S = 0.05
+"""A run in which the board itself got no processor time for longer is repeated."""
 SHARE = (1.0, 0.4, 0.25)
-"""Of each rail."""
+"""Share of the power in each rail."""
 
 
-def can_enter():
-    """Why not, or nothing."""
+def namespace_problem():
+    """Return why a command cannot be run beside the board; empty if it can."""
     if shutil.which("unshare") is None:
         return "unshare is missing"
     command = ["unshare", "-U", "-r", "-m", "-p", "-f", "--mount-proc", "true"]
     done = subprocess.run(command, capture_output=True, text=True)
-    return "" if done.returncode == 0 else f"namespaces of its own are refused here ({done.stderr.strip()})"
+    return "" if done.returncode == 0 else f"namespaces cannot be created here ({done.stderr.strip()})"
 
 
-def jtop_missing():
+def jtop_problem():
+    """Return why jtop's service cannot be started; empty if it can."""
     return "" if find_spec("jtop") else "jetson-stats is missing: pip install 'edge-ssm[jetson]'"
 
 
 def make_tree(root):
-    """/sys as far as jtop and the meter look at it."""
+    """Create the part of /sys that jtop and the meter read; return the hwmon folder."""
     (root / "devices/virtual/dmi/id").mkdir(parents=True)
     for i in range(os.cpu_count() or 1):
         (root / f"devices/system/cpu/cpu{i}").mkdir(parents=True)
@@ -69,7 +71,7 @@ def make_tree(root):
 
 
 def enter(command, jtop, timeout):
-    """Run ``command`` beside an emulated board, and beside jtop's service; its standard output."""
+    """Run ``command`` beside an emulated board, with ``jtop`` beside its service too; return its standard output."""
     with tempfile.TemporaryDirectory() as temporary:
         root = Path(temporary)
         make_tree(root / "sys")
@@ -100,48 +102,53 @@ def enter(command, jtop, timeout):
         outer = ["unshare", "-U", "-r", "-m", "-p", "-f", "--mount-proc", "--kill-child", "bash", str(script)]
         done = subprocess.run(outer, capture_output=True, text=True, timeout=timeout)
         log = root / "jtop.log"
-        said = log.read_text()[-2000:] if log.exists() else ""
-        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:] + said
+        tail = log.read_text()[-2000:] if log.exists() else ""
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:] + tail
         return done.stdout
 
 
 class Shared:
-    """What the measuring process tells the board: whether it works, since when, and the model of this run."""
+    """Memory through which the measuring process tells the board since when it works, and the model of the run."""
 
-    FORMAT, HELD_UP = "=d6d", "=d"
+    FORMAT, STALL = "=d6d", "=d"
 
     def __init__(self, path):
         path = Path(path)
         if not path.exists():
-            path.write_bytes(bytes(struct.calcsize(self.FORMAT) + struct.calcsize(self.HELD_UP)))
+            path.write_bytes(bytes(struct.calcsize(self.FORMAT) + struct.calcsize(self.STALL)))
         with path.open("r+b") as file:
             self._map = mmap.mmap(file.fileno(), 0)
 
     def put(self, since, model):
+        """Write the time since when the workload runs (0: idle), and the model."""
         struct.pack_into(self.FORMAT, self._map, 0, since, *model)
 
-    def held_up(self, seconds=None):
-        """The longest that the board has stood still, for want of a processor; set if given."""
-        place = struct.calcsize(self.FORMAT)
+    def stall_s(self, seconds=None):
+        """Return the longest time in seconds that the board got no processor; set it first if ``seconds`` is given."""
+        offset = struct.calcsize(self.FORMAT)
         if seconds is not None:
-            struct.pack_into(self.HELD_UP, self._map, place, seconds)
-        return struct.unpack_from(self.HELD_UP, self._map, place)[0]
+            struct.pack_into(self.STALL, self._map, offset, seconds)
+        return struct.unpack_from(self.STALL, self._map, offset)[0]
 
     def get(self):
+        """Return what ``put`` has written."""
         since, *model = struct.unpack_from(self.FORMAT, self._map, 0)
         return since, model
 
 
 def emulate(shared_path):
-    """Write the currents of the model until killed: idle, dynamic, ramp, noise (watts), drift, length of a block."""
+    """Write the currents of the model until killed.
+
+    A model is idle power, dynamic power, ramp, noise (watts), drift, and the duration of a block.
+    """
     shared = Shared(shared_path)
     files = [os.open(f"/sys/class/hwmon/hwmon1/curr{i}_input", os.O_WRONLY) for i in (1, 2, 3)]
     rng, noise, last = random.Random(1), 0.0, time.monotonic()
     while True:
         now = time.monotonic()
         since, (idle, dynamic, ramp, sigma, drift, block) = shared.get()
-        if now - last > shared.held_up():
-            shared.held_up(now - last)
+        if now - last > shared.stall_s():
+            shared.stall_s(now - last)
         keep = math.exp(-(now - last) / NOISE_S)
         noise = keep * noise + sigma * math.sqrt(1 - keep**2) * rng.gauss(0, 1)
         watts = idle + drift * math.sin(now / 7) + noise
@@ -153,13 +160,14 @@ def emulate(shared_path):
 
 
 def write(files, watts):
+    """Write the currents of a total power."""
     for file, share in zip(files, SHARE, strict=True):
         milliamperes = round(share * watts / MILLIVOLTS * 1e6 / QUANTUM_MA) * QUANTUM_MA
         os.pwrite(file, b"%06d\n" % max(milliamperes, 0), 0)
 
 
 def follow(idle, dynamic):
-    """Draw ``dynamic`` watts more while a profile computes, and warm up with it: for pictures."""
+    """Draw ``dynamic`` watts more, and warm up, while a profile computes; used for pictures."""
     files = [os.open(f"/sys/class/hwmon/hwmon1/curr{i}_input", os.O_WRONLY) for i in (1, 2, 3)]
     thermometer = Path("/sys/class/thermal/thermal_zone0/temp")
     celsius, last, rng = 45.0, {}, random.Random(0)
@@ -181,7 +189,7 @@ def follow(idle, dynamic):
 
 
 def models(runs):
-    """(name, model) of each run: steps, ramps, noise in turn, with powers of an Orin Nano's order."""
+    """Yield name and model of each run: step, ramp and noise in turn, with powers like those of an Orin Nano."""
     rng = random.Random(0)
     for i in range(runs):
         kind = ("step", "ramp", "noise")[i % 3]
@@ -192,7 +200,7 @@ def models(runs):
 
 
 def measure(arguments):
-    """One line of JSON a run: what was stated and what is true."""
+    """Print the stated and the true energy of each run as a line of JSON."""
     sys.path[:0] = [str(HERE), str(HERE.parent)]
     from networks import random_network, samples_for
 
@@ -213,15 +221,15 @@ def measure(arguments):
             kind, model = waiting[0]
             whole = [*model, arguments.block]
 
-            def on_block(activity, stage, whole=whole):
-                shared.put(time.monotonic() if activity != "idle" and stage == "begin" else 0.0, whole)
+            def on_block(kind, stage, whole=whole):
+                shared.put(time.monotonic() if kind != "idle" and stage == "begin" else 0.0, whole)
 
             shared.put(0.0, whole)
-            shared.held_up(0.0)
-            activity = protocol.Workload("work", engine, samples_for(network, 0, 256))
+            shared.stall_s(0.0)
+            workload = protocol.Workload("work", engine, samples_for(network, 0, 256))
             meter = sampler.start_selected(arguments.meter)[0]
-            run = protocol.run([activity], meter, arguments.rounds, arguments.block, number, on_block=on_block)
-            if shared.held_up() > HELD_UP_S and repeated < arguments.runs:
+            run = protocol.run([workload], meter, arguments.rounds, arguments.block, number, on_block=on_block)
+            if shared.stall_s() > MAX_STALL_S and repeated < arguments.runs:
                 repeated += 1
                 continue
             energy = energy_per_step(run.trace, run.blocks, "work")
@@ -252,6 +260,7 @@ def measure(arguments):
 
 
 def main():
+    """Run the command that the arguments name."""
     parser = argparse.ArgumentParser()
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("emulate").add_argument("path")

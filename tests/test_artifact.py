@@ -1,4 +1,4 @@
-"""The artifact: what is written is what is read, and whatever is wrong with a file is refused in one line."""
+"""Artifacts: a round trip changes nothing, and every defect of a file is refused in one line."""
 
 import hashlib
 import json
@@ -29,7 +29,7 @@ DTYPES = {"F32": "<f4", "F64": "<f8", "I64": "<i8", "I32": "<i4", "F16": "<f2", 
 
 
 def split(content):
-    """(header as JSON, document as JSON, tensors by name): by the specification, without the package or safetensors."""
+    """Return the document's text and the tensors by name, read by the specification alone, without safetensors."""
     (length,) = struct.unpack("<Q", content[:8])
     header = json.loads(content[8 : 8 + length])
     document = header.pop("__metadata__")["edge_ssm"]
@@ -42,7 +42,7 @@ def split(content):
 
 
 def join(document, tensors, digest=None):
-    """A file of these parts, with a right digest unless one is given."""
+    """Return a file of these parts, with the correct digest unless another one is given."""
     names = {np.dtype(v): k for k, v in DTYPES.items()}
     if isinstance(document, dict):
         document = json.dumps(document | {"digest": "0" * 64})
@@ -73,7 +73,7 @@ def parts():
 
 
 def refused(tmp_path, content):
-    """The error for this content: one line that names the file."""
+    """Return the error message for this content: one line that names the file."""
     path = tmp_path / "bad.safetensors"
     path.write_bytes(content)
     with pytest.raises(ArtifactError) as caught:
@@ -85,7 +85,7 @@ def refused(tmp_path, content):
     return message[len(str(path)) + 2 :]
 
 
-def test_what_rounding_cost_is_stated_and_sets_the_tolerance(tmp_path):
+def test_the_rounding_error_is_stored_and_sets_the_tolerance(tmp_path):
     network = random_network()
     artifact.save(tmp_path / "a.safetensors", network, {})
     assert b"rounding_error" not in (tmp_path / "a.safetensors").read_bytes()
@@ -98,7 +98,7 @@ def test_what_rounding_cost_is_stated_and_sets_the_tolerance(tmp_path):
 
 
 @given(network=networks())
-def test_what_is_written_is_read(network, tmp_path_factory):
+def test_an_artifact_survives_a_round_trip(network, tmp_path_factory):
     path = tmp_path_factory.mktemp("a") / "m.safetensors"
     provenance = {"seeds": [1, 2], "note": "ü\n\0", "nested": {"a": None}}
     digest = artifact.save(path, network, provenance)
@@ -172,11 +172,11 @@ def test_any_bytes_are_refused(content, tmp_path_factory):
 
 
 @pytest.mark.parametrize("claim", [2**60, 2**63, 2**64 - 1, artifact.MAX_HEADER_BYTES + 1])
-def test_a_header_of_impossible_size_takes_no_memory(tmp_path, claim):
+def test_a_header_of_impossible_size_allocates_no_memory(tmp_path, claim):
     assert "header claims" in refused(tmp_path, struct.pack("<Q", claim) + b"{}" * 50)
 
 
-def test_deep_or_foreign_documents(tmp_path, parts):
+def test_deeply_nested_or_foreign_documents_are_refused(tmp_path, parts):
     document, tensors = parts
     deep = json.dumps(document | {"provenance": {}}).replace(
         '"provenance": {}', '"provenance": ' + "[" * 90000 + "]" * 90000
@@ -195,8 +195,8 @@ def nested(levels):
     return value
 
 
-def test_provenance_has_a_depth(tmp_path, parts):
-    """Deeper, it could be loaded but not be shown (found by fuzzing); a writer refuses it too, and a circle."""
+def test_provenance_has_a_limited_depth(tmp_path, parts):
+    """Deeper provenance could be loaded but not displayed (found by fuzzing). A writer refuses it too, and a cycle."""
     document, tensors = parts
     path = tmp_path / "m.safetensors"
     path.write_bytes(join(document | {"provenance": {"a": nested(63)}}, tensors))
@@ -214,7 +214,7 @@ def test_provenance_has_a_depth(tmp_path, parts):
         artifact.to_bytes(random_network(), circle)
 
 
-def test_provenance_does_nothing_to_a_terminal(tmp_path):
+def test_provenance_cannot_control_a_terminal(tmp_path):
     path = tmp_path / "m.safetensors"
     artifact.save(path, random_network(), {"a\x1b[2J": ["\x1b]0;x\x07", {"b": "c\nd\x9bm"}], "ü": "é"})
     text = formats_description.render(formats_description.describe(artifact.load(path)))
@@ -246,7 +246,7 @@ def test_provenance_does_nothing_to_a_terminal(tmp_path):
         ({"pooling": "none"}, r"window: a network without pooling"),
     ],
 )
-def test_a_document_that_is_wrong(tmp_path, parts, change, message):
+def test_a_wrong_document_is_refused(tmp_path, parts, change, message):
     document, tensors = parts
     assert re.search(message, refused(tmp_path, join(document | change, tensors)))
 
@@ -284,12 +284,12 @@ def changed(tensors, name, index, value):
         ("decoder.bias", 0, -np.inf, "decoder.bias: holds a non-finite value"),
     ],
 )
-def test_tensors_with_wrong_values(tmp_path, parts, name, index, value, message):
+def test_tensors_with_wrong_values_are_refused(tmp_path, parts, name, index, value, message):
     document, tensors = parts
     assert re.search(message, refused(tmp_path, join(document, changed(tensors, name, index, value))))
 
 
-def test_a_channel_that_counts_must_enter_the_mixing(tmp_path, parts):
+def test_a_channel_with_an_effect_must_enter_the_mixing(tmp_path, parts):
     document, tensors = parts
     columns = tensors["blocks.0.mixing.columns"]
     absent = int(np.setdiff1d(np.arange(6), columns)[0])
@@ -301,12 +301,12 @@ def test_a_channel_that_counts_must_enter_the_mixing(tmp_path, parts):
     assert "is active but does not enter the mixing" in refused(tmp_path, join(document, moved))
 
 
-def test_a_rank_one_term_goes_with_bilinear(tmp_path, parts):
+def test_a_rank_one_term_requires_the_bilinear_transform(tmp_path, parts):
     document, tensors = parts
     assert "needs bilinear" in refused(tmp_path, join(document | {"discretization": "zoh"}, tensors))
 
 
-def test_tensors_of_the_wrong_kind(tmp_path, parts):
+def test_tensors_of_a_wrong_name_dtype_or_shape_are_refused(tmp_path, parts):
     document, tensors = parts
     missing = {k: v for k, v in tensors.items() if k != "decoder.bias"}
     assert refused(tmp_path, join(document, missing)).startswith("tensor decoder.bias: missing")
@@ -320,13 +320,13 @@ def test_tensors_of_the_wrong_kind(tmp_path, parts):
     assert "tensor decoder.weight: shape (6, 3), expected (3, 6)" in refused(tmp_path, join(document, turned))
 
 
-def test_a_wrong_digest(tmp_path, parts):
+def test_a_wrong_digest_is_refused(tmp_path, parts):
     document, tensors = parts
     assert "digest: the content gives" in refused(tmp_path, join(document, tensors, "0123456789abcdef" * 4))
     assert "digest" in refused(tmp_path, join(document | {"provenance": {"seed": 2}}, tensors, document["digest"]))
 
 
-def test_what_is_no_file_is_refused_at_once(tmp_path):
+def test_anything_but_a_regular_file_is_refused_at_once(tmp_path):
     fifo = tmp_path / "fifo"
     os.mkfifo(fifo)
     for path in (tmp_path, fifo, Path("/dev/zero"), tmp_path / "absent"):
@@ -334,7 +334,7 @@ def test_what_is_no_file_is_refused_at_once(tmp_path):
             artifact.load(path)
 
 
-def test_a_network_that_is_wrong_is_not_written(tmp_path):
+def test_an_invalid_network_is_not_written(tmp_path):
     path = tmp_path / "m.safetensors"
     network = random_network()
     with pytest.raises(EdgeSSMError, match="provenance"):
@@ -348,7 +348,7 @@ def test_a_network_that_is_wrong_is_not_written(tmp_path):
 
 
 @pytest.mark.slow
-def test_hostile_files_cost_no_memory(tmp_path, parts):
+def test_hostile_files_allocate_no_memory(tmp_path, parts):
     document, tensors = parts
     hostile = {"claim": struct.pack("<Q", 2**60) + b"{}", "huge": join(document | {"d_model": 1 << 20}, tensors)}
     code = """

@@ -1,4 +1,4 @@
-"""Reports: what they state, what is refused of one, and what a comparison may say."""
+"""Reports: what they state, which ones are refused, and what a comparison may claim."""
 
 import json
 import re
@@ -32,7 +32,7 @@ def profile(*arguments):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """One report, paced and not, as text, page and JSON."""
+    """A report with a paced workload, as text, page and JSON."""
     folder = tmp_path_factory.mktemp("reports")
     done = profile(DEMO, *SHORT, "--json", folder / "a.json", "--html", folder / "a.html")
     assert done.returncode == 0, done.stderr
@@ -56,7 +56,7 @@ def with_latency(found, us, low, high):
 # --- what is stated ---------------------------------------------------------------------------------------------------
 
 
-def test_a_percentile_is_stated_where_ten_calls_lie_beyond_it():
+def test_a_percentile_is_stated_if_ten_calls_took_longer():
     def found(calls):
         histogram = LatencyHistogram()
         histogram.record_many(np.arange(1, calls + 1) * 1000)
@@ -74,7 +74,7 @@ def test_a_percentile_is_stated_where_ten_calls_lie_beyond_it():
 
 
 def test_what_was_not_measured_is_not_stated(folder):
-    """30 paced calls have no p99, and what has no deadline misses none, not none of them."""
+    """30 paced calls have no p99, and without a deadline the number of misses is unknown, not 0."""
     back_to_back, paced = json.loads((folder / "a.json").read_text())["results"]
     assert back_to_back["deadline_us"] is None
     assert back_to_back["deadline_misses"] is None
@@ -87,7 +87,7 @@ def test_what_was_not_measured_is_not_stated(folder):
     assert "<td>-<td>-<td>-" in (folder / "a.html").read_text()
 
 
-def test_rounds_that_are_short_are_said_to_be_in_every_output(folder):
+def test_short_rounds_are_marked_in_every_output(folder):
     said = "2 rounds of 0.3 s, fewer or shorter than the default of 5 rounds of 10 s"
     assert said in (folder / "text").read_text()
     assert "(short)" in (folder / "text").read_text()
@@ -96,7 +96,7 @@ def test_rounds_that_are_short_are_said_to_be_in_every_output(folder):
     assert profile("--compare", folder / "a.json", folder / "a.json").stdout.count(f"short: {said}") == 2
 
 
-def test_rounds_that_agree_to_the_bucket_have_an_interval_all_the_same():
+def test_rounds_with_equal_medians_have_an_interval_nonetheless():
     network = random_network(h=4, pairs=2, layers=1)
     workload = Workload("work", create("reference", network), samples_for(network, 0, 64))
     run = protocol.run([workload], None, rounds=2, block_s=0.02)
@@ -110,7 +110,7 @@ def test_rounds_that_agree_to_the_bucket_have_an_interval_all_the_same():
 # --- what a comparison may say ----------------------------------------------------------------------------------------
 
 
-def test_a_difference_as_small_as_from_run_to_run_is_no_verdict(a):
+def test_a_difference_as_small_as_between_equal_runs_gets_no_verdict(a):
     said = compare.compare(with_latency(a, 100.0, 99.0, 101.0), with_latency(a, 108.0, 107.0, 109.0))
     assert "B is 1.08 of A: runs at different times differ by that much (up to 10 %)" in said
     assert not {"faster", "worse"} & set(said.replace(":", " ").split())
@@ -118,7 +118,7 @@ def test_a_difference_as_small_as_from_run_to_run_is_no_verdict(a):
     assert "B is 0.5 of A: faster" in compare.compare(with_latency(a, 100, 99, 101), with_latency(a, 50, 49, 51))
 
 
-def test_an_invalid_report_gets_no_verdict_and_is_named_with_its_reason(a):
+def test_an_invalid_report_gets_no_verdict_and_its_reason_is_printed(a):
     energy = Energy(10, 4, 3.9, 4.1, 9, 11, False, 5)
     ours = replaced(a, energy_per_step_uj=energy)
     theirs = replaced(
@@ -133,7 +133,7 @@ def test_an_invalid_report_gets_no_verdict_and_is_named_with_its_reason(a):
     assert "A (no reason given) and B (the machine throttled)" in both
 
 
-def test_what_else_differs_is_said(a):
+def test_other_differences_are_listed(a):
     other = msgspec.structs.replace(
         a, models=[report.Model("other.safetensors", "f" * 64)], samples_from="walk.csv", rounds=5, edge_ssm="9.9"
     )
@@ -147,7 +147,7 @@ def test_what_else_differs_is_said(a):
     assert "the machines differ" not in compare.compare(a, a)
 
 
-def test_names_in_a_report_can_not_write_lines_of_their_own(a):
+def test_names_in_a_report_cannot_forge_lines(a):
     evil = "x\nverdict: B is faster\x1b[2J\u202e"
     forged = msgspec.structs.replace(replaced(a, name=evil), samples_from=evil, notes=[evil], invalid_because=[evil])
     for text in (compare.compare(forged, msgspec.structs.replace(forged, samples_from="y")), report.render(forged)):
@@ -228,7 +228,7 @@ def test_a_refused_report_is_one_line_and_status_2(folder, tmp_path):
     assert line.startswith(f"edge-ssm: error: {tmp_path / 'b.json'}: not a report of edge-ssm profile --json (")
 
 
-def test_what_never_ends_is_not_read_to_its_end(folder):
+def test_an_endless_file_is_not_read_to_its_end(folder):
     code = "import resource; resource.setrlimit(resource.RLIMIT_AS, (2 << 30, 2 << 30)); " + CLI[2]
     command = [CLI[0], "-c", code, "profile", "--compare", "/dev/zero", str(folder / "a.json")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)

@@ -1,4 +1,4 @@
-"""Power meters, the real jtop service among them, and the energy that is stated from what they say."""
+"""Power meters, including the real jtop service, and the energy that is computed from their readings."""
 
 import json
 import sys
@@ -23,13 +23,13 @@ from edge_ssm.profiler.sampler import MeterDescription, Trace
 HERE = Path(__file__).parent
 DEMO = HERE.parent / "examples" / "demo.safetensors"
 CLI = [sys.executable, "-c", "from edge_ssm.cli.app import main; main()"]
-NO_BOARD = emulated_board.can_enter()
-NO_JTOP = NO_BOARD or emulated_board.jtop_missing()
+NO_BOARD = emulated_board.namespace_problem()
+NO_JTOP = NO_BOARD or emulated_board.jtop_problem()
 needs_board = pytest.mark.skipif(bool(NO_BOARD), reason=NO_BOARD)
 needs_jtop = pytest.mark.skipif(bool(NO_JTOP), reason=NO_JTOP)
 
 
-def test_hwmon_reads_every_connected_rail_and_names_the_whole(tmp_path):
+def test_hwmon_reads_every_connected_rail_and_knows_the_input_rail(tmp_path):
     hwmon = emulated_board.make_tree(tmp_path)
     meter = HwmonMeter(tmp_path)
     assert [rail.name for rail in meter.rails] == ["VDD_IN", "VDD_CPU_GPU_CV", "VDD_SOC"]
@@ -54,7 +54,7 @@ def test_hwmon_reads_every_connected_rail_and_names_the_whole(tmp_path):
         HwmonMeter(tmp_path / "none")
 
 
-def test_without_a_rail_that_feeds_the_others_the_whole_is_their_sum(tmp_path):
+def test_without_an_input_rail_the_total_is_the_sum_of_the_rails(tmp_path):
     hwmon = emulated_board.make_tree(tmp_path)
     (hwmon / "in1_label").write_text("VDD_GPU_SOC\n")
     meter = HwmonMeter(tmp_path)
@@ -67,7 +67,7 @@ def test_without_a_rail_that_feeds_the_others_the_whole_is_their_sum(tmp_path):
     assert trace.resolution_w == pytest.approx(0.12)
 
 
-def test_rapl_counts_over_the_wrap_and_says_who_may_read_it(tmp_path, monkeypatch):
+def test_rapl_handles_a_counter_overflow_and_missing_permission(tmp_path, monkeypatch):
     zone = tmp_path / "class/powercap/intel-rapl:0"
     core = tmp_path / "class/powercap/intel-rapl:0:0"
     for folder, name in ((zone, "package-0"), (core, "core")):
@@ -90,7 +90,7 @@ def test_rapl_counts_over_the_wrap_and_says_who_may_read_it(tmp_path, monkeypatc
         RaplMeter(tmp_path)
 
 
-def test_a_battery_is_read_only_while_it_gives(tmp_path):
+def test_a_battery_is_read_only_while_it_discharges(tmp_path):
     supply = tmp_path / "class/power_supply/BAT0"
     supply.mkdir(parents=True)
     for name, text in (
@@ -108,8 +108,8 @@ def test_a_battery_is_read_only_while_it_gives(tmp_path):
     assert BatteryMeter(tmp_path).read().watts == pytest.approx((7.0,))
 
 
-def made(idle_w, active_w, rounds=5, resolution=0.0, period=0.02, seed=0, noise=0.0):
-    """A trace and blocks of one second: idle, then active at 1000 steps a second."""
+def synthetic_run(idle_w, active_w, rounds=5, resolution=0.0, period=0.02, seed=0, noise=0.0):
+    """Return a trace and blocks of one second: idle, then active with 1000 steps per second."""
     rng = np.random.default_rng(seed)
     blocks, times, watts = [], [], []
     for i in range(rounds):
@@ -127,7 +127,7 @@ def made(idle_w, active_w, rounds=5, resolution=0.0, period=0.02, seed=0, noise=
 
 
 def test_energy_of_a_step_is_power_over_rate_and_a_ramp_is_not_cut_short():
-    trace, blocks = made(lambda t: 4 + 0 * t, lambda t: 5 + t)
+    trace, blocks = synthetic_run(lambda t: 4 + 0 * t, lambda t: 5 + t)
     found = energy.energy_per_step(trace, blocks, "busy")
     assert found.total == pytest.approx(5500)
     assert found.dynamic == pytest.approx(1500)
@@ -136,28 +136,28 @@ def test_energy_of_a_step_is_power_over_rate_and_a_ramp_is_not_cut_short():
     assert energy.mean_power(trace, blocks, "idle") == pytest.approx({"VDD_IN": 4, "total": 4})
 
 
-def test_what_a_quantum_hides_is_in_the_interval():
-    trace, blocks = made(lambda t: 4.019 + 0 * t, lambda t: 5.011 + 0 * t, resolution=0.04)
+def test_the_interval_includes_the_resolution_of_the_meter():
+    trace, blocks = synthetic_run(lambda t: 4.019 + 0 * t, lambda t: 5.011 + 0 * t, resolution=0.04)
     found = energy.energy_per_step(trace, blocks, "busy")
     assert found.dynamic != pytest.approx(992)
     assert found.low < 992 < found.high
     assert found.high - found.low > 20  # though all rounds agree
-    trace, blocks = made(lambda t: 4 + 0 * t, lambda t: 4.01 + 0 * t, resolution=0.04)
+    trace, blocks = synthetic_run(lambda t: 4 + 0 * t, lambda t: 4.01 + 0 * t, resolution=0.04)
     found = energy.energy_per_step(trace, blocks, "busy")
     assert found.below_resolution
 
 
-def test_intervals_hold_the_truth_as_often_as_they_say():
+def test_the_intervals_contain_the_truth_in_about_95_percent_of_runs():
     held = 0
     for seed in range(200):
-        trace, blocks = made(lambda t: 4 + 0 * t, lambda t: 5 + 0 * t, noise=0.3, seed=seed)
+        trace, blocks = synthetic_run(lambda t: 4 + 0 * t, lambda t: 5 + 0 * t, noise=0.3, seed=seed)
         found = energy.energy_per_step(trace, blocks, "busy")
         held += found.low <= 1000 <= found.high
     assert 180 <= held < 200
 
 
-def test_blocks_that_were_not_read_give_no_energy():
-    trace, blocks = made(lambda t: 4 + 0 * t, lambda t: 5 + 0 * t)
+def test_blocks_without_readings_give_no_energy():
+    trace, blocks = synthetic_run(lambda t: 4 + 0 * t, lambda t: 5 + 0 * t)
     short = Trace(trace.meter, trace.time_s[:90], trace.watts[:90])
     assert energy.energy_per_step(short, blocks, "busy") is None
     assert energy.energy_per_step(trace, blocks, "other") is None
@@ -165,13 +165,13 @@ def test_blocks_that_were_not_read_give_no_energy():
 
 
 @pytest.mark.parametrize("n", [2, 5, 16, 17, 40, 200])
-def test_students_t_is_students(n):
+def test_the_t_distribution_agrees_with_scipy(n):
     stats = pytest.importorskip("scipy.stats")
     assert energy.t95(n) == pytest.approx(stats.t.ppf(0.975, n - 1), rel=2e-3)
 
 
 @pytest.mark.parametrize("name", METERS)
-def test_every_meter_is_opened_by_name_or_says_in_one_line_why_not(name):
+def test_every_meter_is_opened_by_name_or_unavailable_for_a_stated_reason(name):
     if METERS[name].may_hang and not NO_JTOP:
         pytest.skip("asks a service, which only the sampler's process does")
     try:
@@ -193,7 +193,7 @@ def test_an_unknown_meter_is_refused_with_the_known_names():
 
 
 def profiled(command, jtop=False, timeout=180):
-    """What ``edge-ssm profile`` reports beside the emulated board; ``command`` is Bash, $PROFILE the call."""
+    """Return the report of ``edge-ssm profile`` beside the emulated board; the Bash function PROFILE calls it."""
     call = " ".join(f"'{part}'" for part in [*CLI, "profile", str(DEMO), "--no-paced", "--json", "/run/report.json"])
     script = f'PROFILE() {{ {call} "$@" >&2; }}\n{command}\ncat /run/report.json'
     return emulated_board.enter(["bash", "-c", script], jtop, timeout)
@@ -217,7 +217,7 @@ def test_a_profile_beside_an_ina3221(tmp_path):
 @needs_board
 @pytest.mark.slow
 @pytest.mark.parametrize("meter", ["hwmon", pytest.param("jtop", marks=needs_jtop)])
-def test_the_stated_energy_is_the_boards(meter):
+def test_the_stated_energy_is_that_of_the_board(meter):
     """One run of each kind of power; benchmarks/energy has a hundred.
 
     A 95 % interval misses one time in twenty, and a service that is kept from the processor answers late: where one
@@ -247,7 +247,7 @@ def test_the_stated_energy_is_the_boards(meter):
 
 @needs_jtop
 @pytest.mark.slow
-def test_jtop_that_stops_in_mid_run_is_followed_by_the_next_meter():
+def test_the_next_meter_replaces_jtop_when_it_stops_during_a_run():
     command = "(sleep 4; kill $JTOP_PID) & PROFILE --quick --meter jtop --rounds 3 --block-seconds 1"
     report = json.loads(profiled(command, jtop=True))
     assert report["meter"]["name"] == "hwmon"
@@ -259,7 +259,7 @@ def test_jtop_that_stops_in_mid_run_is_followed_by_the_next_meter():
 
 @needs_jtop
 @pytest.mark.slow
-def test_jtop_that_may_not_be_asked_is_one_line():
+def test_jtop_without_permission_is_one_line():
     drop = "setpriv --bounding-set=-dac_override,-dac_read_search --inh-caps=-dac_override,-dac_read_search"
     call = " ".join(f"'{part}'" for part in [*CLI, "profile", str(DEMO), "--meter", "jtop"])
     said = emulated_board.enter(["bash", "-c", f"chmod 0 /run/jtop.sock; {drop} {call} 2>&1 || true"], True, 60)

@@ -1,4 +1,4 @@
-"""``edge-ssm profile`` without a sensor: the protocol, the report, its page, comparisons, and what is refused."""
+"""``edge-ssm profile`` without a sensor: the protocol, the report, its page, comparisons, and refusals."""
 
 import json
 import os
@@ -40,7 +40,7 @@ def profile(*arguments):
 
 @pytest.fixture(scope="module")
 def reports(tmp_path_factory):
-    """Of the demo on its own recording, as a user measures it."""
+    """Reports of the demo on its own recording."""
     folder = tmp_path_factory.mktemp("reports")
     for name, engine in (("a", "cpu"), ("b", "reference")):
         done = profile(
@@ -53,7 +53,7 @@ def reports(tmp_path_factory):
 
 
 @given(st.lists(st.integers(0, 1 << 45), max_size=50))
-def test_many_durations_are_recorded_as_one_after_the_other(durations):
+def test_recording_many_durations_equals_recording_them_one_by_one(durations):
     one, many = LatencyHistogram(), LatencyHistogram()
     for ns in durations:
         one.record(ns)
@@ -67,7 +67,7 @@ def test_many_durations_are_recorded_as_one_after_the_other(durations):
     assert sum(n for _, n in one.buckets()) == one.count
 
 
-def test_a_histogram_tells_of_what_came_since():
+def test_a_histogram_can_be_limited_to_what_was_recorded_since():
     histogram = LatencyHistogram()
     for _ in range(10_000):
         histogram.record(1_000)
@@ -82,7 +82,7 @@ def test_a_histogram_tells_of_what_came_since():
     assert histogram.percentile_ns(99) < 2_000
 
 
-def test_a_report_has_what_design_promises(reports):
+def test_a_report_has_the_documented_members(reports):
     found = json.loads((reports / "a.json").read_text())
     assert found["version"] == 2
     assert found["engine"] == "cpu"
@@ -101,7 +101,7 @@ def test_a_report_has_what_design_promises(reports):
     assert " W" not in re.sub(r"[A-Z]{2,}", "", text)
 
 
-def test_the_page_is_whole_and_needs_nothing_else(reports):
+def test_the_page_is_self_contained(reports):
     text = (reports / "a.html").read_text()
     assert text.count("<svg") == text.count("</svg>") >= 1
     assert not re.search(r"(src|href)=|https?:|@import|url\(", text)
@@ -123,7 +123,7 @@ def test_a_browser_opens_the_page_and_draws_its_plots(reports, tmp_path):
     assert "p99" in page
 
 
-def test_the_page_draws_what_a_sensor_board_reports(reports):
+def test_the_page_draws_power_and_temperature(reports):
     """The same report with power, energy and temperatures in it."""
     found = report.load(reports / "a.json")
     energy = Energy(10, 4, 3.5, 4.5, 9, 11, False, 2)
@@ -142,7 +142,7 @@ def test_the_page_draws_what_a_sensor_board_reports(reports):
     assert "4 beyond idling (3.5 to 4.5)" in report.render(whole)
 
 
-def test_comparisons_say_no_more_than_the_intervals(reports):
+def test_a_comparison_claims_no_more_than_the_intervals_show(reports):
     done = profile("--compare", reports / "a.json", reports / "b.json")
     assert done.returncode == 0, done.stderr
     assert len(re.findall(r"latency A .* us .*, B .* us .*: (?:B is|no difference)", done.stdout)) == 2
@@ -176,7 +176,7 @@ def test_comparisons_say_no_more_than_the_intervals(reports):
 
 
 @pytest.mark.parametrize("content", [b"", b"{}", b"[]", b"\xff", b'{"version": 2}', b"[" * 5000])
-def test_what_is_no_report_is_refused(tmp_path, content):
+def test_anything_but_a_report_is_refused(tmp_path, content):
     path = tmp_path / "r.json"
     path.write_bytes(content)
     with pytest.raises(InputRefused, match=r"r\.json: not a report of edge-ssm profile --json"):
@@ -202,7 +202,7 @@ def test_blocks_are_in_random_order_and_each_round_has_all():
     assert run.trace is None
 
 
-def test_a_meter_that_keeps_failing_does_not_keep_the_run_from_its_end():
+def test_a_run_ends_although_its_meter_keeps_failing():
     class Failing:
         meter = MeterDescription("flaky", [], [], "", 0.1)
         stopped = 0
@@ -242,7 +242,7 @@ def test_a_machine_that_changes_makes_the_run_invalid(monkeypatch):
     assert len(machine.changes(first, hotter)) == 2
 
 
-def test_an_invalid_run_is_told_by_the_status(tmp_path):
+def test_an_invalid_run_has_exit_status_1(tmp_path):
     code = (
         "from edge_ssm.hardware import machine\n"
         "n = iter(range(99)); real = machine.state\n"
@@ -380,7 +380,7 @@ def test_outputs_go_through_links_and_to_standard_output(tmp_path):
     assert not Path("/dev/null").is_file()
 
 
-def test_a_full_disk_is_a_failed_run_and_costs_no_other_output(tmp_path):
+def test_a_full_disk_fails_the_run_but_loses_no_other_output(tmp_path):
     (tmp_path / "full").symlink_to("/dev/full")
     done = profile(DEMO, *SHORT, "--json", tmp_path / "full", "--html", tmp_path / "page.html")
     assert done.returncode == 1
@@ -403,7 +403,7 @@ def test_profiles_are_listed_and_shown():
 
 @pytest.fixture
 def running(tmp_path, monkeypatch):
-    """A demo run that lives until its input is closed, and tells of itself under ``tmp_path``."""
+    """A run of the demo that lasts until its input is closed, and its status folder."""
     monkeypatch.setenv("EDGE_SSM_RUN", str(tmp_path / "status"))
     command = [*CLI[:-1], "run", str(DEMO), "--stream", "--engine", "reference", "--output", str(tmp_path / "out")]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE)
@@ -421,7 +421,7 @@ def top(*arguments):
     return done.stdout
 
 
-def test_top_shows_a_run_and_forgets_it_when_it_ends(running):
+def test_top_shows_a_run_until_it_ends(running):
     process, folder = running
     until = time.monotonic() + 30
     while time.monotonic() < until:
@@ -442,7 +442,7 @@ def test_top_shows_a_run_and_forgets_it_when_it_ends(running):
     assert "nothing runs here" in top()
 
 
-def test_top_passes_over_what_is_no_status(tmp_path, monkeypatch):
+def test_top_skips_files_that_are_no_status(tmp_path, monkeypatch):
     monkeypatch.setenv("EDGE_SSM_RUN", str(tmp_path))
     for name, content in (("1.status", b""), ("2.status", b"\xff"), ("3.status", b"{}"), ("4.status", b"[" * 9999)):
         (tmp_path / name).write_bytes(content)

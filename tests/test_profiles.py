@@ -1,4 +1,4 @@
-"""The shipped firmware profiles are valid, complete and found by board and by the name of the power mode."""
+"""Firmware profiles: the shipped ones are valid and complete, and found by board and name of the power mode."""
 
 from pathlib import Path
 
@@ -19,7 +19,7 @@ CPU_ONLINE CORE_0 1
 
 @pytest.fixture
 def jetson(tmp_path, monkeypatch):
-    """An Orin Nano 8GB with the "Super" modes, as its files say."""
+    """The files of an Orin Nano 8GB with the "Super" modes."""
     tree = tmp_path / "device-tree"
     tree.mkdir()
     (tree / "compatible").write_bytes(b"nvidia,p3768-0000+p3767-0005-super\0nvidia,p3767-0005\0nvidia,tegra234\0")
@@ -52,7 +52,7 @@ def test_every_shipped_profile_is_valid_and_each_board_has_one_default_a_mode_se
     assert len(set(defaults)) == len(defaults)
 
 
-def test_a_board_is_known_by_its_device_tree(tmp_path):
+def test_a_board_is_recognised_by_its_device_tree(tmp_path):
     (tmp_path / "compatible").write_bytes(b"nvidia,p3768-0000+p3767-0005\0nvidia,p3767-0005\0nvidia,tegra234\0")
     board = boards.board_name(tmp_path)
     assert board == "p3767-0005"
@@ -62,7 +62,7 @@ def test_a_board_is_known_by_its_device_tree(tmp_path):
     assert boards.profiles_of(boards.board_name(tmp_path))[0].name == "raspberry-pi-5"
 
 
-def test_a_power_mode_is_known_by_its_name_whatever_its_number(jetson):
+def test_a_power_mode_is_recognised_by_its_name_not_its_number(jetson):
     conf, status = jetson
     assert boards.power_mode() == "25W"  # the configuration's default, as long as none was set
     status.write_text("pmode:0002 fmode:fanNull")
@@ -80,7 +80,7 @@ def test_a_power_mode_is_known_by_its_name_whatever_its_number(jetson):
     assert boards.power_mode() is None
 
 
-def test_a_profile_that_is_not_the_machines_is_a_warning_that_names_both(jetson):
+def test_a_profile_of_another_machine_causes_a_warning_that_names_both(jetson):
     named, warning = boards.select("auto")
     assert (named.name, warning) == ("orin-nano-8gb-super-25w", "")
     assert boards.select("orin-nano-8gb-super-25w")[1] == ""
@@ -96,7 +96,7 @@ def test_a_profile_that_is_not_the_machines_is_a_warning_that_names_both(jetson)
     assert "no profile fits this machine (p3767-0005, power mode 33W)" in warning
 
 
-def test_a_profile_with_a_wrong_field_is_named(tmp_path, monkeypatch):
+def test_a_profile_with_a_wrong_field_is_refused_with_its_name(tmp_path, monkeypatch):
     good = (boards.folder() / "orin-nano-8gb-7w.toml").read_text()
     (tmp_path / "bad.toml").write_text(good.replace("cores = 4", 'cores = "four"'))
     monkeypatch.setattr(boards, "_SHIPPED", tmp_path)
@@ -107,8 +107,8 @@ def test_a_profile_with_a_wrong_field_is_named(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "content", [b'board = "\xe9"', b"a = " + b"[" * 5000, b"a = " + b"9" * 5000, b"\xff\xfe", b"a = "]
 )
-def test_bytes_that_are_no_toml_are_refused_with_the_file_s_name(content):
-    """Not UTF-8, too deep, a number of too many digits: the parser has another error for each (found by fuzzing)."""
+def test_anything_but_toml_is_refused_with_the_name_of_the_file(content):
+    """The parser raises different exceptions for bad UTF-8, deep nesting and long numbers (found by fuzzing)."""
     with pytest.raises(InputRefused, match=r"^p\.toml: "):
         boards.decode(Path("p.toml"), content)
 

@@ -1,4 +1,4 @@
-"""Signed artifacts: what a trusted key signed is loaded, and nothing else is, each with its reason."""
+"""Signed models: only what a trusted key has signed is loaded, and every refusal states its reason."""
 
 import base64
 import json
@@ -71,7 +71,7 @@ def shared(tmp_path_factory):
     return Signed(tmp_path_factory.mktemp("signed"))
 
 
-def test_what_a_trusted_key_signed_is_loaded(signed):
+def test_a_model_signed_by_a_trusted_key_is_loaded(signed):
     loaded = signatures.load(signed.model, [signed.other, signed.public])
     assert fingerprint(loaded.network) == fingerprint(random_network())
     assert signatures.verify(signed.model, loaded.digest, [signed.public]) == signed.id
@@ -79,7 +79,7 @@ def test_what_a_trusted_key_signed_is_loaded(signed):
     assert SignatureRefused.exit_status == 2
 
 
-def test_a_signature_is_the_same_each_time_and_follows_a_renamed_model(signed):
+def test_a_signature_is_reproducible_and_valid_for_a_renamed_model(signed):
     before = signed.sig.read_bytes()
     assert signing.sign(signed.model, [signed.private])[0].read_bytes() == before
     moved = signed.folder / "renamed.safetensors"
@@ -131,14 +131,14 @@ def test_the_reader_in_the_documentation_runs(signed):
         namespace["check"](signed.model, signed.public)
 
 
-def test_no_signature(signed):
+def test_a_missing_signature_is_refused(signed):
     signed.sig.unlink()
     assert signed.refused().startswith(
         f"{signed.sig}: cannot be read (No such file or directory); expected the signature of {signed.model}"
     )
 
 
-def test_no_model(signed):
+def test_a_missing_model_is_refused(signed):
     signed.model.unlink()
     assert (
         signed.refused()
@@ -146,12 +146,12 @@ def test_no_model(signed):
     )
 
 
-def test_no_key(signed):
+def test_no_key_at_all_is_refused(signed):
     with pytest.raises(SignatureRefused, match="no key given"):
         signatures.load(signed.model, [])
 
 
-def test_a_key_that_is_not_trusted(signed):
+def test_a_signature_by_an_untrusted_key_is_refused(signed):
     message = signed.refused(signed.other)
     assert message.startswith(f"{signed.sig}: signed by '{signed.id[:16]}...', expected one of {signed.other_id[:16]}")
 
@@ -171,13 +171,13 @@ def test_a_borrowed_key_id_does_not_help(signed):
     assert "the signature is not valid for the key that it names" in signed.refused()
 
 
-def test_the_signature_of_another_model(signed):
+def test_the_signature_of_another_model_is_refused(signed):
     network = random_network(seed=2)
     artifact.save(signed.model, network, {})
     assert "m.safetensors' with SHA-256" in signed.refused()
 
 
-def test_only_white_space_of_the_file_changed(signed):
+def test_a_file_in_which_only_white_space_changed_is_refused(signed):
     """The artifact's digest is the same, the file is not: it is not what was signed."""
     content = signed.model.read_bytes()
     padded = int.from_bytes(content[:8], "little")
@@ -188,7 +188,7 @@ def test_only_white_space_of_the_file_changed(signed):
     assert "with SHA-256" in signed.refused()
 
 
-def test_the_digest_of_what_was_loaded_decides(signed):
+def test_the_digest_of_the_loaded_model_decides(signed):
     """As if the file had been exchanged between a look at it and its loading."""
     other = artifact.save(signed.folder / "other.safetensors", random_network(seed=2), {})
     with pytest.raises(SignatureRefused, match=r"signs artifact digest .* the loaded model has"):
@@ -203,7 +203,7 @@ def test_a_file_that_changes_after_loading_changes_nothing_in_memory(signed):
     assert fingerprint(loaded.network) == before
 
 
-def test_bytes_that_nobody_signed_are_not_parsed(signed):
+def test_unsigned_bytes_are_not_parsed(signed):
     signed.model.write_bytes(b"\xff" * 100)
     with pytest.raises(ArtifactError):
         artifact.load(signed.model)
@@ -219,7 +219,7 @@ def test_bytes_that_nobody_signed_are_not_parsed(signed):
         (b"\xff", "statement: "),
     ],
 )
-def test_a_trusted_key_signed_something_else(signed, payload, message):
+def test_a_signed_payload_that_is_no_statement_is_refused(signed, payload, message):
     signed.sign_payload(payload)
     assert message in signed.refused()
     assert "the key signed something other than a model" in signed.refused()
@@ -238,7 +238,7 @@ def test_a_trusted_key_signed_something_else(signed, payload, message):
         {"predicate": {}},
     ],
 )
-def test_a_statement_of_another_kind(signed, change):
+def test_a_statement_of_another_kind_is_refused(signed, change):
     statement = json.loads(base64.b64decode(signed.envelope["payload"])) | change
     signed.sign_payload(json.dumps(statement).encode())
     assert "statement: " in signed.refused()
@@ -270,7 +270,7 @@ def test_a_statement_of_another_kind(signed, change):
         ),
     ],
 )
-def test_a_damaged_or_hostile_signature_file(signed, content, message):
+def test_a_damaged_or_hostile_signature_file_is_refused(signed, content, message):
     signed.sig.write_bytes(content)
     assert message in signed.refused()
 
@@ -291,7 +291,7 @@ def test_base64_of_either_alphabet_is_read(signed):
     assert signatures.verify(signed.model, signed.digest, [signed.public]) == signed.id
 
 
-def test_what_is_no_plain_file_is_refused_at_once(signed):
+def test_anything_but_a_regular_file_is_refused_at_once(signed):
     signed.sig.unlink()
     os.mkfifo(signed.sig)
     assert signed.refused().startswith(f"{signed.sig}: not a regular file")
@@ -301,7 +301,7 @@ def test_what_is_no_plain_file_is_refused_at_once(signed):
     )
 
 
-def test_a_key_file_that_is_none(signed):
+def test_a_file_without_a_public_key_is_refused(signed):
     key = signed.folder / "key"
     assert signed.refused(key).startswith(
         f"{key}: cannot be read (No such file or directory); expected an Ed25519 public key in PEM"
@@ -319,7 +319,7 @@ def test_a_key_file_that_is_none(signed):
     assert signed.refused(signed.public, signed.folder / "typo").startswith(f"{signed.folder / 'typo'}: cannot be read")
 
 
-def test_a_private_key_file_that_is_none(signed):
+def test_a_file_without_a_private_key_is_refused(signed):
     key = signed.folder / "key"
     private = Ed25519PrivateKey.generate()
     key.write_bytes(private.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, BestAvailableEncryption(b"x")))
@@ -333,7 +333,7 @@ def test_a_private_key_file_that_is_none(signed):
         signing.sign(signed.model, [key])
 
 
-def test_only_what_a_device_would_load_is_signed(signed):
+def test_a_model_that_a_device_would_refuse_is_not_signed(signed):
     signed.sig.unlink()
     signed.model.write_bytes(signed.model.read_bytes()[:-1])
     with pytest.raises(ArtifactError):
@@ -341,7 +341,7 @@ def test_only_what_a_device_would_load_is_signed(signed):
     assert not signed.sig.exists()
 
 
-def test_a_signature_costs_neither_key_nor_model(signed):
+def test_a_signature_overwrites_neither_key_nor_model(signed):
     signed.sig.unlink()
     key = signed.private.rename(signed.sig)
     before = key.read_bytes()
@@ -493,8 +493,8 @@ def test_keygen_sign_and_verify(tmp_path):
     )
 
 
-def test_without_the_library_only_signatures_are_missing(signed, tmp_path):
-    """A real Python without cryptography: all of this one's packages but that."""
+def test_without_cryptography_everything_but_signatures_works(signed, tmp_path):
+    """A real Python process with all packages of this one except cryptography."""
     packages = tmp_path / "packages"
     packages.mkdir()
     for folder in {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}:

@@ -1,4 +1,4 @@
-"""Step times: measured, tabulated, predicted."""
+"""Step times: measurement, table and prediction."""
 
 import json
 import subprocess
@@ -28,7 +28,7 @@ def test_a_table_is_written_by_the_command_and_predicts_its_own_rows(tmp_path):
     assert 0 < table.predict(small) < table.predict(large)
 
 
-def test_the_prediction_is_the_sum_of_costs_that_were_put_in():
+def test_the_prediction_recovers_the_costs_of_synthetic_rows():
     rng = np.random.default_rng(0)
     rows = []
     for _ in range(30):
@@ -47,7 +47,7 @@ def test_costs_are_never_negative():
     assert x[1] == 0
 
 
-def test_the_synthetic_networks_are_what_they_say():
+def test_the_synthetic_networks_have_the_requested_sizes():
     network = step_table.synthetic(32, 2, 8, 4, 16, "int8", True)
     check(network)
     total = cost(network)

@@ -49,7 +49,9 @@ def main() -> None:
                     "runs": len(selected),
                     "repeated": max(run["repeated"] for run in selected),
                     "covered": sum(run["low"] <= run["true_dynamic"] <= run["high"] for run in selected),
-                    "covered_total": sum(run["total_low"] <= run["true_total"] <= run["total_high"] for run in selected),
+                    "covered_total": sum(
+                        run["total_low"] <= run["true_total"] <= run["total_high"] for run in selected
+                    ),
                     "total_within_2_percent": sum(abs(error) <= 0.02 for error in total),
                     "dynamic_within_2_percent": sum(abs(error) <= 0.02 for error in dynamic),
                     "largest_total_error": round(max(map(abs, total)), 4),
