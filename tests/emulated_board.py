@@ -233,8 +233,10 @@ def measure(arguments):
                 repeated += 1
                 continue
             energy = energy_per_step(run.trace, run.blocks, "work")
-            if energy is None and repeated < arguments.runs:
-                repeated += 1  # too few readings in a block: nothing is stated
+            if energy is None:  # too few readings in a block
+                if repeated == arguments.runs:
+                    raise SystemExit("too few readings in the blocks; this machine is too busy to measure")
+                repeated += 1
                 continue
             waiting.pop(0)
             work = [b for b in run.blocks if b.kind == "work"]

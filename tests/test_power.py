@@ -248,7 +248,8 @@ def test_the_stated_energy_is_that_of_the_board(meter):
 @needs_jtop
 @pytest.mark.slow
 def test_the_next_meter_replaces_jtop_when_it_stops_during_a_run():
-    command = "(sleep 4; kill $JTOP_PID) & PROFILE --quick --meter jtop --rounds 3 --block-seconds 1"
+    kill = "(until pgrep -f profiler[.]sampler; do sleep 0.1; done; sleep 4; kill $JTOP_PID) > /dev/null"
+    command = f"{kill} & PROFILE --quick --meter jtop --rounds 3 --block-seconds 1"
     report = json.loads(profiled(command, jtop=True))
     assert report["meter"]["name"] == "hwmon"
     (note,) = [note for note in report["notes"] if "during the run" in note]
