@@ -224,22 +224,22 @@ def select(name: str) -> tuple[NamedProfile | None, str]:
         if detected is None and board is not None:
             return None, f"no profile fits this machine ({board}, power mode {mode or 'unknown'}); give --profile"
         return detected, ""
-    named = load(name)
-    if detected is not None and detected.name == named.name:
-        return named, ""
+    entry = load(name)
+    if detected is not None and detected.name == entry.name:
+        return entry, ""
     machine = f"{board or platform.machine()}, power mode {mode or 'unknown'}"
     if detected is not None:
         machine = f"{detected.name} ({machine})"
-    own_mode = named.profile.power_mode or "no mode"
-    return named, f"profile {named.name} ({own_mode}) does not match this machine: {machine}"
+    own_mode = entry.profile.power_mode or "no mode"
+    return entry, f"profile {entry.name} ({own_mode}) does not match this machine: {machine}"
 
 
-def describe(named: NamedProfile) -> str:
+def describe(entry: NamedProfile) -> str:
     """Return a profile as a page of text."""
-    p = named.profile
+    p = entry.profile
     cpu_clock = f" at {p.cpu.max_mhz:g} MHz" if p.cpu.max_mhz else ", no clock limit"
     lines = [
-        f"{named.name}: {p.board}" + (f", {p.power_mode}" if p.power_mode else "") + (", default" if p.default else ""),
+        f"{entry.name}: {p.board}" + (f", {p.power_mode}" if p.power_mode else "") + (", default" if p.default else ""),
         f"  cpu      {p.cpu.cores or 'all'} cores{cpu_clock}" + (f" ({p.cpu.model})" if p.cpu.model else ""),
     ]
     if p.gpu:

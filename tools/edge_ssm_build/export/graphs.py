@@ -97,8 +97,8 @@ def make(
 ) -> Made:
     """The exported file of the artifact ``source``.
 
-    ``weights``: of the mixing in the graph, None for the artifact's own. ``chunk``: samples of a call, ``exported.ANY_LENGTH``
-    for any number (ONNX). ``heard``: samples (n, d_input) and what they are; the error is measured on them, and an int8
+    ``weights``: of the mixing in the graph, None for the artifact's own. ``chunk``: samples of a call,
+    ``exported.ANY_LENGTH`` for any number (ONNX). ``heard``: samples (n, d_input) and what they are; the error is measured on them, and an int8
     ONNX graph quantises the mixing's inputs by the largest of theirs.
 
     Raises RunFailed if the outputs are off by more than the network's tolerance in the artifact's own weights or in
