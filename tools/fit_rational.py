@@ -1,9 +1,10 @@
-"""Derive the rational approximations of edge_ssm/engines/cpu/activations.py:  f(x) = x P(x^2) / Q(x^2), for erf and tanh.
+"""Derive the rational approximations of erf and tanh in edge_ssm/engines/cpu/activations.py.
 
-Linearised least squares on Chebyshev nodes with Lawson's reweighting, which drives it towards the minimax solution.
-Prints the coefficients, highest power first, and the largest error of a float32 evaluation.
+    python tools/fit_rational.py
 
-    python tools/fit_rational.py        (needs NumPy; tanh and erf come from the standard library)
+The approximations have the form f(x) = x P(x^2) / Q(x^2). They are fitted by linearised least squares on Chebyshev
+nodes, with Lawson's reweighting, which converges towards the minimax solution. The script prints the coefficients,
+highest power first, and the largest error of a float32 evaluation. It needs NumPy only.
 """
 
 import math
@@ -13,6 +14,7 @@ import numpy as np
 
 
 def fit(f: Callable[[float], float], limit: float, p_degree: int, q_degree: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the coefficients of P and Q, highest power first, that approximate ``f`` on [-limit, limit]."""
     x = limit * np.cos(np.pi * (np.arange(4000) + 0.5) / 8000)  # (0, limit)
     y = np.array([f(v) for v in x]) / x
     s = x * x
@@ -36,6 +38,7 @@ def fit(f: Callable[[float], float], limit: float, p_degree: int, q_degree: int)
 
 
 def float32_error(f: Callable[[float], float], limit: float, p: np.ndarray, q: np.ndarray) -> float:
+    """Return the largest error of a float32 evaluation on [-1.5 limit, 1.5 limit], arguments being clamped."""
     x = np.linspace(-1.5 * limit, 1.5 * limit, 400_001).astype(np.float32)
     c = np.clip(x, -np.float32(limit), np.float32(limit))
     s = c * c

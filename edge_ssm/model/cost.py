@@ -9,30 +9,39 @@ from edge_ssm.model.network import Block, Network, TokenEncoder
 
 @dataclass(frozen=True)
 class BlockCost:
-    """What one block keeps and does. Multiply-adds are real, for one sample."""
+    """The size of one block and the cost of one step of it."""
 
     active: int
+    """Number of active channels."""
     bypassed: int
+    """Number of bypassed channels."""
     pairs: int
-    """Conjugate pairs of all active channels together: S."""
+    """Number of conjugate pairs of all active channels together: S."""
     columns: int
+    """Number of columns that are left of the mixing matrix."""
     rows: int
+    """Number of rows that are left of the mixing matrix; with GLU, pairs of a value row and a gate row."""
     parameters: int
+    """Number of real parameters that a step reads; a complex one counts as two."""
     weight_bytes: int
-    """Of the parameters as a step reads them: mixing weights in their own type, all others float32."""
+    """Size of these parameters in bytes: mixing weights in their own type, all others float32."""
     multiply_adds: int
+    """Number of real multiply-adds of one step."""
 
 
 @dataclass(frozen=True)
 class Cost:
+    """The size of a network and the cost of one step of it."""
+
     blocks: tuple[BlockCost, ...]
     parameters: int
-    """Real numbers that a step reads, counting a complex one as two."""
+    """Number of real parameters that a step reads; a complex one counts as two."""
     weight_bytes: int
+    """Size of these parameters in bytes, as a step reads them."""
     state_values: int
-    """Real numbers of recurrent state a lane."""
+    """Number of real values of recurrent state per lane."""
     multiply_adds: int
-    """Real multiply-adds of one sample through the whole network, without activations and norms."""
+    """Number of real multiply-adds of one step, without activations and norms."""
 
 
 def _block_cost(block: Block, h: int) -> BlockCost:
@@ -40,10 +49,10 @@ def _block_cost(block: Block, h: int) -> BlockCost:
     pairs = int(ssm.pairs.sum())
     rank_one = int(ssm.pairs[ssm.rank_one].sum())
     columns = len(mixing.columns)
-    # A step of one pair: complex times complex (4), and the real part of another such product (2). A rank-one term
-    # adds an inner product (2) and its outcome times P (2).
+    # One pair: a complex product (4) and the real part of another one (2). A rank-one term adds an inner product (2)
+    # and its result times p (2).
     macs = 6 * pairs + 4 * rank_one + columns + mixing.weight.size
-    # B is folded into C, so that the step reads (Abar, C): 4 numbers a pair; 4 more for a rank-one term.
+    # B is folded into C, so that a step reads delta and C: 4 numbers per pair; p and r are 4 more.
     others = 4 * pairs + 4 * rank_one + columns + mixing.bias.size + (2 * h if block.norm else 0)
     others += 0 if mixing.scale is None else mixing.scale.size
     parameters = others + mixing.weight.size
@@ -53,6 +62,7 @@ def _block_cost(block: Block, h: int) -> BlockCost:
 
 
 def cost(network: Network) -> Cost:
+    """Return the size of a network and the cost of one step of it."""
     h = network.d_model
     blocks = tuple(_block_cost(block, h) for block in network.blocks)
     encoder = network.encoder

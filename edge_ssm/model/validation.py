@@ -31,9 +31,9 @@ def _check_ssm(ssm: SSM, where: str, h: int, discretization: Discretization) -> 
     _check_indices(ssm.active, f"{where}.active", h)
     k = len(ssm.active)
     _check_array(ssm.pairs, f"{where}.pairs", (k,))
-    # Bounded before they are summed: the sum of hostile numbers could overflow to a fitting one.
+    # Bounded before they are summed: the sum of hostile numbers could overflow to the expected one.
     fits = bool(((ssm.pairs >= 1) & (ssm.pairs <= len(ssm.A))).all())
-    _expect(fits, f"{where}.pairs", f"a number is not from 1 to {len(ssm.A)}, the states that there are")
+    _expect(fits, f"{where}.pairs", f"a value is not from 1 to {len(ssm.A)}, the number of states")
     states = int(ssm.pairs.sum())
     for name in ("A", "B", "C"):
         _check_array(getattr(ssm, name), f"{where}.{name}", (states,))
@@ -59,20 +59,27 @@ def _check_mixing(mixing: Mixing, ssm: SSM, where: str, h: int) -> None:
     _expect(mixing.weight.dtype.name in MIXING_DTYPES, f"{where}.weight", f"dtype {mixing.weight.dtype}")
     _check_array(mixing.weight, f"{where}.weight", (doubled * len(mixing.rows), len(mixing.columns)))
     _check_array(mixing.bias, f"{where}.bias", (doubled * h,))
-    _expect((mixing.scale is None) == (mixing.dtype == "float32"), f"{where}.scale", "goes with float16 and int8 only")
+    _expect(
+        (mixing.scale is None) == (mixing.dtype == "float32"),
+        f"{where}.scale",
+        "required for float16 and int8 weights, and only for them",
+    )
     if mixing.scale is not None:
         _check_array(mixing.scale, f"{where}.scale", (doubled * len(mixing.rows),))
         _expect(bool((mixing.scale > 0).all()), f"{where}.scale", "a value is not positive")
-    # By a mask: NumPy's set functions import its masked arrays, a twentieth of the time to the first decision.
-    left = np.zeros(h, dtype=bool)
-    left[mixing.columns] = True
-    removed, lost = np.flatnonzero(~left), ssm.active[~left[ssm.active]]
-    _expect(len(lost) == 0, f"{where}.columns", f"channel {lost[:1]} is active but does not enter the mixing")
+    # A mask, because NumPy's set functions import its masked arrays: 5 % of the time to the first decision.
+    is_left = np.zeros(h, dtype=bool)
+    is_left[mixing.columns] = True
+    removed, cut_off = np.flatnonzero(~is_left), ssm.active[~is_left[ssm.active]]
+    _expect(len(cut_off) == 0, f"{where}.columns", f"channel {cut_off[:1]} is active but does not enter the mixing")
     _expect(bool((ssm.D[removed] == 0).all()), f"{where}.columns", "a channel with a gain does not enter the mixing")
 
 
 def check(network: Network) -> None:
-    """Raise NetworkError, naming the part, unless all shapes fit, all values are finite and every SSM is stable."""
+    """Check that all shapes agree, all values are finite and every SSM is stable.
+
+    Raises NetworkError, which names the part, if they do not.
+    """
     h, d_input, d_output = network.d_model, network.d_input, network.d_output
     _expect(d_input >= 1 and h >= 1 and d_output >= 1, "network", "d_input, d_model and d_output must be positive")
     _expect(len(set(network.input.channels)) == d_input, "input.channels", "names are repeated")
@@ -104,6 +111,6 @@ def check(network: Network) -> None:
     _expect(network.window >= 1, "window", f"{network.window} samples, expected 1 or more")
     _expect(network.pooling != "none" or network.window == 1, "window", "a network without pooling has window 1")
     n_labels = len(network.labels)
-    _expect(n_labels in (0, d_output), "labels", f"{n_labels} given, expected {d_output} (one an output) or none")
+    _expect(n_labels in (0, d_output), "labels", f"{n_labels} given, expected {d_output} (one per output) or none")
     _expect(len(set(network.labels)) == n_labels, "labels", "names are repeated")
     _expect(0 <= network.rounding_error < np.inf, "rounding_error", f"{network.rounding_error}, expected 0 or more")
