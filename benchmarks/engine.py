@@ -39,7 +39,7 @@ def entries(h: int, layers: int) -> dict[str, tuple[Callable[[], Any], int, Any]
     found: dict[str, tuple[Callable[[], Any], int, Any]] = {}
 
     def add(name: str, network: Any, samples: Any, lanes: int = 1) -> None:
-        engine = create("cpu", network, lanes)
+        engine = create("cpu", network, lanes=lanes)
         if samples.ndim == 1 + (lanes > 1):
             found[name] = (lambda: engine.step(samples), lanes, network)
         else:

@@ -34,7 +34,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 from networks import random_network, samples_for
 
 from edge_ssm import load
-from edge_ssm.engines.registry import create
+from edge_ssm.engines.registry import EngineOptions, create
 from edge_ssm.formats import exported
 from edge_ssm.model.network import MIXING_DTYPES, InputSpec
 from edge_ssm_build.export import graphs
@@ -51,7 +51,7 @@ def graph_engine(
     """Return an engine, and the size of its graph in bytes."""
     input_maxima = graphs.reach_of(network, calibration) if weights == "int8" else []
     graph = exported.build(kind, network, weights, input_maxima, chunk)
-    return create(kind, network, graph=graph), len(graph.content)
+    return create(kind, network, EngineOptions(graph=graph)), len(graph.content)
 
 
 def turns(calls: dict[str, Any], warms: dict[str, Any], per_call: int, rounds: int) -> dict[str, dict[str, float]]:

@@ -1,7 +1,7 @@
-"""A GPU for ``edge_ssm.engines.cuda.engine``, by Numba's simulator: every thread of a kernel is a thread of Python.
+"""A GPU for the CUDA engines, in Numba's simulator: every thread of a kernel is a Python thread.
 
-Run with NUMBA_ENABLE_CUDASIM=1. The simulator runs one block after another; where blocks wait for each other,
-``_side_by_side`` runs them at once, each with its own shared memory.
+Run with NUMBA_ENABLE_CUDASIM=1. The simulator runs one block after another. Where blocks wait for one another,
+``_run_concurrently`` runs all of them at once, each with its own shared memory.
 """
 
 import sys
@@ -14,10 +14,12 @@ from numba.cuda.simulator import kernel as simulated
 from numba.cuda.simulator.kernelapi import FakeCUDAModule, FakeCUDAShared
 
 from edge_ssm.engines.cuda import engine, kernels, persistent
+from edge_ssm.engines.cuda.layout import ADDERS
 from edge_ssm.engines.cuda.persistent import PersistentCudaEngine
+from edge_ssm.engines.options import EngineOptions
 
-persistent.ASKED = 1
-# What a GPU's own instructions do, in Python; a word is read and written whole there too.
+persistent.POLLS = 1
+# The GPU's instructions in Python, where a word is read and written whole too.
 kernels.load_word = lambda words, i: (time.sleep(1e-3), int(words[i]))[1]
 kernels.store_word = lambda words, i, word: words.__setitem__(i, word)
 kernels.float_of = lambda word: np.uint32(word & 0xFFFFFFFF).view(np.float32)
@@ -34,7 +36,7 @@ class _Module(FakeCUDAModule):
         return self._of_block[self.blockIdx.x]
 
 
-def _side_by_side(kernel, grid, threads, shared_bytes, arguments):
+def _run_concurrently(kernel, grid, threads, shared_bytes, arguments):
     module = _Module((grid, 1, 1), (threads, 1, 1), shared_bytes)
     failures = []
 
@@ -45,7 +47,7 @@ def _side_by_side(kernel, grid, threads, shared_bytes, arguments):
             failures.append(failure)
 
     before = sys.getswitchinterval()
-    sys.setswitchinterval(1e-5)  # threads that wait by asking must not keep the others from running
+    sys.setswitchinterval(1e-5)  # threads that poll must not keep the others from running
     try:
         with simulated._push_kernel_context(module), simulated.swapped_cuda_module(kernel.fn, module):
             blocks = [threading.Thread(target=run, args=(i,), daemon=True) for i in range(grid)]
@@ -89,38 +91,38 @@ class Simulator:
 
     def run(self, kernel, grid, threads, shared_bytes, arguments):
         self.launches += 1
-        # A thread of Python is slow: as few as the kernel's sums need.
+        # Python threads are slow: start only as many as the kernel's sums need.
         if blocks_of(arguments) > 1:
-            _side_by_side(kernel, grid, engine.ADDERS, shared_bytes, arguments)
+            _run_concurrently(kernel, grid, ADDERS, shared_bytes, arguments)
         else:
-            kernel[grid, engine.ADDERS, 0, shared_bytes](*arguments)
+            kernel[grid, ADDERS, 0, shared_bytes](*arguments)
 
     def start(self, kernel, grid, threads, shared_bytes, arguments):
         self.launches += 1
-        arguments = kernel, grid, engine.ADDERS, shared_bytes, arguments
-        self._serving = threading.Thread(target=_side_by_side, args=arguments, daemon=True)
+        arguments = kernel, grid, ADDERS, shared_bytes, arguments
+        self._serving = threading.Thread(target=_run_concurrently, args=arguments, daemon=True)
         self._serving.start()
 
     def wait(self):
         self._serving.join(60)
         assert not self._serving.is_alive()
 
-    def running_still(self):
-        time.sleep(5e-3)  # Who asks in vain keeps the others from running.
+    def is_busy(self):
+        time.sleep(5e-3)  # polling keeps the kernel's threads from running
         return self._serving.is_alive()
 
-    def running(self):
+    def end_setup(self):
         pass
 
 
 def blocks_of(arguments):
-    """Of threads that a group of lanes has: the last number before the scratch and the counters."""
+    """Return the number of blocks of a group: the last number before the scratch memory and the counters."""
     return arguments[-3]
 
 
 def create_persistent(network, lanes=1, processors=1):
-    return PersistentCudaEngine(network, lanes, Simulator(processors))
+    return PersistentCudaEngine(network, EngineOptions(lanes), Simulator(processors))
 
 
 def create(network, lanes=1, processors=1):
-    return engine.CudaEngine(network, lanes, Simulator(processors))
+    return engine.CudaEngine(network, EngineOptions(lanes), Simulator(processors))

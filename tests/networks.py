@@ -1,4 +1,4 @@
-"""Random networks of every form that an artifact can hold."""
+"""Random networks of every kind that an artifact can hold."""
 
 from typing import Any
 
@@ -37,10 +37,12 @@ def random_network(
     rows: int | None = None,
     mixing_dtype: str = "float32",
 ) -> Network:
-    """``active`` counts the active channels of each layer; all of them by default.
+    """Return a random network.
 
-    ``ragged`` draws each channel's pairs from 1 to ``pairs``; ``low_rank`` is the share of channels with a rank-one
-    term; ``columns`` and ``rows`` count what mixing keeps (never fewer columns than active channels).
+    ``active`` is the number of active channels of each layer; by default all of them are active. ``ragged`` draws the
+    number of pairs of each channel from 1 to ``pairs``. ``rank_one`` is the share of channels with a rank-one term.
+    ``columns`` and ``rows`` are the numbers of columns and rows that mixing keeps; columns of active channels are
+    always kept.
     """
     rng = np.random.default_rng(seed)
 
@@ -67,8 +69,8 @@ def random_network(
         B, C = complex_().astype(np.complex128), complex_().astype(np.complex128)
         D = f32(h)
         bypassed = np.setdiff1d(np.arange(h), chosen)
-        room = min(len(bypassed), max(0, h - k if columns is None else columns - k))
-        kept = np.sort(np.concatenate([chosen, rng.choice(bypassed, room, replace=False)])).astype(np.int64)
+        extra = min(len(bypassed), max(0, h - k if columns is None else columns - k))
+        kept = np.sort(np.concatenate([chosen, rng.choice(bypassed, extra, replace=False)])).astype(np.int64)
         D[np.setdiff1d(np.arange(h), kept)] = 0
         outs = np.sort(rng.choice(h, h if rows is None else min(rows, h), replace=False)).astype(np.int64)
         doubled = 2 if mixing == "glu" else 1
@@ -125,7 +127,7 @@ def networks(draw: st.DrawFn) -> Network:
 
 
 def samples_for(network: Network, seed: int, *shape: int) -> Any:
-    """(\\*shape, d_input) samples in the network's own units: tokens, or values around the mean."""
+    """Return samples of shape (\\*shape, d_input) in the units of the sensor: tokens, or values around the mean."""
     rng = np.random.default_rng(seed)
     if isinstance(network.encoder, TokenEncoder):
         return rng.integers(0, len(network.encoder.embedding), (*shape, 1)).astype(np.float64)

@@ -1,4 +1,4 @@
-"""Run by test_cuda.py in a process with NUMBA_ENABLE_CUDASIM=1: the CUDA engine's kernels against the reference."""
+"""The CUDA kernels against the reference. test_cuda.py runs this in a process with NUMBA_ENABLE_CUDASIM=1."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,7 @@ from networks import random_network, samples_for
 
 from edge_ssm.engines.cuda import engine as cuda_engine
 from edge_ssm.engines.cuda import kernels, persistent
-from edge_ssm.engines.cuda.engine import TOGETHER, plan
+from edge_ssm.engines.cuda.engine import LANES_PER_GROUP, plan
 from edge_ssm.engines.failover import FallbackEngine
 from edge_ssm.engines.registry import create as create_engine
 from edge_ssm.errors import EngineUnavailable, RunFailed, SampleError
@@ -16,8 +16,8 @@ FORMS = {
     "whole": {},
     "ragged, columns and rows dropped": {"h": 9, "ragged": True, "active": [4, 9], "columns": 6, "rows": 5},
     "nothing left": {"h": 5, "active": [0, 2], "columns": 0, "rows": 0},
-    "rank one": {"h": 7, "low_rank": 0.5, "discretization": "bilinear", "ragged": True},
-    "all rank one": {"h": 4, "low_rank": 1.0, "discretization": "bilinear"},
+    "rank one": {"h": 7, "rank_one": 0.5, "discretization": "bilinear", "ragged": True},
+    "all rank one": {"h": 4, "rank_one": 1.0, "discretization": "bilinear"},
     "prenorm, affine, plain": {"h": 6, "prenorm": True, "norm": "affine", "mixing": "plain", "rows": 4},
     "prenorm, no norm": {"h": 6, "prenorm": True, "norm": None},
     "tokens": {"h": 6, "vocabulary": 7},
@@ -32,7 +32,7 @@ FORMS = {
 def test_the_kernel_steps_the_network(form, lanes):
     network = random_network(3, **FORMS[form])
     samples = samples_for(network, 0, 4, *([lanes] if lanes > 1 else []))
-    expected = create_engine("reference", network, lanes).chunk(samples)
+    expected = create_engine("reference", network, lanes=lanes).chunk(samples)
     found = create(network, lanes).chunk(samples)
     assert found.dtype == np.float32
     assert np.abs(found - expected).max() <= 2e-6 * max(1.0, np.abs(expected).max())
@@ -50,11 +50,11 @@ def test_a_chunk_is_as_many_steps_and_no_lane_sees_another(form):
 
 def test_many_lanes_share_the_weights():
     network = random_network(5, h=4, pairs=2, layers=1)
-    lanes = TOGETHER + 1  # the last group has one
+    lanes = LANES_PER_GROUP + 1  # the last group has one
     samples = samples_for(network, 0, 2, lanes)
     engine = create(network, lanes)
-    assert engine._plan.together == TOGETHER
-    assert np.abs(engine.chunk(samples) - create_engine("reference", network, lanes).chunk(samples)).max() <= 1e-5
+    assert engine._plan.lanes_per_group == LANES_PER_GROUP
+    assert np.abs(engine.chunk(samples) - create_engine("reference", network, lanes=lanes).chunk(samples)).max() <= 1e-5
 
 
 @pytest.mark.parametrize(("lanes", "processors", "blocks"), [(1, 3, 3), (2, 4, 2)])
@@ -65,7 +65,7 @@ def test_blocks_that_share_a_lane_hand_each_other_what_they_found(form, lanes, p
     samples = samples_for(network, 0, 2, *([lanes] if lanes > 1 else []))
     engine = create(network, lanes, processors)
     assert engine._plan.blocks == blocks
-    expected = create_engine("reference", network, lanes).chunk(samples)
+    expected = create_engine("reference", network, lanes=lanes).chunk(samples)
     assert np.abs(engine.chunk(samples) - expected).max() <= 2e-6 * max(1.0, np.abs(expected).max())
 
 
@@ -83,7 +83,7 @@ def test_a_kernel_that_stays_is_as_many_steps_in_one_launch(lanes, processors, b
     monkeypatch.setattr(cuda_engine, "SPLIT_BYTES", 0 if blocks > 1 else 1 << 40)
     network = random_network(3, h=6, pairs=2, layers=2)
     samples = samples_for(network, 0, 6, *([lanes] if lanes > 1 else []))
-    engine, reference = create_persistent(network, lanes, processors), create_engine("reference", network, lanes)
+    engine, reference = create_persistent(network, lanes, processors), create_engine("reference", network, lanes=lanes)
     assert engine._plan.blocks == blocks
     expected = reference.chunk(samples)
     found = np.concatenate([engine.step(samples[0])[None], engine.chunk(samples[1:4])])
@@ -116,7 +116,7 @@ def test_a_kernel_that_stays_needs_a_multiprocessor_a_lane_and_its_end_is_notice
         create_persistent(network, 3, 2)
     engine = create_persistent(network)
     engine.step(network.input.mean)
-    engine._given[...] = -1  # as if something had ended it
+    engine._requests[...] = -1  # as if something had ended it
     with pytest.raises(RunFailed, match="the kernel ended by itself"):
         engine._device.wait() or engine.step(network.input.mean)
     engine.reset()
@@ -139,7 +139,7 @@ def test_snapshots_go_to_the_other_engines_and_back():
 
 def test_reset_and_gaps_are_of_one_lane_or_of_all():
     network = random_network(7)
-    engine, reference = create(network, 2), create_engine("reference", network, 2)
+    engine, reference = create(network, 2), create_engine("reference", network, lanes=2)
     samples = samples_for(network, 0, 3, 2)
     for each in (engine, reference):
         each.chunk(samples)
@@ -169,7 +169,7 @@ def test_the_plan_fits_the_device():
     assert plan(1, large, 8, 48 << 10).blocks == 8
     assert plan(2, large, 8, 48 << 10).blocks == 4
     assert plan(8, large, 8, 48 << 10).blocks == 1  # one a multiprocessor
-    assert plan(64, large, 8, 96 << 10).together == TOGETHER
+    assert plan(64, large, 8, 96 << 10).lanes_per_group == LANES_PER_GROUP
     with pytest.raises(EngineUnavailable, match="shared memory"):
         plan(1, large, 8, 1 << 10)
 

@@ -9,7 +9,7 @@ from networks import random_network, samples_for
 
 from edge_ssm.engines import registry, selection
 from edge_ssm.engines.cpu import cache as kernel_cache
-from edge_ssm.engines.registry import create
+from edge_ssm.engines.registry import EngineOptions, create
 from edge_ssm.errors import EngineUnavailable
 
 
@@ -27,7 +27,7 @@ def only(folder):
 
 def test_the_fastest_is_taken_and_the_figures_are_kept(kept):
     network = random_network()
-    engine, trial = selection.choose(network, 1)
+    engine, trial = selection.select_engine(network)
     assert set(trial.step_us) == {"cpu", "reference"}
     assert engine.name == trial.winner == min(trial.step_us, key=trial.step_us.get)
     assert trial.why().startswith(f"{trial.winner} ")
@@ -35,7 +35,7 @@ def test_the_fastest_is_taken_and_the_figures_are_kept(kept):
     turned = {"step_us": {"cpu": 9.0, "reference": 1.0}, "unavailable": {}}
     only(kept).write_text(json.dumps(turned))
     assert create("auto", network).name == "reference"
-    assert selection.choose(network, 1)[1].why() == "reference 1 us, cpu 9 us a step"
+    assert selection.select_engine(network)[1].why() == "reference 1 us, cpu 9 us a step"
 
 
 @pytest.mark.parametrize(
@@ -43,21 +43,21 @@ def test_the_fastest_is_taken_and_the_figures_are_kept(kept):
 )
 def test_figures_that_do_not_fit_are_measured_again(kept, content):
     network = random_network()
-    selection.choose(network, 1)
+    selection.select_engine(network)
     only(kept).write_text(content)
-    assert set(selection.choose(network, 1)[1].step_us) == {"cpu", "reference"}
+    assert set(selection.select_engine(network)[1].step_us) == {"cpu", "reference"}
     assert json.loads(only(kept).read_text())["step_us"].keys() == {"cpu", "reference"}
 
 
 def test_another_network_or_number_of_lanes_is_another_trial(kept):
-    selection.choose(random_network(0), 1)
-    selection.choose(random_network(1), 1)
-    selection.choose(random_network(1), 2)
+    selection.select_engine(random_network(0))
+    selection.select_engine(random_network(1))
+    selection.select_engine(random_network(1), EngineOptions(lanes=2))
     assert len(list(kept.glob("*.trial"))) == 3
 
 
 def test_the_trial_leaves_no_state_behind(kept):
-    engine, _ = selection.choose(random_network(), 2)
+    engine, _ = selection.select_engine(random_network(), EngineOptions(lanes=2))
     assert all((x == 0).all() for x in engine.snapshot().state)
 
 
@@ -66,20 +66,20 @@ def test_what_does_not_load_is_left_out_and_named(kept, monkeypatch):
         raise EngineUnavailable("engine 'cpu': not today")
 
     monkeypatch.setattr(kernel_cache, "load", fails)
-    engine, trial = selection.choose(random_network(), 1)
+    engine, trial = selection.select_engine(random_network())
     assert engine.name == "reference"
     assert trial.unavailable == {"cpu": "engine 'cpu': not today"}
     assert not list(kept.glob("*.trial"))  # it may load at the next start
     monkeypatch.delitem(registry.ENGINES, "reference")
     with pytest.raises(EngineUnavailable, match="not today"):
-        selection.choose(random_network(1), 1)
+        selection.select_engine(random_network(1))
 
 
 @pytest.mark.parametrize(("stated", "engines_left"), [(0.01, {"cpu", "cpu-float32"}), (0.0, {"cpu-float32"})])
 def test_small_weights_run_as_stored_only_within_what_the_artifact_states(kept, stated, engines_left):
     """int8 mixing takes its inputs as 16-bit integers; what that costs must be little beside what int8 cost."""
     network = replace(random_network(3, h=128, pairs=32, layers=6, mixing_dtype="int8"), rounding_error=stated)
-    trial = selection.choose(network, 1)[1]
+    trial = selection.select_engine(network)[1]
     assert set(trial.step_us) == engines_left | {"reference"}
     if "cpu" not in engines_left:
         assert "more than 1.0e-04" in trial.inaccurate["cpu"]
@@ -94,4 +94,4 @@ def test_widened_weights_are_the_stored_ones():
 def test_an_unwritable_folder_only_costs_the_next_trial(monkeypatch):
     kernel_cache.load()
     monkeypatch.setenv("EDGE_SSM_CACHE", "/proc/nowhere")
-    assert selection.choose(random_network(), 1)[0].name in ("cpu", "reference")
+    assert selection.select_engine(random_network())[0].name in ("cpu", "reference")

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from edge_ssm.engines.cpu import cache as kernel_cache
 from edge_ssm.engines.cpu import elf, kernel_file
+from edge_ssm.engines.cpu.symbols import ENTRY
 from edge_ssm.engines.cuda import cache as cuda_cache
 from edge_ssm.errors import EdgeSSMError, EngineUnavailable, InputRefused, UsageError
 
@@ -21,12 +22,13 @@ GENERIC = f"{kernel_file.platform.machine()}-generic"
 CHECK = """
 import sys; sys.path.insert(0, 'tests')
 from networks import random_network, samples_for
-from edge_ssm.engines import create, compiled
+from edge_ssm.engines.cpu import cache
+from edge_ssm.engines.registry import create
 for dtype in ('float32', 'float16', 'int8'):
-    network = random_network(h=19, mixing_dtype=dtype, low_rank=0.5, discretization='bilinear')
+    network = random_network(h=19, mixing_dtype=dtype, rank_one=0.5, discretization='bilinear')
     x = samples_for(network, 0, 50)
     print(abs(create('cpu', network).chunk(x) - create('reference', network).chunk(x)).max() < 1e-4)
-print(compiled.load().header.target, *({'numba', 'llvmlite'} & set(sys.modules)))
+print(cache.load().header.target, *({'numba', 'llvmlite'} & set(sys.modules)))
 """
 
 
@@ -195,7 +197,7 @@ def test_a_kernel_replaces_no_model(option, what, tmp_path):
     arguments = [word for pair in places.items() for word in pair]
     done = edge_ssm("--target", GENERIC, *arguments)
     assert done.returncode == 2
-    said = f"{option} {model}: is there and is no {what}, it would be lost; name another file"
+    said = f"{option} {model}: exists and is not an edge-ssm {what}; name another file"
     assert done.stderr == f"edge-ssm: error: {said}\n"
     assert model.read_bytes() == (ROOT / "examples" / "demo.safetensors").read_bytes()
 
@@ -229,11 +231,11 @@ def test_an_object_that_needs_a_library_is_refused():
 
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
-    text = f"declare i64 @outside(ptr)\ndefine i64 @{kernel_file.ENTRY}(ptr %c) {{\n %r = call i64 @outside(ptr %c)\n"
+    text = f"declare i64 @outside(ptr)\ndefine i64 @{ENTRY}(ptr %c) {{\n %r = call i64 @outside(ptr %c)\n"
     module = llvm.parse_assembly(text + " ret i64 %r\n}")
     machine = llvm.Target.from_default_triple().create_target_machine(reloc="pic", codemodel="small")
     with pytest.raises(EngineUnavailable, match="does not stand alone, it needs 'outside'"):
-        elf.link("x", "x", (), machine.emit_object(module))
+        elf.link(machine.emit_object(module), ENTRY)
 
 
 def test_where_kernels_are_kept(monkeypatch):

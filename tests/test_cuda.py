@@ -122,7 +122,7 @@ def test_a_launch_has_the_arguments_that_the_kernel_takes(orin):
     [
         (
             "UNSUPPORTED_PTX_VERSION",
-            "the driver (CUDA 12.6) does not take the kernel (unsupported ptx version)",
+            "the driver (CUDA 12.6) does not accept the kernel (unsupported ptx version)",
         ),
         ("OUT_OF_MEMORY", "the GPU is out of memory; use fewer lanes"),
         ("ILLEGAL_ADDRESS", "cuLaunchKernel failed (illegal address)"),
@@ -133,7 +133,7 @@ def test_what_a_driver_refuses_is_explained(status, said):
 
     device = Device.__new__(Device)
     device.driver_version = 12060
-    assert device._meaning("cuLaunchKernel", getattr(driver.CUresult, f"CUDA_ERROR_{status}")).startswith(said)
+    assert device.explain("cuLaunchKernel", getattr(driver.CUresult, f"CUDA_ERROR_{status}")).startswith(said)
 
 
 @pytest.fixture(scope="session")
@@ -150,7 +150,7 @@ def stub(orin, tmp_path_factory):
         places = {"LD_LIBRARY_PATH": str(folder), "EDGE_SSM_CACHE": str(orin), "PYTHONPATH": str(HERE)}
         head = (
             "from networks import random_network, samples_for\n"
-            "from edge_ssm.engines.registry import create\n"
+            "from edge_ssm.engines.registry import EngineOptions, create\n"
             "network = random_network(h=16, pairs=4, layers=2); samples = samples_for(network, 0, 3)\n"
         )
         command = [sys.executable, "-c", head + code]
@@ -165,7 +165,7 @@ def stub(orin, tmp_path_factory):
 @pytest.mark.skipif(not NO_GPU, reason="there is a GPU")
 def test_the_drivers_interface_takes_every_call(stub):
     done = stub(
-        "engine = create('cuda', network, 1, 'block')\n"
+        "engine = create('cuda', network, EngineOptions(synchronization='block'))\n"
         "engine.step(samples[0]); engine.chunk(samples)\n"
         "engine.restore(engine.snapshot()); engine.reset(); engine.reset(0); engine.skip(2)"
     )
@@ -188,7 +188,7 @@ def test_the_drivers_interface_takes_every_call(stub):
     ("fail", "said"),
     [
         ("cuInit:100", "EngineUnavailable: engine 'cuda': cuInit failed (no device)"),
-        ("cuModuleLoadData:222", "EngineUnavailable: engine 'cuda': the driver (CUDA 12.6) does not take the kernel"),
+        ("cuModuleLoadData:222", "EngineUnavailable: engine 'cuda': the driver (CUDA 12.6) does not accept the kernel"),
         ("cuMemAlloc:2", "EngineUnavailable: engine 'cuda': the GPU is out of memory; use fewer lanes"),
         ("cuLaunchKernel:700", "RunFailed: engine 'cuda': a launch failed (illegal address)"),
         ("cuStreamSynchronize:719", "RunFailed: engine 'cuda': a launch failed (launch failed)"),
@@ -219,8 +219,8 @@ def test_on_a_gpu_it_is_the_reference(lanes):
     network = random_network(h=128, pairs=32, layers=4, active=[128, 64, 64, 40], columns=100)
     few = min(lanes, 16)
     samples = samples_for(network, 0, 20, lanes)
-    expected = create("reference", network, few).chunk(samples[:, :few])
-    found = create("cuda", network, lanes)
+    expected = create("reference", network, lanes=few).chunk(samples[:, :few])
+    found = create("cuda", network, lanes=lanes)
     chunk = found.chunk(samples if lanes > 1 else samples[:, 0]).reshape(20, lanes, -1)
     assert np.abs(chunk[:, :few] - expected.reshape(20, few, -1)).max() <= 1e-4
     found.reset()
@@ -269,10 +269,10 @@ def test_on_a_gpu_the_sanitizer_finds_nothing(tool):
     """Of one block a lane, several blocks a lane, and several lanes a block."""
     code = (
         "from networks import random_network, samples_for\n"
-        "from edge_ssm.engines.registry import create\n"
+        "from edge_ssm.engines.registry import EngineOptions, create\n"
         "for h, lanes in ((32, 1), (256, 1), (64, 64)):\n"
         "    network = random_network(h=h, pairs=8, layers=2)\n"
-        "    create('cuda', network, lanes).chunk(samples_for(network, 0, 5, *([lanes] if lanes > 1 else [])))\n"
+        "    create('cuda', network, lanes=lanes).chunk(samples_for(network, 0, 5, *([lanes] if lanes > 1 else [])))\n"
     )
     command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", sys.executable, "-c", code]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=Path(__file__).parent)

@@ -47,7 +47,7 @@ def test_step_equals_chunk_equals_convolution(name, network, seed, length):
 @given(network=networks(), seed=st.integers(0, 1000), lanes=st.integers(2, 4))
 def test_lanes_are_independent_streams(name, network, seed, lanes):
     samples = samples_for(network, seed, 12, lanes)
-    together = create(name, network, lanes).chunk(samples)
+    together = create(name, network, lanes=lanes).chunk(samples)
     for lane in range(lanes):
         alone = create(name, network).chunk(samples[:, lane])
         # The reference's matrix products round differently for another number of rows.
@@ -58,11 +58,11 @@ def test_lanes_are_independent_streams(name, network, seed, lanes):
 def test_reset_of_one_lane_leaves_the_others(name):
     network = random_network()
     samples = samples_for(network, 1, 20, 2)
-    engine = create(name, network, 2)
+    engine = create(name, network, lanes=2)
     engine.chunk(samples[:10])
     engine.reset(lane=1)
     after = engine.chunk(samples[10:])
-    whole = create(name, network, 2).chunk(samples)
+    whole = create(name, network, lanes=2).chunk(samples)
     assert np.array_equal(after[:, 0], whole[10:, 0])
     assert np.allclose(after[:, 1], create(name, network).chunk(samples[10:, 1]), rtol=1e-12)
 
@@ -89,7 +89,7 @@ def test_a_snapshot_that_does_not_fit_is_refused_and_changes_nothing(name):
     engine.chunk(samples)
     good = engine.snapshot()
     other = create(name, random_network(1)).snapshot()
-    lanes = create(name, network, 2).snapshot()
+    lanes = create(name, network, lanes=2).snapshot()
     broken = replace(good, state=(np.full_like(good.state[0], np.nan), *good.state[1:]))
     for bad in (other, lanes, broken):
         with pytest.raises(SnapshotError, match="snapshot: "):
@@ -178,7 +178,7 @@ def test_a_token_out_of_the_vocabulary_is_refused(name, bad):
 @pytest.mark.parametrize("name", NAMES)
 def test_shapes_and_out(name):
     network = random_network()
-    engine = create(name, network, 2)
+    engine = create(name, network, lanes=2)
     samples = samples_for(network, 0, 4, 2)
     out = np.empty((4, 2, 3), dtype=engine.dtype)
     assert engine.chunk(samples, out=out) is out
@@ -192,7 +192,7 @@ def test_shapes_and_out(name):
     with pytest.raises(UsageError, match="out: "):
         engine.chunk(samples, out=np.empty((4, 2, 4), dtype=engine.dtype))
     with pytest.raises(UsageError, match="lanes: 0"):
-        create(name, network, 0)
+        create(name, network, lanes=0)
     assert engine.chunk(samples[:0]).shape == (0, 2, 3)
 
 
@@ -240,7 +240,7 @@ def test_the_rational_functions_keep_their_stated_errors():
     @njit
     def gate(address, count):
         values = simd.float32_at(address)
-        simd.gate(values, simd.behind(values, count), count)
+        simd.gate(values, simd.offset(values, count), count)
 
     x = np.concatenate([np.linspace(-12, 12, 100_000), [-1e30, 1e30, -1e-30, 0.0, 3.9, -3.9, 8.6, -8.6]])
     x = x.astype(np.float32)
@@ -261,13 +261,13 @@ def test_every_finite_half_is_read_exactly():
 
     from edge_ssm.engines.cpu import simd
 
-    read_column = simd.SINGLE["float16"][1]
+    read_column = simd.MULTIPLY_ONE["float16"][1]
 
     @njit
     def read(weights, ones, out, count):
         w, y, z = simd.float32_at(weights), simd.float32_at(ones), simd.float32_at(out)
         for i in range(0, count, 8):
-            read_column(w, i, z, 1, y, simd.behind(z, i), 8)
+            read_column(w, i, z, 1, y, simd.offset(z, i), 8)
 
     bits = np.arange(1 << 16, dtype=np.uint16)
     halves = bits.view(np.float16)
@@ -338,7 +338,7 @@ def test_auto_falls_back_where_an_engine_does_not_load(monkeypatch):
     assert create("auto", random_network()).name == "reference"
     with pytest.raises(EngineUnavailable, match="package no_such_package is missing; pip install it"):
         create("cpu", random_network())
-    monkeypatch.setitem(registry.ENGINES, "cpu", replace(broken, module="edge_ssm.engines.registry.none", requires=()))
+    monkeypatch.setitem(registry.ENGINES, "cpu", replace(broken, module="edge_ssm.engines.none", requires=()))
     assert create("auto", random_network()).name == "reference"
     with pytest.raises(EngineUnavailable, match="does not load"):
         create("cpu", random_network())

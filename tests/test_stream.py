@@ -27,7 +27,7 @@ class Stream:
         windows = Windows(network, hop, carry)
         self.file = io.StringIO()
         formatter = NdjsonFormatter(self.file, network, logits=True, truth=True)
-        self.loop = Pipeline(create(engine, network, windows.lanes), windows, formatter, **options)
+        self.loop = Pipeline(create(engine, network, lanes=windows.lanes), windows, formatter, **options)
 
     def feed(self, samples, labels=None):
         for i, sample in enumerate(samples):

@@ -30,7 +30,7 @@ class Watched:
 
     def __init__(self, network, lines, hop=None, engine="reference", hz=None, model="demo.safetensors", digest="5eed"):
         windows = Windows(network, hop)
-        self.engine = create(engine, network, windows.lanes)
+        self.engine = create(engine, network, lanes=windows.lanes)
         self.facts = RunInfo(model, digest, self.engine.name, network.input.sample_rate_hz, source="recording")
         self.live = StatusPublisher(NdjsonFormatter(io.StringIO(), network, logits=False, truth=False), self.facts)
         self.loop = Pipeline(self.engine, windows, self.live, "hold")

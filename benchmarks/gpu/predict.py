@@ -63,12 +63,12 @@ def network_of(h: int, layers: int, share: float) -> Network:
 
 def predicted_us(network: Network, board: Board) -> float:
     layout = cuda_layout.pack(network, [step_parameters(b.ssm, network.discretization) for b in network.blocks])
-    made = plan(1, layout, board.processors, board.shared_bytes)
+    division = plan(1, layout, board.processors, board.shared_bytes)
     size = read_bytes(network)
-    cache = board.cache_bytes_a_clock * board.clock_ghz * made.blocks
+    cache = board.cache_bytes_a_clock * board.clock_ghz * division.blocks
     rate = cache if size <= board.cache_bytes else min(cache, board.memory_gb_s)
-    arithmetic = cost(network).multiply_adds / (128 * board.clock_ghz * made.blocks * 1e3)
-    barriers = 2 * len(network.blocks) * board.barrier_us if made.blocks > 1 else 0.0
+    arithmetic = cost(network).multiply_adds / (128 * board.clock_ghz * division.blocks * 1e3)
+    barriers = 2 * len(network.blocks) * board.barrier_us if division.blocks > 1 else 0.0
     return board.launch_us + max(size / rate / 1e3, arithmetic) + barriers
 
 

@@ -31,7 +31,7 @@ from networks import random_network, samples_for
 from edge_ssm.engines.cuda.driver import Device
 from edge_ssm.engines.cuda.engine import THREADS, CudaEngine
 from edge_ssm.engines.cuda.persistent import PersistentCudaEngine
-from edge_ssm.engines.registry import create
+from edge_ssm.engines.registry import EngineOptions, create
 from edge_ssm.errors import EngineUnavailable
 from edge_ssm.model.cost import cost
 from edge_ssm.model.network import Network
@@ -50,14 +50,14 @@ def empty(device: Device, engine: CudaEngine) -> Call:
 
 def gpu_us(device: Device, engine: CudaEngine, steps: int, repeats: int = 21) -> float:
     """Median microseconds of a launch of so many steps between two of CUDA's events."""
-    first, second = (device._do("cuEventCreate", 0) for _ in range(2))
-    made, arguments, times = engine._plan, engine._arguments(steps), []
+    first, second = (device.call("cuEventCreate", 0) for _ in range(2))
+    plan, arguments, times = engine._plan, engine._arguments(steps), []
     for _ in range(repeats):
-        device._do("cuEventRecord", first, device._stream)
-        device.start(engine._kernel, made.groups * made.blocks, THREADS, made.shared_bytes, arguments)
-        device._do("cuEventRecord", second, device._stream)
+        device.call("cuEventRecord", first, device.stream)
+        device.start(engine._kernel, plan.grid, THREADS, plan.shared_bytes, arguments)
+        device.call("cuEventRecord", second, device.stream)
         device.wait()
-        times.append(device._do("cuEventElapsedTime", first, second) * 1e3)
+        times.append(device.call("cuEventElapsedTime", first, second) * 1e3)
     return statistics.median(times)
 
 
@@ -128,8 +128,8 @@ def bandwidth_gb_s(device: Device) -> float:
     best = 0.0
     for _ in range(5):
         begin = time.perf_counter()
-        device._do("cuMemcpyDtoD", two.address, one.address, size)
-        device._do("cuCtxSynchronize")
+        device.call("cuMemcpyDtoD", two.address, one.address, size)
+        device.call("cuCtxSynchronize")
         best = max(best, 2 * size / (time.perf_counter() - begin) / 1e9)
     return best
 
@@ -147,17 +147,17 @@ def main() -> None:
     rows = []
     for shape, (h, layers) in SHAPES.items():
         network = random_network(h=h, pairs=32, layers=layers, d_input=1, d_output=5)
-        engine = CudaEngine(network, 1, device)
+        engine = CudaEngine(network, device=device)
         samples = samples_for(network, 0, 1000)
         error = float(np.abs(engine.chunk(samples) - create("reference", network).chunk(samples)).max())
         calls: dict[str, tuple[Call, int]] = {"step": (lambda e=engine, x=samples[0]: e.step(x), 1)}
         calls["empty"] = empty(device, engine), 1
         calls[f"chunk of {CHUNK}"] = (lambda e=engine, x=samples[:CHUNK]: e.chunk(x)), CHUNK
-        persistent = PersistentCudaEngine(network, 1, device)
+        persistent = PersistentCudaEngine(network, device=device)
         calls["persistent"] = (lambda e=persistent, x=samples[0]: e.step(x)), 1
         measured: dict[str, tuple[CudaEngine, int]] = {"step": (engine, 1), f"chunk of {CHUNK}": (engine, CHUNK)}
         for lanes in LANES:
-            many = CudaEngine(network, lanes, device)
+            many = CudaEngine(network, EngineOptions(lanes), device)
             few = samples_for(network, 0, 16, lanes)
             measured[f"{lanes} lanes"] = many, lanes
             calls[f"{lanes} lanes"] = (lambda e=many, x=few[0]: e.step(x)), lanes
@@ -172,7 +172,7 @@ def main() -> None:
                     call()
                 took = time.perf_counter_ns() - begin
                 if name == "persistent":
-                    persistent._end()  # The others want the GPU; the next call launches it again, once in 200.
+                    persistent.end()  # The others want the GPU; the next call launches it again, once in 200.
                 if turn:  # The first round warms up.
                     times[name].append(took / 1000 / repeats / count)
         total = cost(network)

@@ -1,4 +1,9 @@
-"""The reference engine: NumPy, float64, one equation after another. It defines what every other engine must compute."""
+"""The reference engine: NumPy, float64, one equation after another. It defines what every other engine must compute.
+
+The names are those of S4D (arXiv 2206.11893) and S4 (arXiv 2111.00396). The input of a layer is u, its state x, its
+output y; Abar, Bbar and C are the discretised parameters. ``model.network`` states the equations of a block, and
+``model.discretize`` derives the parameters of a step.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +13,8 @@ from typing import ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from edge_ssm.engines.base import Engine, refusal
+from edge_ssm.engines.base import Engine, sample_error
+from edge_ssm.engines.options import DEFAULT_OPTIONS, EngineOptions
 from edge_ssm.model.input_range import input_range
 from edge_ssm.model.network import SSM, Array, Block, Mixing, Network, Norm, TokenEncoder
 
@@ -16,18 +22,19 @@ _erf = np.frompyfunc(math.erf, 1, 1)
 
 
 def gelu(x: Array) -> Array:
-    """x * Phi(x) with the exact normal distribution (arXiv 1606.08415, eq. 1). Any shape, float64."""
-    phi: Array = 0.5 * (1 + np.asarray(_erf(x / math.sqrt(2)), dtype=np.float64))
-    return x * phi
+    """GELU, x Phi(x), with the exact normal distribution function Phi (Hendrycks and Gimpel, arXiv 1606.08415)."""
+    Phi: Array = 0.5 * (1 + np.asarray(_erf(x / math.sqrt(2)), dtype=np.float64))
+    return x * Phi
 
 
 def sigmoid(x: Array) -> Array:
+    """Logistic function 1 / (1 + exp(-x)), written so that it cannot overflow."""
     result: Array = 0.5 * (1 + np.tanh(0.5 * x))
     return result
 
 
 def normalise(norm: Norm, u: Array) -> Array:
-    """LayerNorm over the last axis (arXiv 1607.06450, biased variance) or an affine map. (lanes, H)."""
+    """LayerNorm over the last axis (arXiv 1607.06450, biased variance), or an affine map. Shape (L, H)."""
     if norm.kind == "layer":
         centred = u - u.mean(axis=-1, keepdims=True)
         u = centred / np.sqrt((centred**2).mean(axis=-1, keepdims=True) + norm.eps)
@@ -35,20 +42,22 @@ def normalise(norm: Norm, u: Array) -> Array:
 
 
 class ReferenceEngine(Engine):
+    """The network in NumPy and float64, written for reading rather than for speed."""
+
     name: ClassVar[str] = "reference"
     dtype: ClassVar[npt.DTypeLike] = np.dtype(np.float64)
 
-    def __init__(self, network: Network, lanes: int = 1) -> None:
-        super().__init__(network, lanes)
+    def __init__(self, network: Network, options: EngineOptions = DEFAULT_OPTIONS) -> None:
+        super().__init__(network, options)
         self._range = input_range(network)
-        self._x = [np.zeros((lanes, len(b.ssm.A)), dtype=np.complex128) for b in network.blocks]
+        self._x = [np.zeros((self.lanes, len(b.ssm.A)), dtype=np.complex128) for b in network.blocks]
         self._weights = [b.mixing.values() for b in network.blocks]
         self._constants = [b.mixing.constant() for b in network.blocks]
 
     def _run(self, samples: Array, outputs: Array) -> None:
         network = self.network
         if self._range.bad(samples).any():
-            raise refusal(network, samples)
+            raise sample_error(network, samples)
         z = (samples - network.input.mean) / network.input.std
         for t in range(len(samples)):
             u = self._encode(samples[t], z[t])
@@ -57,6 +66,7 @@ class ReferenceEngine(Engine):
             outputs[t] = u @ network.decoder.weight.T.astype(np.float64) + network.decoder.bias
 
     def _encode(self, sample: Array, z: Array) -> Array:
+        """Encode one sample: (L, d_input) -> (L, H). ``z`` is the sample after normalisation."""
         encoder = self.network.encoder
         if isinstance(encoder, TokenEncoder):
             return encoder.embedding[sample[:, 0].astype(np.int64)].astype(np.float64)
@@ -64,7 +74,7 @@ class ReferenceEngine(Engine):
         return result
 
     def _block(self, i: int, block: Block, u: Array) -> Array:
-        """One block for all lanes, (lanes, H) -> (lanes, H); network.py states the equations."""
+        """One block for all lanes: (L, H) -> (L, H)."""
         v = normalise(block.norm, u) if block.norm and self.network.prenorm else u
         ssm, mixing = block.ssm, block.mixing
         y = ssm.D * v
@@ -75,7 +85,7 @@ class ReferenceEngine(Engine):
         return normalise(block.norm, u) if block.norm and not self.network.prenorm else u
 
     def _mix(self, i: int, mixing: Mixing, g: Array) -> Array:
-        """(lanes, G) -> (lanes, R)."""
+        """Position-wise linear map, with GLU (arXiv 1612.08083) if the block has it: (L, G) -> (L, R)."""
         z: Array = g @ self._weights[i].T + mixing.bias[mixing.stacked_rows()].astype(np.float64)
         if mixing.kind == "plain":
             return z
@@ -83,19 +93,29 @@ class ReferenceEngine(Engine):
         gated: Array = value * sigmoid(gate)
         return gated
 
-    def _ssm(self, i: int, ssm: SSM, v: Array) -> Array:
-        """(lanes, K) -> (lanes, K): the recurrence of ``discretize.StepParameters`` and its output without D."""
+    def _ssm(self, i: int, ssm: SSM, u: Array) -> Array:
+        """One step of the active channels' SSMs, without D: (L, K) -> (L, K).
+
+        The recurrence of S4 (eq. 3) in delta form, with Bbar folded into C, for the stored half of the conjugate
+        pairs:
+
+            x_k = x_{k-1} + (Abar - 1) x_{k-1} + u_k [+ p q]
+            y_k = 2 Re(C x_k)
+
+        ``discretize.StepParameters`` explains the rank-one term p q.
+        """
         step, x = self._step_parameters[i], self._x[i]
         first, owner = step.first, step.owner
-        change = step.delta * x + v[:, owner]
+        change = step.delta * x + u[:, owner]
         if step.rank_one.any():
-            q = 2 * np.add.reduceat(step.r * x, first, axis=1).real + step.beta * v
+            q = 2 * np.add.reduceat(step.r * x, first, axis=1).real + step.beta * u
             change += step.p * q[:, owner]
         x += change
-        result: Array = 2 * np.add.reduceat(step.C * x, first, axis=1).real
-        return result
+        y: Array = 2 * np.add.reduceat(step.C * x, first, axis=1).real
+        return y
 
     def reset(self, lane: int | None = None) -> None:
+        """Set the state of one lane, or of all lanes, to zero."""
         for x in self._x:
             x[slice(None) if lane is None else lane] = 0
 

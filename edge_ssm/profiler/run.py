@@ -16,6 +16,7 @@ import numpy as np
 
 import edge_ssm
 from edge_ssm.engines import selection, verification
+from edge_ssm.engines.options import EngineOptions
 from edge_ssm.engines.registry import ENGINES, Engine, create, left_out
 from edge_ssm.errors import EngineUnavailable, UsageError
 from edge_ssm.formats import loading
@@ -106,7 +107,7 @@ def _workloads(path: str, model: loading.Model, settings: ProfileSettings, notes
             continue
         if model.exported is not None:
             # A graph may never end, and cannot be interrupted during the measurement.
-            verification.hold(path, engine, model.exported.document.measured.max_error)
+            verification.verify_with_timeout(path, engine, model.exported.document.measured.max_error)
         _add_note(notes, f"engine {name}: {engine.where}" if engine.where else "")
         _add_note(notes, engine.warning)
         prefix = f"{sanitize(Path(path).stem)} " if len(settings.models) > 1 else ""
@@ -142,12 +143,13 @@ def _engine_names(model: loading.Model, settings: ProfileSettings, notes: list[s
 
 def _create_engine(name: str, model: loading.Model, lanes: int, settings: ProfileSettings, is_only: bool) -> Engine:
     runtime = settings.runtime
-    waits, allowed = (runtime.gpu_waits, runtime.engines) if runtime else ("spin", None)
-    if name == "auto" and settings.threads is None:
-        return selection.choose(model.network, lanes, waits, allowed)[0]
     # Among several engines, --threads applies to those that take a number of threads.
     has_threads = is_only or (name in ENGINES and ENGINES[name].graphs)
-    return create(name, model.network, lanes, waits, model.graph, settings.threads if has_threads else None)
+    threads = settings.threads if has_threads else None
+    options = EngineOptions(lanes, runtime.gpu_waits if runtime else "spin", model.graph, threads)
+    if name == "auto" and settings.threads is None:
+        return selection.select_engine(model.network, options, runtime.engines if runtime else None)[0]
+    return create(name, model.network, options)
 
 
 def _engine_workloads(

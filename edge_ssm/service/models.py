@@ -69,7 +69,7 @@ def check_beside(candidate: LoadedModel, running: Network) -> None:
 
 def check_outputs(candidate: LoadedModel, stopped: Callable[[], bool] = lambda: False) -> None:
     """Raises InputRefused unless the engine computes what the artifact says, within reasonable time."""
-    verification.hold(candidate.path, candidate.engine, candidate.off_by, stopped)
+    verification.verify_with_timeout(candidate.path, candidate.engine, candidate.off_by, stopped)
 
 
 class Reloader:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from edge_ssm.engines.registry import Engine, create
+from edge_ssm.engines.registry import Engine, EngineOptions, create
 from edge_ssm.errors import ArtifactError, EngineUnavailable, RunFailed, SinkClosed, SnapshotError, UsageError
 from edge_ssm.formats import loading
 from edge_ssm.hardware import boards
@@ -283,7 +283,7 @@ def candidate(
     from edge_ssm.engines.cpu import cache as kernel_cache
 
     runtime = named.profile.runtime if named else None
-    gpu_waits = runtime.gpu_waits if runtime else "spin"
+    engine_options = EngineOptions(lanes, runtime.gpu_waits if runtime else "spin", model.graph, settings.threads)
     name = model.resolve_engine(settings.engine)
     off_by = model.exported.document.measured.max_error if model.exported else 0.0
     if name in ("auto", "cpu", "cpu-float32"):
@@ -291,14 +291,14 @@ def candidate(
             kernel_cache.load(lambda: say("compiling for this processor, once; takes some seconds"))
     if name != "auto" or settings.threads is not None:
         try:
-            engine = create(name, network, lanes, gpu_waits, model.graph, settings.threads)
+            engine = create(name, network, engine_options)
         except ArtifactError as error:
             raise ArtifactError(f"{path}: {error}") from None
         if engine.warning:
             say(f"warning: {engine.warning}")
         why = f"{name} ({engine.where})" if engine.where else name
         return LoadedModel(path, model.digest, model.artifact.digest, network, engine, why, off_by)
-    engine, trial = selection.choose(network, lanes, gpu_waits, runtime.engines if runtime else None)
+    engine, trial = selection.select_engine(network, engine_options, runtime.engines if runtime else None)
     why = f"{engine.name} (by trial: {trial.why()})"
     return LoadedModel(path, model.digest, model.artifact.digest, network, engine, why)
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from networks import random_network, samples_for
 
-from edge_ssm.engines.registry import create
+from edge_ssm.engines.registry import EngineOptions, create
 from edge_ssm.errors import InputRefused, RunFailed
 from edge_ssm.formats import artifact, exported, loading
 from edge_ssm_build.training import checkpoint as checkpoints
@@ -85,7 +85,7 @@ def test_a_chunk_is_in_the_file(tmp_path):
         model = loading.load(output)
         assert model.graph.spec.chunk == size
         samples = samples_for(network, 0, 18)
-        found = create(kind, model.network, graph=model.graph).chunk(samples)
+        found = create(kind, model.network, EngineOptions(graph=model.graph)).chunk(samples)
         assert np.array_equal(found, create(kind, network).chunk(samples))
 
 

@@ -1,8 +1,8 @@
-"""The CPU kernel's machine code on this device: found in a folder, or compiled once and kept there.
+"""The cache of compiled CPU kernels: find the kernel for this machine in a folder, or compile it once and keep it.
 
-A folder holds images (``image``), each for one processor and one version of edge-ssm; whatever does not fit, or is
-damaged, is passed over, and compiled anew where Numba is installed. The device needs neither Numba nor a compiler when
-``edge-ssm compile --target`` made the image elsewhere and it was copied here.
+A folder holds kernel files (``kernel_file``), each for one processor and one version of edge-ssm. Files that are
+damaged, or that do not fit, are ignored; the kernel is then compiled, if Numba is installed. A device needs neither
+Numba nor a compiler if ``edge-ssm compile --target`` made the kernel on another machine and the file was copied here.
 """
 
 from __future__ import annotations
@@ -21,25 +21,30 @@ from edge_ssm.errors import EngineUnavailable, InputRefused, RunFailed, UsageErr
 
 SUFFIX = ".kernel"
 LISTING = b"\t."
-"""What an assembly of LLVM begins with, its first directive."""
+"""First bytes of LLVM's assembly listings: a directive."""
 USER_FOLDER = "~/.cache/edge-ssm"
 _LIMIT = 1 << 20
-"""No image comes near this size."""
+"""Number of bytes that are read of a file; kernels are far smaller."""
 
 _loaded: Kernel | None = None
 
 
 def folders() -> list[Path]:
-    """Where compiled kernels are looked for. The first is ``folder``; $EDGE_SSM_CACHE may name more, with colons
-    between them: a service reads those that only root can write."""
+    """Return the folders that are searched for kernels.
+
+    The first is ``folder()``. $EDGE_SSM_CACHE may name more, separated by colons: a service reads a second folder that
+    only root can write.
+    """
     return [folder(), *(Path(part) for part in os.environ.get("EDGE_SSM_CACHE", "").split(":")[1:] if part)]
 
 
 def folder() -> Path:
-    """Where they are kept: $EDGE_SSM_CACHE, else the folder that systemd made for the service, else the user's cache
-    folder."""
-    if named := os.environ.get("EDGE_SSM_CACHE", "").split(":")[0]:
-        return Path(named)
+    """Return the folder where kernels are kept.
+
+    $EDGE_SSM_CACHE, else the cache directory that systemd created for the service, else the user's cache folder.
+    """
+    if first := os.environ.get("EDGE_SSM_CACHE", "").split(":")[0]:
+        return Path(first)
     if service := os.environ.get("CACHE_DIRECTORY"):
         return Path(service.split(":")[0])
     if base := os.environ.get("XDG_CACHE_HOME"):
@@ -48,30 +53,38 @@ def folder() -> Path:
 
 
 def load(before_compiling: Callable[[], None] = lambda: None) -> Kernel:
-    """The kernel for this machine, the first call of a process finds or compiles it. Raises EngineUnavailable."""
+    """Return the kernel for this machine. The first call in a process finds or compiles it.
+
+    ``before_compiling`` is called before the kernel is compiled, which takes some seconds.
+
+    Raises EngineUnavailable if there is no kernel and it cannot be compiled.
+    """
     global _loaded
     if _loaded is None:
-        found = best()
-        if found is None:
+        image = best()
+        if image is None:
             before_compiling()
-            found = build()
-        _loaded = Kernel(found)
+            image = build()
+        _loaded = Kernel(image)
     return _loaded
 
 
 def best() -> KernelImage | None:
-    """The kept image that ``load`` takes: of those that run here, the one that makes most of the processor."""
-    found = []
+    """Return the kernel in the folders that uses most features of this processor; None if none runs here."""
+    images = []
     for place in folders():
         with suppress(OSError):
             for path in sorted(path for path in place.iterdir() if path.suffix == SUFFIX):
                 with suppress(InputRefused):
-                    found.append(read(path))
-    return max(found, key=lambda made: len(made.header.features), default=None)
+                    images.append(read(path))
+    return max(images, key=lambda image: len(image.header.features), default=None)
 
 
 def content_of(path: Path, limit: int) -> bytes:
-    """Of a file with machine code. Raises InputRefused, which names it, where anyone could have written it."""
+    """Return the first ``limit`` bytes of a file with machine code.
+
+    Raises InputRefused if the file cannot be read, or if another user could have written it.
+    """
     try:
         with files.open_regular_file(path) as file:
             status = os.fstat(file.fileno())
@@ -79,12 +92,18 @@ def content_of(path: Path, limit: int) -> bytes:
     except OSError as error:
         raise InputRefused(f"{path}: {files.read_problem(error)}") from None
     if status.st_uid not in (0, os.geteuid()) or status.st_mode & 0o002:
-        raise InputRefused(f"{path}: belongs to another user, or anyone may write it; machine code must not")
+        raise InputRefused(
+            f"{path}: belongs to another user, or anyone may write it; machine code is not loaded from such files"
+        )
     return content
 
 
 def read(path: Path) -> KernelImage:
-    """Raises InputRefused, which names the file, where it does not run here or anyone could have written it."""
+    """Read a kernel file.
+
+    Raises InputRefused, which names the file, if it does not run on this processor or if another user could have
+    written it.
+    """
     content = content_of(path, _LIMIT)
     try:
         return decode(content)
@@ -93,18 +112,34 @@ def read(path: Path) -> KernelImage:
 
 
 def build() -> KernelImage:
-    """Compile for this processor and keep the image where the folder can be written."""
+    """Compile the kernel for this processor, and keep it if the folder is writable."""
     return compile_and_keep("host", None, None, must_keep=False)[1]
 
 
 def compile_and_keep(
     target: str, output: Path | None, assembly: Path | None, must_keep: bool = True
 ) -> tuple[Path, KernelImage]:
-    """Compile for "host" or one of ``image.TARGETS``, in a process of its own; (where it is kept, the image).
+    """Compile the kernel in a separate process, and return the path of the file and its contents.
 
-    Without ``output`` it is kept in the folder. Raises UsageError for an unknown target, EngineUnavailable where it
-    can't be compiled, RunFailed where it can't be kept, unless it need not be: slower to start the next time, not a
-    reason to fail.
+    Parameters
+    ----------
+    target
+        "host", or a key of ``kernel_file.TARGETS``.
+    output
+        Where to write the kernel; None for the folder of kernels.
+    assembly
+        Where to write the assembly listing; None to write none.
+    must_keep
+        Whether it is an error if the file cannot be written. If not, only the next start is slower.
+
+    Raises
+    ------
+    UsageError
+        The target is unknown.
+    EngineUnavailable
+        The kernel cannot be compiled.
+    RunFailed
+        The file cannot be written.
     """
     import tempfile
 
@@ -118,9 +153,9 @@ def compile_and_keep(
             "numba, or make one elsewhere with edge-ssm compile --target and copy it there"
         )
     with tempfile.TemporaryDirectory(prefix="edge-ssm-") as temporary:
-        made, text = Path(temporary) / "image", Path(temporary) / "assembly"
-        _compile(target, made, text)
-        content, listing = made.read_bytes(), text.read_bytes()
+        kernel, text = Path(temporary) / "kernel", Path(temporary) / "assembly"
+        _compile(target, kernel, text)
+        content, listing = kernel.read_bytes(), text.read_bytes()
     image = decode(content, foreign=True)
     name = identity(processor_features()) if target == "host" else target
     path = output or folder() / f"{sources_digest()[:12]}-{name}{SUFFIX}"
@@ -137,8 +172,10 @@ def compile_and_keep(
 
 
 def check_replaced(option: str, path: Path, written: bytes, what: str) -> None:
-    """Raises InputRefused where ``path`` holds what does not begin with ``written``, as all that compiling writes there
-    does: a slip of the finger must not cost a model."""
+    """Raise InputRefused if ``path`` is a file that does not begin with ``written``.
+
+    Everything that compiling writes there begins with these bytes: a typing error must not overwrite a model.
+    """
     try:
         if not path.is_file():
             return
@@ -147,23 +184,26 @@ def check_replaced(option: str, path: Path, written: bytes, what: str) -> None:
     except OSError as error:
         raise InputRefused(f"{option} {path}: {files.read_problem(error)}") from None
     if start and start != written:
-        raise InputRefused(f"{option} {path}: is there and is no {what}, it would be lost; name another file")
+        raise InputRefused(f"{option} {path}: exists and is not an edge-ssm {what}; name another file")
 
 
 def identity(features: Iterable[str]) -> str:
+    """Return a short name for a set of processor features."""
     return hashlib.sha256(" ".join(sorted(features)).encode()).hexdigest()[:12]
 
 
 def _compile(target: str, output: Path, assembly: Path) -> None:
     import subprocess
 
-    # This process's own modules must be the ones that the other one sees, however they got on the path.
+    # The other process must import the same modules as this one, wherever they are.
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(entry or os.getcwd() for entry in sys.path)}
     command = [sys.executable, "-m", "edge_ssm.engines.cpu.compiler", target, str(output), str(assembly)]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, env=environment)
+        process = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, env=environment)
     except OSError as error:
-        raise EngineUnavailable(f"engine 'cpu': the kernel could not be compiled (no Python to run: {error})") from None
-    if done.returncode:
-        last = (done.stderr.strip() or f"status {done.returncode}").splitlines()[-1]
+        raise EngineUnavailable(
+            f"engine 'cpu': the kernel could not be compiled (Python cannot be started: {error})"
+        ) from None
+    if process.returncode:
+        last = (process.stderr.strip() or f"status {process.returncode}").splitlines()[-1]
         raise EngineUnavailable(f"engine 'cpu': the kernel could not be compiled ({last})")

@@ -1,21 +1,32 @@
-"""The CPU kernel's machine code, for this processor or another one: ``python -m edge_ssm.engines.cpu.compiler``.
+"""Compile the CPU kernel for this processor or another one: ``python -m edge_ssm.engines.cpu.compiler``.
 
-Runs in a process of its own (``compiled``): Numba and LLVM stay out of the memory of the one that streams, and their
-settings are those of this module. Numba translates ``kernel`` to LLVM's language without optimising; LLVM then
-optimises for the target and writes an object, which ``image`` lays out.
+``cache`` runs this module in a separate process. Numba and LLVM thus stay out of the memory of the process that
+streams, and their settings are those of this module.
+
+Numba translates ``kernel.run`` to LLVM IR without optimising it. This module edits the IR so that it stands alone,
+LLVM optimises it for the target and writes an object, and ``elf`` links the object.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import os
 import platform
 import re
 from pathlib import Path
 from typing import Any
 
-from edge_ssm.engines.cpu import denormals, elf, kernel_file
-from edge_ssm.engines.cpu.kernel_file import TARGETS, Target
+from edge_ssm.engines.cpu import denormals, elf
+from edge_ssm.engines.cpu.kernel_file import (
+    TARGETS,
+    Header,
+    KernelImage,
+    Target,
+    processor_features,
+    sources_digest,
+)
+from edge_ssm.engines.cpu.symbols import ENTRY, HALF_VALUES, PAIR_PRODUCTS
 
 SETTINGS = {
     "NUMBA_OPT": "0",
@@ -26,22 +37,24 @@ SETTINGS = {
     "NUMBA_BOUNDSCHECK": "0",
     "NUMBA_DEBUGINFO": "0",
 }
-"""Of Numba, for this process: the translation must not depend on the processor it runs on."""
+"""Numba's settings in this process: the translation must not depend on the processor that it runs on."""
 
 
 def host() -> Target:
+    """Return the processor of this machine."""
     import llvmlite.binding as llvm
 
     return Target(
         platform.machine(),
         llvm.get_host_cpu_name(),
-        tuple(sorted(kernel_file.processor_features())),
+        tuple(sorted(processor_features())),
         llvm.get_host_cpu_features().flatten(),
     )
 
 
-def _translated() -> tuple[str, str]:
-    """(LLVM's language, name of the function) of ``kernel.run``."""
+def _translate() -> tuple[str, str]:
+    """Return ``kernel.run`` in LLVM IR, and the name of its function there."""
+    # Numba reads its settings when it is imported.
     os.environ.update(SETTINGS)
     from numba import types
     from numba.core import compiler
@@ -54,7 +67,7 @@ def _translated() -> tuple[str, str]:
     flags.no_cpython_wrapper = flags.no_cfunc_wrapper = True
     flags.nrt = False
     flags.error_model = "numpy"
-    made = compiler.compile_extra(
+    compilation = compiler.compile_extra(
         cpu_target.typing_context,
         cpu_target.target_context,
         kernel.run,
@@ -63,11 +76,9 @@ def _translated() -> tuple[str, str]:
         flags,
         {},
     )
-    return made.library.get_llvm_str(), made.fndesc.llvm_func_name
+    return compilation.library.get_llvm_str(), compilation.fndesc.llvm_func_name
 
 
-# vector.HALF and vector.PAIRS, which can't be imported before the settings are made.
-HALF, PAIRS = "edge_ssm_half_values", "edge_ssm_pair_products"
 _HALVES = """  %values = bitcast <8 x i16> %.1 to <8 x half>
   %wide = fpext <8 x half> %values to <8 x float>
   ret <8 x float> %wide"""
@@ -94,39 +105,39 @@ _SSE2_PAIRS = (
 )
 
 
-def _native(target: Target) -> dict[str, str]:
-    """Bodies of functions for which the processor has an instruction that LLVM would not find."""
-    found = {}
+def _native_bodies(target: Target) -> dict[str, str]:
+    """Return bodies, by function name, that use an instruction of the processor that LLVM would not find by itself."""
+    bodies = {}
     if target.native_half:
-        found[HALF] = _HALVES
+        bodies[HALF_VALUES] = _HALVES
     if target.machine == "x86_64":
-        found[PAIRS] = _AVX2_PAIRS if "avx2" in target.features else _SSE2_PAIRS
-    return found
+        bodies[PAIR_PRODUCTS] = _AVX2_PAIRS if "avx2" in target.features else _SSE2_PAIRS
+    return bodies
 
 
-_DECLARED = """
+_X86_DECLARATIONS = """
 declare <8 x i32> @llvm.x86.avx2.pmadd.wd(<16 x i16>, <16 x i16>)
 declare <4 x i32> @llvm.x86.sse2.pmadd.wd(<8 x i16>, <8 x i16>)
 """
 
 
-def _alone(text: str, name: str, target: Target) -> str:
-    """The translation with one entry of C's calling convention, everything else internal to it."""
+def _stand_alone(text: str, name: str, target: Target) -> str:
+    """Return the IR with ENTRY as its only external function, in C's calling convention."""
     text = re.sub(r"^target (datalayout|triple) = .*$", "", text, flags=re.MULTILINE)
     text = re.sub(r"^(@\S+ =) (?:common|linkonce)\S* ", r"\1 internal ", text, flags=re.MULTILINE)
-    for function, body in _native(target).items():
+    for function, body in _native_bodies(target).items():
         text = re.sub(
             rf"^(define [^\n]*@{function}\([^\n]*\{{)$.*?^\}}$",
-            lambda found, body=body: f"{found[1]}\n{body}\n}}",  # type: ignore[misc]
+            lambda match, body=body: f"{match[1]}\n{body}\n}}",  # type: ignore[misc]
             text,
             flags=re.MULTILINE | re.DOTALL,
         )
     if target.machine == "x86_64":
-        text += _DECLARED
+        text += _X86_DECLARATIONS
     text = re.sub(r"^define (?:linkonce_odr )?", "define internal ", text, flags=re.MULTILINE)
-    # LLVM would make calls of the C library's memset and memcpy out of loops.
+    # Otherwise LLVM turns loops into calls of the C library's memset and memcpy.
     text = re.sub(r"^(define .*?)(?: #\d+)? \{$", r'\1 "no-builtins" {', text, flags=re.MULTILINE)
-    # Not inlined, so that no arithmetic moves out of where subnormals are flushed.
+    # noinline keeps LLVM from moving arithmetic to where subnormals are not flushed.
     return (
         text
         + f"""
@@ -137,12 +148,15 @@ define internal i64 @body(ptr %call) noinline "no-builtins" {{
   %value = load i64, ptr %result
   ret i64 %value
 }}
-{denormals.entry(target.machine, kernel_file.ENTRY, "body")}"""
+{denormals.entry(target.machine, ENTRY, "body")}"""
     )
 
 
-def compile_for(target: Target, label: str) -> tuple[kernel_file.KernelImage, str]:
-    """(image, assembly) of the kernel for ``target``."""
+def compile_for(target: Target, label: str) -> tuple[KernelImage, str]:
+    """Compile the kernel for ``target``, and return it with its assembly listing.
+
+    ``label`` names the target in messages.
+    """
     import llvmlite.binding as llvm
 
     llvm.initialize_all_targets()
@@ -150,20 +164,24 @@ def compile_for(target: Target, label: str) -> tuple[kernel_file.KernelImage, st
     machine = llvm.Target.from_triple(target.triple).create_target_machine(
         cpu=target.cpu, features=target.llvm_features, opt=3, reloc="pic", codemodel="small"
     )
-    module = llvm.parse_assembly(_alone(*_translated(), target))
+    module = llvm.parse_assembly(_stand_alone(*_translate(), target))
     module.triple = target.triple
     module.data_layout = str(machine.target_data)
     module.verify()
     options = llvm.create_pipeline_tuning_options(speed_level=3)
-    # The loops that matter are vectors already; unrolled they are no faster (measured), and twice as large.
+    # The loops that matter consist of vector instructions already. Unrolled they are no faster (measured), and twice as
+    # large.
     options.loop_vectorization = options.slp_vectorization = options.loop_unrolling = False
     builder = llvm.create_pass_builder(machine, options)
     builder.getModulePassManager().run(module, builder)
-    made = elf.link(target.machine, label, target.features, machine.emit_object(module))
-    return made, machine.emit_assembly(module)
+    code, entry = elf.link(machine.emit_object(module), ENTRY)
+    digest = hashlib.sha256(code).hexdigest()
+    header = Header(target.machine, label, target.features, sources_digest(), digest, entry)
+    return KernelImage(header, code), machine.emit_assembly(module)
 
 
 def main() -> None:
+    """Compile for the target named on the command line, and write the kernel and its assembly listing."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("target", choices=["host", *TARGETS])
     parser.add_argument("output", type=Path)
@@ -171,8 +189,8 @@ def main() -> None:
     arguments = parser.parse_args()
     target = host() if arguments.target == "host" else TARGETS[arguments.target]
     label = f"{target.machine} {target.cpu}" if arguments.target == "host" else arguments.target
-    made, assembly = compile_for(target, label)
-    arguments.output.write_bytes(made.encoded())
+    image, assembly = compile_for(target, label)
+    arguments.output.write_bytes(image.encoded())
     arguments.assembly.write_text(assembly)
 
 

@@ -1,8 +1,12 @@
-"""Subnormals: on x86 a decaying state that reaches them makes a step 29 times slower (measured), so they are flushed.
+"""Flush subnormals to zero while the kernel runs.
 
-The kernel's entry turns on flush-to-zero in the floating-point control register of the calling thread only and puts
-back what stood there. x86-64: MXCSR bits FZ (15) and DAZ (6), Intel SDM vol. 1, 10.2.3. AArch64: FPCR bit FZ (24), Arm
-ARM C5.2.8. In LLVM's own language, since Numba can't translate for another processor than its own.
+On x86, a decaying state that reaches the subnormals makes a step 29 times slower (measured). The kernel's entry
+function therefore turns on flush-to-zero in the floating-point control register of the calling thread, and restores
+the register before it returns.
+
+x86-64: MXCSR, bits FZ (15) and DAZ (6), Intel SDM vol. 1, 10.2.3. AArch64: FPCR, bit FZ (24), Arm ARM C5.2.8.
+
+The entry function is written in LLVM IR because Numba can only translate for the processor that it runs on.
 """
 
 from __future__ import annotations
@@ -41,5 +45,5 @@ _ENTRIES = {"x86_64": _X86, "aarch64": _ARM}
 
 
 def entry(machine: str, name: str, body: str) -> str:
-    """LLVM's language for ``i64 name(ptr)``, which calls ``i64 body(ptr)`` with subnormals flushed."""
+    """Return LLVM IR that defines ``i64 name(ptr)``, which calls ``i64 body(ptr)`` with subnormals flushed."""
     return _ENTRIES[machine].format(entry=name, body=body)

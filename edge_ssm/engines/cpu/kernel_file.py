@@ -1,11 +1,9 @@
-"""Machine code of the CPU kernel as a file, and calls into it, without a compiler and without a linker.
+"""The file format of the CPU kernel's machine code, and loading such a file into executable memory.
 
-An image is the code and the constants of one relocatable ELF object, laid out and relocated: position-independent, and
-without a symbol from outside. A header before it says which processor it needs, which sources it was made from, and
-the digest of the code; an image that is damaged, of other sources or for another processor is refused.
-
-Sources: System V ABI, chapter 4, "Object Files"; x86-64 psABI 4.4 and "ELF for the Arm 64-bit Architecture" 5.7 for
-the relocations.
+A file is a magic line, a header in JSON, and the code: position-independent, with its constants, and without references
+to anything outside (``elf.link``). The header states the processor features that the code needs, the digest of the
+sources that it was made from, and the digest of the code. A file that is damaged, was made from other sources or needs
+another processor is refused.
 """
 
 from __future__ import annotations
@@ -26,26 +24,30 @@ import msgspec
 from edge_ssm.errors import EngineUnavailable, InputRefused
 
 MAGIC = b"edge-ssm kernel 1\n"
-ENTRY = "edge_ssm_run"
-_SOURCES = ("activations", "compiler", "denormals", "elf", "kernel", "kernel_file", "layout", "simd")
+_SOURCES = ("activations", "compiler", "denormals", "elf", "kernel", "kernel_file", "layout", "simd", "symbols")
 
 
 @dataclass(frozen=True)
 class Target:
+    """A processor that the kernel can be compiled for."""
+
     machine: str
+    """x86_64 or aarch64, as ``uname -m`` prints it."""
     cpu: str
-    """As LLVM calls it."""
+    """LLVM's name of the processor."""
     features: tuple[str, ...] = ()
-    """What ``processor_features`` must name for the code to run."""
+    """The features that ``processor_features`` must contain for the code to run."""
     llvm_features: str = ""
+    """Additional features in LLVM's notation."""
 
     @property
     def native_half(self) -> bool:
-        """Whether it has an instruction that widens float16: F16C of x86-64, part of every AArch64."""
+        """Whether an instruction converts float16 to float32: F16C on x86-64; every AArch64 processor has one."""
         return self.machine == "aarch64" or "f16c" in self.features
 
     @property
     def triple(self) -> str:
+        """LLVM's target triple."""
         return f"{self.machine}-unknown-linux-gnu"
 
 
@@ -60,41 +62,44 @@ TARGETS = {
 
 
 class Header(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The header of a kernel file."""
+
     machine: str
-    """x86_64 or aarch64, as the kernel (uname) calls it."""
+    """x86_64 or aarch64, as ``uname -m`` prints it."""
     target: str
-    """What it was compiled for, in words."""
+    """The processor that it was compiled for, for messages."""
     features: tuple[str, ...]
-    """What ``processor_features`` must name."""
+    """The features that ``processor_features`` must contain for the code to run."""
     sources: str
-    """``sources_digest`` of the code that it was made from."""
+    """``sources_digest`` at the time when it was compiled."""
     digest: str
     """SHA-256 of the code."""
     entry: Annotated[int, msgspec.Meta(ge=0)]
-    """Where in the code the kernel begins."""
+    """Offset of the entry point in the code."""
 
 
 @dataclass(frozen=True)
 class KernelImage:
+    """The contents of a kernel file."""
+
     header: Header
     code: bytes
 
     def encoded(self) -> bytes:
+        """Return the contents of the file."""
         return MAGIC + msgspec.json.encode(self.header) + b"\n" + self.code
 
 
 @lru_cache(maxsize=1)
 def sources_digest() -> str:
-    """SHA-256 over the files that decide what the machine code is and how it is called."""
+    """Return the SHA-256 of the source files that determine the machine code and how it is called."""
     folder = Path(__file__).parent
     content = [(folder / f"{name}.py").read_bytes() for name in _SOURCES]
     return hashlib.sha256(b"\0".join(content)).hexdigest()
 
 
 _AT_HWCAP = 16
-
-
-# Bits of AT_HWCAP on AArch64, from 0 (Linux, arch/arm64/include/uapi/asm/hwcap.h).
+# Names of the bits of AT_HWCAP on AArch64, from bit 0 on (Linux, arch/arm64/include/uapi/asm/hwcap.h).
 _HWCAP = (
     *("fp", "asimd", "evtstrm", "aes", "pmull", "sha1", "sha2", "crc32", "atomics", "fphp", "asimdhp", "cpuid"),
     *("asimdrdm", "jscvt", "fcma", "lrcpc", "dcpop", "sha3", "sm3", "sm4", "asimddp", "sha512", "sve", "asimdfhm"),
@@ -104,9 +109,9 @@ _HWCAP = (
 
 @lru_cache(maxsize=1)
 def processor_features() -> frozenset[str]:
-    """What the processor can, as Linux names it (/proc/cpuinfo)."""
+    """Return the features of this processor, as Linux names them in /proc/cpuinfo."""
     if platform.machine() == "aarch64":
-        # An emulator's /proc/cpuinfo is that of its host; AT_HWCAP is what programs are told.
+        # Under an emulator, /proc/cpuinfo describes the host; AT_HWCAP describes the emulated processor.
         auxiliary = ctypes.CDLL(None).getauxval
         auxiliary.argtypes, auxiliary.restype = [ctypes.c_ulong], ctypes.c_ulong
         word = auxiliary(_AT_HWCAP)
@@ -123,8 +128,11 @@ def processor_features() -> frozenset[str]:
 
 
 def decode(content: bytes, foreign: bool = False) -> KernelImage:
-    """Raises InputRefused where the content is not a whole image of these sources, and for this machine unless
-    ``foreign``."""
+    """Parse the contents of a kernel file.
+
+    Raises InputRefused if they are damaged, were made from other sources or, unless ``foreign``, if the code does not
+    run on this processor.
+    """
     text, separator, code = content.removeprefix(MAGIC).partition(b"\n")
     if not content.startswith(MAGIC) or not separator:
         raise InputRefused("not a compiled kernel")
@@ -147,12 +155,17 @@ def decode(content: bytes, foreign: bool = False) -> KernelImage:
 
 
 class Kernel:
-    """An image in memory, ready to be called with the address of ``layout.CALL_COLUMNS``."""
+    """The kernel in executable memory.
+
+    ``run`` and ``run_briefly`` call it with the address of its argument (``layout.ARGUMENTS``). They return 0, with
+    nothing changed, if a sample is not acceptable, and 1 otherwise.
+    """
 
     def __init__(self, image: KernelImage) -> None:
         self.header = image.header
-        # A file without a name: nobody can change it after the digest was checked, it lies on no "noexec" file system,
-        # and memory that is never writable and executable at once is also what systemd's MemoryDenyWriteExecute wants.
+        # The code is mapped from an anonymous file. Nobody can change that file after its digest was checked, it lies
+        # on no file system that is mounted noexec, and the mapping is never writable and executable at once, which
+        # systemd's MemoryDenyWriteExecute= requires.
         try:
             descriptor = os.memfd_create("edge-ssm-kernel")
             try:
@@ -162,13 +175,13 @@ class Kernel:
                 os.close(descriptor)
         except OSError as error:
             raise EngineUnavailable(
-                f"engine 'cpu': this system allows no executable memory ({error}); use --engine reference"
+                f"engine 'cpu': the system does not allow executable memory ({error}); use --engine reference"
             ) from None
         address = _address(self._map) + image.header.entry
         self.run: Callable[[int], int] = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_void_p)(address)
-        """Other threads of Python go on meanwhile."""
+        """Call the kernel and let other Python threads run meanwhile."""
         self.run_briefly: Callable[[int], int] = ctypes.PYFUNCTYPE(ctypes.c_int64, ctypes.c_void_p)(address)
-        """Without letting go of the interpreter, which costs more than a small network's step."""
+        """Call the kernel without releasing the global interpreter lock, which takes longer than a small step."""
 
 
 def _address(mapped: mmap.mmap) -> int:

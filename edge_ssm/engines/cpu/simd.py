@@ -1,13 +1,15 @@
-"""The CPU kernel's inner loops as explicit vectors of eight float32, one AVX register or two NEON ones.
+"""The CPU kernel's inner loops, written as vectors of eight float32: one AVX register, or two NEON registers.
 
-LLVM vectorises plain loops too, but guards each with checks for overlapping arrays and leaves what does not fill four
-registers to scalar code: at the row lengths of a pruned network that costs more than the work itself (measured: 60 ns
-for a row of 16 channels, against 10). Arrays here never overlap, and rows are padded to whole vectors.
+LLVM vectorises plain loops too. But it guards each of them with checks for overlapping arrays, and computes what does
+not fill four registers in scalar code. At the row lengths of a pruned network that takes longer than the work itself
+(measured: 60 ns instead of 10 ns for a row of 16 channels). Here arrays never overlap, and rows are padded to whole
+vectors.
 
-Every sum has one order, whatever else is computed beside it, and no operation may be reassociated: a chunk is as many
-steps, bit for bit. A product and a sum are fused where the processor can (llvm.fmuladd).
+Every sum has one order, whatever else is computed beside it, and no operation may be reassociated. A chunk therefore
+gives the same bits as its single steps. A product and a sum are fused if the processor can do so (llvm.fmuladd).
 
-Arguments are pointers; ``count`` is a multiple of WIDTH.
+The functions are Numba intrinsics: Numba calls the Python function to emit LLVM IR. Arguments are pointers; ``count``
+is a multiple of WIDTH.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from numba.extending import intrinsic as numba_intrinsic
 
 from edge_ssm.engines.cpu.activations import ERF, TANH
 from edge_ssm.engines.cpu.layout import ITEMS, SLAB, WIDTH
+from edge_ssm.engines.cpu.symbols import HALF_VALUES, PAIR_PRODUCTS
 
 intrinsic: Any = numba_intrinsic
 FLOAT32 = types.CPointer(types.float32)
@@ -36,8 +39,8 @@ def _constant(value: float) -> Any:
     return ir.Constant(_VECTOR, [value] * WIDTH)
 
 
-class _Emit:
-    """A builder with the few vector operations that the kernel is made of."""
+class _Emitter:
+    """Emits the few vector operations that the kernel consists of."""
 
     def __init__(self, builder: Any) -> None:
         self.builder = builder
@@ -67,14 +70,14 @@ class _Emit:
         return self.builder.fmul(a, b)
 
     def fma(self, a: Any, b: Any, c: Any) -> Any:
-        """a b + c, fused where the processor can."""
+        """Emit a b + c, fused if the processor can do so."""
         kind = ir.FunctionType(_VECTOR, [_VECTOR] * 3)
         return self.builder.call(
             cgutils.get_or_insert_function(self.builder.module, kind, f"llvm.fmuladd.v{WIDTH}f32"), [a, b, c]
         )
 
     def fnma(self, a: Any, b: Any, c: Any) -> Any:
-        """c - a b."""
+        """Emit c - a b."""
         return self.fma(self.builder.fneg(a), b, c)
 
     def plus(self, *values: Any) -> Any:
@@ -91,26 +94,26 @@ class _Emit:
         first = self.builder.insert_element(nothing, value, ir.Constant(_I32, 0))
         return self.builder.shuffle_vector(first, nothing, ir.Constant(_LANES, [0] * WIDTH))
 
-    def _joined(self, vector: Any, join: Callable[[Any, Any], Any]) -> Any:
-        """A vector's values joined to one, halves first."""
+    def _reduce(self, vector: Any, combine: Callable[[Any, Any], Any]) -> Any:
+        """Combine the elements of a vector into one value: its halves first, then their halves, and so on."""
         nothing, width = ir.Constant(_VECTOR, ir.Undefined), WIDTH
         while width > 1:
             width //= 2
             order = [(i + width) % WIDTH for i in range(WIDTH)]
-            vector = join(vector, self.builder.shuffle_vector(vector, nothing, ir.Constant(_LANES, order)))
+            vector = combine(vector, self.builder.shuffle_vector(vector, nothing, ir.Constant(_LANES, order)))
         return self.builder.extract_element(vector, ir.Constant(_I32, 0))
 
     def total(self, vector: Any) -> Any:
-        return self._joined(vector, self.add)
+        return self._reduce(vector, self.add)
 
     def highest(self, vector: Any) -> Any:
-        return self._joined(vector, lambda a, b: self.builder.select(self.builder.fcmp_ordered(">", a, b), a, b))
+        return self._reduce(vector, lambda a, b: self.builder.select(self.builder.fcmp_ordered(">", a, b), a, b))
 
     def lowest(self, vector: Any) -> Any:
-        return self._joined(vector, lambda a, b: self.builder.select(self.builder.fcmp_ordered("<", a, b), a, b))
+        return self._reduce(vector, lambda a, b: self.builder.select(self.builder.fcmp_ordered("<", a, b), a, b))
 
     def rational(self, x: Any, limit: float, coefficients: tuple[tuple[float, ...], tuple[float, ...]]) -> Any:
-        """x P(x^2) / Q(x^2) with x clamped, as in ``rational``."""
+        """Emit x P(x^2) / Q(x^2) with x clamped to the limit, as in ``activations``."""
         builder, top, bottom = self.builder, _constant(limit), _constant(-limit)
         x = builder.select(builder.fcmp_ordered("<", x, top), x, top)
         x = builder.select(builder.fcmp_ordered(">", x, bottom), x, bottom)
@@ -125,35 +128,38 @@ class _Emit:
 
     @contextmanager
     def loop(self, count: Any, step: int = 1) -> Iterator[Any]:
-        """Over 0, step, 2 step, ... below ``count``."""
+        """Emit a loop whose index is 0, step, 2 step, ... below ``count``."""
         zero = ir.Constant(_I64, 0)
         with cgutils.for_range_slice(self.builder, zero, count, self.integer(step), inc=True) as (j, _):
             yield j
 
     def variable(self, value: Any) -> Any:
-        """A place for a value that a loop changes; LLVM makes a register of it."""
+        """Emit a variable that a loop changes. LLVM keeps it in a register."""
         place = cgutils.alloca_once(self.builder, value.type)
         self.builder.store(value, place)
         return place
 
 
 def _function(*kinds: Any) -> Callable[[Callable[..., None]], Any]:
-    """An intrinsic without a result from a function of (emit, *values) that takes pointers (p) and integers (i)."""
+    """Return a decorator that makes an intrinsic without a result of a function of (emitter, *arguments).
 
-    def made(body: Callable[..., None]) -> Any:
+    ``kinds`` are the Numba types of the arguments.
+    """
+
+    def decorate(body: Callable[..., None]) -> Any:
         names = ", ".join(f"a{i}" for i in range(len(kinds)))
         signature = types.void(*kinds)
 
         def codegen(context: Any, builder: Any, _: Any, arguments: Any) -> Any:
-            body(_Emit(builder), *arguments)
+            body(_Emitter(builder), *arguments)
             return context.get_dummy_value()
 
-        # Numba reads an intrinsic's parameters from its signature, so it needs one with as many.
+        # Numba reads the number of an intrinsic's parameters from its Python signature.
         space: dict[str, Any] = {"signature": signature, "codegen": codegen}
         exec(f"def {body.__name__}(typingctx, {names}):\n    return signature, codegen", space)
         return intrinsic(space[body.__name__])
 
-    return made
+    return decorate
 
 
 _P, _I = FLOAT32, types.int64
@@ -176,8 +182,8 @@ int64_at = _pointer(types.CPointer(types.int64))
 
 
 @intrinsic
-def behind(typingctx: Any, pointer: Any, index: Any) -> Any:
-    """The pointer to the element at ``index``."""
+def offset(typingctx: Any, pointer: Any, index: Any) -> Any:
+    """Return the pointer to the element at ``index``."""
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         return builder.gep(arguments[0], [arguments[1]])
@@ -186,47 +192,48 @@ def behind(typingctx: Any, pointer: Any, index: Any) -> Any:
 
 
 @_function(_P, _P, _I)
-def copy(e: _Emit, source: Any, target: Any, count: Any) -> None:
+def copy(e: _Emitter, source: Any, target: Any, count: Any) -> None:
+    """Compute target = source."""
     with e.loop(count, WIDTH) as j:
         e.store(e.load(source, j), target, j)
 
 
 @_function(_P, _P, _I)
-def add(e: _Emit, source: Any, target: Any, count: Any) -> None:
-    """target += source."""
+def add(e: _Emitter, source: Any, target: Any, count: Any) -> None:
+    """Compute target += source."""
     with e.loop(count, WIDTH) as j:
         e.store(e.add(e.load(target, j), e.load(source, j)), target, j)
 
 
 @_function(_P, _P, _P, _I)
-def multiply(e: _Emit, a: Any, b: Any, target: Any, count: Any) -> None:
-    """target = a b."""
+def multiply(e: _Emitter, a: Any, b: Any, target: Any, count: Any) -> None:
+    """Compute target = a b."""
     with e.loop(count, WIDTH) as j:
         e.store(e.mul(e.load(a, j), e.load(b, j)), target, j)
 
 
 @_function(_P, types.float32, _P, _I)
-def add_multiple(e: _Emit, source: Any, factor: Any, target: Any, count: Any) -> None:
-    """target += factor source."""
+def add_multiple(e: _Emitter, source: Any, factor: Any, target: Any, count: Any) -> None:
+    """Compute target += factor source."""
     factors = e.splat(factor)
     with e.loop(count, WIDTH) as j:
         e.store(e.fma(e.load(source, j), factors, e.load(target, j)), target, j)
 
 
 @_function(_P, _P, _P, _P, _I)
-def affine(e: _Emit, weight: Any, bias: Any, source: Any, target: Any, count: Any) -> None:
-    """target = weight source + bias; source and target may be the same."""
+def affine(e: _Emitter, weight: Any, bias: Any, source: Any, target: Any, count: Any) -> None:
+    """Compute target = weight source + bias. ``source`` and ``target`` may be the same."""
     with e.loop(count, WIDTH) as j:
         e.store(e.fma(e.load(weight, j), e.load(source, j), e.load(bias, j)), target, j)
 
 
 @_function(_P, _P, _P, _P, _P, _P, _I)
-def layer_norm(e: _Emit, head: Any, weight: Any, bias: Any, mask: Any, source: Any, target: Any, count: Any) -> None:
-    """LayerNorm over the values whose ``mask`` is 1; ``head`` holds 1 / their number, and eps."""
+def layer_norm(e: _Emitter, head: Any, weight: Any, bias: Any, mask: Any, source: Any, target: Any, count: Any) -> None:
+    """Compute LayerNorm over the values whose ``mask`` is 1. ``head`` holds 1 / (their number) and eps."""
     share, none = e.scalar(head, 0), _constant(0.0)
     total = e.variable(none)
     with e.loop(count, WIDTH) as j:
-        # What stands behind the last channel is zero in the source.
+        # The padding after the last channel is zero in the source.
         e.builder.store(e.add(e.builder.load(total), e.load(source, j)), total)
     mean = e.splat(e.builder.fmul(e.total(e.builder.load(total)), share))
     squares = e.variable(none)
@@ -243,10 +250,11 @@ def layer_norm(e: _Emit, head: Any, weight: Any, bias: Any, mask: Any, source: A
 
 
 @_function(_P, _P, _I, _P, _P)
-def diagonal(e: _Emit, w: Any, x: Any, pairs: Any, gathered: Any, y: Any) -> None:
-    """WIDTH channels, all their pairs: x += delta x + gathered; y += Re(C x). w: [pair][dr di cr ci], x: [pair][re im].
+def diagonal(e: _Emitter, w: Any, x: Any, pairs: Any, gathered: Any, y: Any) -> None:
+    """Step WIDTH diagonal channels: x += delta x + u, then y += Re(C x), where u is ``gathered``.
 
-    Real and imaginary products are summed apart: one sum would wait for itself.
+    w is [pair][dr di cr ci] and x is [pair][re im], each of WIDTH values. The real and the imaginary products have a
+    sum each, because the additions of a single sum would wait for one another.
     """
     u = e.load(gathered)
     reals, imaginaries = e.variable(e.load(y)), e.variable(_constant(0.0))
@@ -264,10 +272,10 @@ def diagonal(e: _Emit, w: Any, x: Any, pairs: Any, gathered: Any, y: Any) -> Non
 
 
 @_function(_P, _P, _I, _P, _P)
-def rank_one(e: _Emit, w: Any, x: Any, pairs: Any, gathered: Any, y: Any) -> None:
-    """The same with a rank-one term: q = 2 Re(r x) + beta u first, then x += delta x + u + p q.
+def rank_one(e: _Emitter, w: Any, x: Any, pairs: Any, gathered: Any, y: Any) -> None:
+    """Step WIDTH channels with a rank-one term: q = 2 Re(r x) + beta u, x += delta x + u + p q, y += Re(C x).
 
-    w: [beta], then [pair][dr di cr ci pr pi rr ri]; the factor 2 is in r.
+    w is [beta], then [pair][dr di cr ci pr pi rr ri], each of WIDTH values. The factor 2 is in r.
     """
     u = e.load(gathered)
     values = e.builder.gep(w, [e.integer(WIDTH)])
@@ -294,28 +302,25 @@ def rank_one(e: _Emit, w: Any, x: Any, pairs: Any, gathered: Any, y: Any) -> Non
     e.store(e.add(e.builder.load(reals), e.builder.load(imaginaries)), y)
 
 
-def _float32_vector(e: _Emit, pointer: Any, index: Any) -> Any:
+def _float32_vector(e: _Emitter, pointer: Any, index: Any) -> Any:
     return e.load(pointer, index)
 
 
-def _integers(e: _Emit, pointer: Any, index: Any, bits: int, count: int) -> Any:
+def _integers(e: _Emitter, pointer: Any, index: Any, bits: int, count: int) -> Any:
     kind = ir.IntType(bits)
     place = e.builder.gep(e.builder.bitcast(pointer, kind.as_pointer()), [index])
     return e.builder.load(e.builder.bitcast(place, ir.VectorType(kind, count).as_pointer()), align=1)
 
 
-HALF = "edge_ssm_half_values"
-"""The function that reads halves; ``compiler`` takes the processor's own instruction where it has one."""
-
-
 def _half_function(module: Any) -> Any:
-    """float32 of WIDTH finite float16, given as integers (IEEE 754-2019, 3.4).
+    """Define the function HALF_VALUES: <8 x i16> with the bits of finite float16 -> <8 x float>.
 
-    By integer arithmetic: LLVM's own conversion calls a library function that is not there on a processor without
-    F16C, and float32 arithmetic on the bits of a half subnormal would be flushed.
+    The format is that of IEEE 754-2019, 3.4. The function uses integer arithmetic, because LLVM's own conversion calls
+    a library function on processors without F16C, and float32 arithmetic on the bits of a float16 subnormal would
+    flush it. ``compiler`` replaces the function's body on processors that have an instruction for it.
     """
     short = ir.VectorType(ir.IntType(16), WIDTH)
-    function = cgutils.get_or_insert_function(module, ir.FunctionType(_VECTOR, [short]), HALF)
+    function = cgutils.get_or_insert_function(module, ir.FunctionType(_VECTOR, [short]), HALF_VALUES)
     if function.blocks:
         return function
     function.linkage = "linkonce_odr"
@@ -336,33 +341,36 @@ def _half_function(module: Any) -> Any:
     return function
 
 
-def _float16_vector(e: _Emit, pointer: Any, index: Any) -> Any:
+def _float16_vector(e: _Emitter, pointer: Any, index: Any) -> Any:
     return e.builder.call(_half_function(e.builder.module), [_integers(e, pointer, index, 16, WIDTH)])
 
 
 SUMS = 8
-"""Vectors of sums that are in registers together, so that one addition need not wait for the one before."""
+"""Number of vectors of sums that are kept in registers together, so that additions need not wait for one another."""
 
 
 def _groups(vectors: int, sums: int) -> Iterator[range]:
-    """Of ``vectors`` of rows, those that go through all columns together, where each has ``sums`` vectors of sums."""
-    together = max(1, min(vectors, SUMS // sums))
-    for first in range(0, vectors, together):
-        yield range(first, first + together)
+    """Divide ``vectors`` of rows, each with ``sums`` vectors of sums, into groups that pass the columns together."""
+    size = max(1, min(vectors, SUMS // sums))
+    for first in range(0, vectors, size):
+        yield range(first, first + size)
 
 
-def _row(e: _Emit, at: Any, columns: Any, k: Any, v: int, vectors: int, values: int) -> Any:
-    """Where the weights of vector ``v`` and column ``k`` are: slabs of rows, [column][rows][values] each."""
+def _row(e: _Emitter, at: Any, columns: Any, k: Any, v: int, vectors: int, values: int) -> Any:
+    """Emit the offset of the weights of vector ``v`` and column ``k``, in slabs of rows [column][rows][values]."""
     wide = min(vectors, SLAB) * WIDTH * values
     slab = e.times(columns, v // SLAB * wide)
     return e.plus(at, slab, e.times(k, wide), v % SLAB * WIDTH * values)
 
 
-def _columns(read: Callable[[_Emit, Any, Any], Any], vectors: int, items: int) -> Any:
-    """z = W y for ``vectors`` of rows and ``items`` of the tile at once; y and z lie ``stride`` apart."""
+def _columns(read: Callable[[_Emitter, Any, Any], Any], vectors: int, items: int) -> Any:
+    """Return an intrinsic that computes z = W y for ``vectors`` of rows and for ``items`` items at once.
+
+    The y, and the z, of two items are ``stride`` apart.
+    """
 
     @_function(_P, _I, _P, _I, _P, _P, _I)
-    def columns(e: _Emit, w: Any, at: Any, _: Any, count: Any, y: Any, z: Any, stride: Any) -> None:
+    def columns(e: _Emitter, w: Any, at: Any, _: Any, count: Any, y: Any, z: Any, stride: Any) -> None:
         inputs = [e.builder.gep(y, [e.times(stride, item)]) for item in range(items)]
         for group in _groups(vectors, items):
             sums = {(v, item): e.variable(_constant(0.0)) for v in group for item in range(items)}
@@ -379,19 +387,19 @@ def _columns(read: Callable[[_Emit, Any, Any], Any], vectors: int, items: int) -
     return columns
 
 
-PAIRS = "edge_ssm_pair_products"
-"""The function that multiplies int8 by int16; ``compiler`` takes the processor's own instruction where it has one."""
-
-
 def _pair_function(module: Any) -> Any:
-    """<16 x i8> w, i32 of two int16 y -> <8 x i32> w[2 i] y[0] + w[2 i + 1] y[1]."""
+    """Define the function PAIR_PRODUCTS: <16 x i8> w, two int16 y in an i32 -> <8 x i32> of sums of two products.
+
+    Sum i is w[2 i] y[0] + w[2 i + 1] y[1]. ``compiler`` replaces the function's body on processors that have an
+    instruction for it.
+    """
     pairs = ir.VectorType(ir.IntType(8), 2 * WIDTH)
-    function = cgutils.get_or_insert_function(module, ir.FunctionType(_LANES, [pairs, _I32]), PAIRS)
+    function = cgutils.get_or_insert_function(module, ir.FunctionType(_LANES, [pairs, _I32]), PAIR_PRODUCTS)
     if function.blocks:
         return function
     function.linkage = "linkonce_odr"
     builder = ir.IRBuilder(function.append_basic_block())
-    e, nothing = _Emit(builder), ir.Constant(pairs, ir.Undefined)
+    e, nothing = _Emitter(builder), ir.Constant(pairs, ir.Undefined)
     products = []
     for i in range(2):
         chosen = ir.Constant(_LANES, list(range(i, 2 * WIDTH, 2)))
@@ -403,26 +411,27 @@ def _pair_function(module: Any) -> Any:
 
 
 _MAGIC = 1.5 * 2.0**23
-"""Added to a float32 of at most 2^22, it rounds it to a whole number, which the low bits then are."""
+"""Adding it to a float32 of at most 2^22 rounds that to a whole number, which the low bits of the sum then hold."""
 
 
 @_function(_P, _P, types.float32, _I)
-def to_integers(e: _Emit, y: Any, scale: Any, largest: Any, count: Any) -> None:
-    """y -> int16 q, in place, y = q scale[0] + scale[1], of magnitudes up to ``largest`` (2^15 - 2 at most).
+def to_integers(e: _Emitter, y: Any, scale: Any, largest: Any, count: Any) -> None:
+    """Quantise y to int16 q in place, so that y = q scale[0] + scale[1] and |q| <= ``largest`` (2^15 - 2 at most).
 
-    scale[1] is the middle of the values: what GELU yields is hardly ever negative, and half of the range were unused.
+    scale[1] is the middle of the values. GELU's values are hardly ever negative: a range around zero would leave half
+    of the integers unused.
     """
     builder = e.builder
     low, high = e.variable(e.load(y)), e.variable(e.load(y))
     with e.loop(count, WIDTH) as j:
         values = e.load(y, j)
-        for place, sign in ((low, "<"), (high, ">")):
-            so_far = builder.load(place)
-            builder.store(builder.select(builder.fcmp_ordered(sign, values, so_far), values, so_far), place)
+        for extreme, sign in ((low, "<"), (high, ">")):
+            current = builder.load(extreme)
+            builder.store(builder.select(builder.fcmp_ordered(sign, values, current), values, current), extreme)
     bottom, top = e.lowest(builder.load(low)), e.highest(builder.load(high))
     half, magic = ir.Constant(_F32, 0.5), ir.Constant(_F32, _MAGIC)
     unit = builder.fdiv(builder.fmul(builder.fsub(top, bottom), half), largest)
-    # Where all values are equal, any unit serves.
+    # If all values are equal, any unit will do.
     least = ir.Constant(_F32, 2.0**-100)
     unit = builder.select(builder.fcmp_ordered(">", unit, least), unit, least)
     inverse = builder.fdiv(ir.Constant(_F32, 1.0), unit)
@@ -430,22 +439,23 @@ def to_integers(e: _Emit, y: Any, scale: Any, largest: Any, count: Any) -> None:
     whole = builder.fsub(builder.fadd(middle, magic), magic)
     builder.store(unit, scale)
     builder.store(builder.fmul(whole, unit), builder.gep(scale, [e.integer(1)]))
-    factor, offset = e.splat(inverse), e.splat(builder.fsub(magic, whole))
+    factor, shift = e.splat(inverse), e.splat(builder.fsub(magic, whole))
     target = builder.bitcast(y, ir.IntType(16).as_pointer())
     with e.loop(count, WIDTH) as j:
-        bits = builder.bitcast(e.fma(e.load(y, j), factor, offset), _LANES)
+        bits = builder.bitcast(e.fma(e.load(y, j), factor, shift), _LANES)
         place = builder.bitcast(builder.gep(target, [j]), _SHORTS.as_pointer())
         builder.store(builder.trunc(bits, _SHORTS), place, align=2)
 
 
 def _integer_columns(vectors: int, items: int) -> Any:
-    """z = W y for int8 weights, [column pair][rows][2], as exact sums of integers, from ``to_integers``'s y.
+    """Return an intrinsic that computes z = W y for int8 weights and the y of ``to_integers``, in exact integer sums.
 
-    ``sums`` holds the sum of each row's weights; an item's scale lies behind its columns.
+    The weights are [pair of columns][rows][2]. ``sums`` holds the sum of each row's weights. The scale of an item is
+    in the last two values of its stride.
     """
 
     @_function(_P, _I, _P, _I, _P, _P, _I)
-    def columns(e: _Emit, w: Any, at: Any, sums: Any, pairs: Any, y: Any, z: Any, stride: Any) -> None:
+    def columns(e: _Emitter, w: Any, at: Any, sums: Any, pairs: Any, y: Any, z: Any, stride: Any) -> None:
         builder, none = e.builder, ir.Constant(_LANES, [0] * WIDTH)
         starts = [builder.gep(y, [e.times(stride, item)]) for item in range(items)]
         inputs = [builder.bitcast(start, _I32.as_pointer()) for start in starts]
@@ -469,16 +479,17 @@ def _integer_columns(vectors: int, items: int) -> Any:
     return columns
 
 
+# Intrinsics by type of the weights and number of vectors of rows: for one item, and for ITEMS items at once.
 _READ = {"float32": _float32_vector, "float16": _float16_vector}
-SINGLE = {name: {v: _columns(read, v, 1) for v in (8, 4, 2, 1)} for name, read in _READ.items()}
-SEVERAL = {name: {v: _columns(read, v, ITEMS) for v in (2, 1)} for name, read in _READ.items()}
-SINGLE["int8"] = {v: _integer_columns(v, 1) for v in (8, 4, 2, 1)}
-SEVERAL["int8"] = {v: _integer_columns(v, ITEMS) for v in (2, 1)}
+MULTIPLY_ONE = {name: {v: _columns(read, v, 1) for v in (8, 4, 2, 1)} for name, read in _READ.items()}
+MULTIPLY_SEVERAL = {name: {v: _columns(read, v, ITEMS) for v in (2, 1)} for name, read in _READ.items()}
+MULTIPLY_ONE["int8"] = {v: _integer_columns(v, 1) for v in (8, 4, 2, 1)}
+MULTIPLY_SEVERAL["int8"] = {v: _integer_columns(v, ITEMS) for v in (2, 1)}
 
 
 @_function(_P, _I)
-def gelu(e: _Emit, values: Any, count: Any) -> None:
-    """In place: x Phi(x)."""
+def gelu(e: _Emitter, values: Any, count: Any) -> None:
+    """Compute x Phi(x) in place."""
     with e.loop(count, WIDTH) as j:
         x = e.load(values, j)
         erf = e.rational(e.mul(x, _constant(0.5**0.5)), *ERF)
@@ -487,8 +498,8 @@ def gelu(e: _Emit, values: Any, count: Any) -> None:
 
 
 @_function(_P, _P, _I)
-def gate(e: _Emit, values: Any, by: Any, count: Any) -> None:
-    """values *= sigmoid(by)."""
+def gate(e: _Emitter, values: Any, by: Any, count: Any) -> None:
+    """Compute values *= sigmoid(by)."""
     with e.loop(count, WIDTH) as j:
         tanh = e.rational(e.mul(_constant(0.5), e.load(by, j)), *TANH)
         half = e.mul(_constant(0.5), e.load(values, j))
@@ -497,8 +508,10 @@ def gate(e: _Emit, values: Any, by: Any, count: Any) -> None:
 
 @intrinsic
 def dot(typingctx: Any, a: Any, b: Any, count: Any) -> Any:
+    """Return the inner product of a and b."""
+
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        e = _Emit(builder)
+        e = _Emitter(builder)
         total = e.variable(_constant(0.0))
         with e.loop(arguments[2], WIDTH) as j:
             e.builder.store(e.fma(e.load(arguments[0], j), e.load(arguments[1], j), e.builder.load(total)), total)

@@ -1,7 +1,9 @@
-"""Words that a running CUDA kernel and the host hand each other: a float32 below the number of its step, loaded and
-stored as 64 bits at once, past the caches.
+"""Access to the words that a running CUDA kernel and the host exchange.
 
-numba-cuda's own ``ldcv`` asks for a driver while it compiles; these do not.
+A word holds the number of a step in its upper half and a float32 in its lower half. It is loaded and stored as 64 bits
+at once, past the caches.
+
+numba-cuda's own ``ldcv`` needs a driver at compile time; these functions do not.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from llvmlite import ir
 from numba import types
 from numba.cuda import extending
 
-# Called without the typing context that their definitions take.
+# Numba calls the functions without the typing context that their definitions take.
 intrinsic: Any = extending.intrinsic
 _WORD = ir.IntType(64)
 _pointer: Any = types.CPointer
@@ -21,7 +23,7 @@ _WORDS = _pointer(types.int64)
 
 @intrinsic  # type: ignore[untyped-decorator]
 def load_word(typingctx: Any, words: Any, index: Any) -> Any:
-    """words[index], from memory: PTX's ld.volatile, a whole word at once."""
+    """Return words[index], read from memory as one word (PTX ld.volatile)."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         kind = ir.FunctionType(_WORD, [_WORD.as_pointer()])
@@ -33,7 +35,7 @@ def load_word(typingctx: Any, words: Any, index: Any) -> Any:
 
 @intrinsic  # type: ignore[untyped-decorator]
 def store_word(typingctx: Any, words: Any, index: Any, word: Any) -> Any:
-    """words[index] = word, to memory: PTX's st.volatile."""
+    """Set words[index] to ``word``, written to memory as one word (PTX st.volatile)."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         kind = ir.FunctionType(ir.VoidType(), [_WORD.as_pointer(), _WORD])
@@ -46,7 +48,7 @@ def store_word(typingctx: Any, words: Any, index: Any, word: Any) -> Any:
 
 @intrinsic  # type: ignore[untyped-decorator]
 def float_of(typingctx: Any, word: Any) -> Any:
-    """The float32 in the lower half of a word."""
+    """Return the float32 in the lower half of a word."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         return builder.bitcast(builder.trunc(arguments[0], ir.IntType(32)), ir.FloatType())
@@ -56,7 +58,7 @@ def float_of(typingctx: Any, word: Any) -> Any:
 
 @intrinsic  # type: ignore[untyped-decorator]
 def word_of(typingctx: Any, number: Any, value: Any) -> Any:
-    """A float32 below a number."""
+    """Return the word of a number and a float32."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         low = builder.zext(builder.bitcast(arguments[1], ir.IntType(32)), _WORD)

@@ -1,7 +1,8 @@
-"""Subnormals, around code that is not ours: a decaying state that reaches them would make a step many times slower.
+"""Flush subnormals to zero around calls of another project's runtime.
 
-The C library's floating-point environment holds the bits that flush them to zero (``flush`` says which and why). It is
-set for the calling thread only, and what stood there is put back, so that the caller's own arithmetic is as it was.
+A decaying state that reaches the subnormals makes a step many times slower. The bits that flush them to zero
+(``engines.cpu.denormals`` explains them) are part of the C library's floating-point environment. It is changed for the
+calling thread only, and restored after the call, so that the caller's own arithmetic is unchanged.
 """
 
 from __future__ import annotations
@@ -15,27 +16,27 @@ from typing import Any
 
 LIBRARY = "libm.so.6"
 SIZE = 64
-"""More than any fenv_t has."""
-WHERE = {"x86_64": (28, 1 << 15 | 1 << 6), "aarch64": (0, 1 << 24)}
-"""Machine -> byte of the control register in glibc's fenv_t (bits/fenv.h), and the bits that flush."""
+"""Size of a buffer that holds any machine's fenv_t, in bytes."""
+CONTROL_BITS = {"x86_64": (28, 1 << 15 | 1 << 6), "aarch64": (0, 1 << 24)}
+"""Machine -> offset of the control register in glibc's fenv_t (bits/fenv.h), and its bits that flush subnormals."""
 
 
-def _nothing(environment: Any) -> int:
+def _do_nothing(environment: Any) -> int:
     return 0
 
 
 class Flushing:
-    """``enter`` and ``leave`` go around a call; both do nothing where the C library is another one."""
+    """Flushes subnormals between ``enter`` and ``leave``. Both do nothing if the C library is not glibc."""
 
     def __init__(self) -> None:
         self._before, self._flushed = (ctypes.create_string_buffer(SIZE) for _ in range(2))
-        self._get: Callable[[Any], int] = _nothing
-        self._set: Callable[[Any], int] = _nothing
-        found = WHERE.get(platform.machine())
-        if found is None or platform.libc_ver()[0] != "glibc":
+        self._get: Callable[[Any], int] = _do_nothing
+        self._set: Callable[[Any], int] = _do_nothing
+        control = CONTROL_BITS.get(platform.machine())
+        if control is None or platform.libc_ver()[0] != "glibc":
             return
         try:
-            # The interpreter's lock is kept: giving it up would take longer than the call.
+            # PyDLL keeps the global interpreter lock: releasing it would take longer than the call.
             library = ctypes.PyDLL(LIBRARY)
             get, put = library.fegetenv, library.fesetenv
         except (OSError, AttributeError):
@@ -43,21 +44,23 @@ class Flushing:
         for function in (get, put):
             function.argtypes, function.restype = [ctypes.c_void_p], ctypes.c_int
         get(self._flushed)
-        at, bits = found
-        (word,) = struct.unpack_from("<I", self._flushed, at)
-        struct.pack_into("<I", self._flushed, at, word | bits)
+        offset, bits = control
+        (word,) = struct.unpack_from("<I", self._flushed, offset)
+        struct.pack_into("<I", self._flushed, offset, word | bits)
         self._get, self._set = get, put
 
     def enter(self) -> None:
+        """Save the environment, and flush subnormals from now on."""
         self._get(self._before)
         self._set(self._flushed)
 
     def leave(self) -> None:
+        """Restore the environment that ``enter`` saved."""
         self._set(self._before)
 
     @contextlib.contextmanager
-    def kept(self) -> Iterator[None]:
-        """Whatever is done within, the environment is afterwards as it was."""
+    def preserved(self) -> Iterator[None]:
+        """Restore the environment after the block, whatever the block does to it."""
         self._get(self._before)
         try:
             yield

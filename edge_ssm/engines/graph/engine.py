@@ -1,7 +1,7 @@
-"""What the engines have in common that run a graph in another project's runtime (``onnx``, ``tflite``).
+"""The common part of the engines that run an exported graph in another project's runtime (``onnx``, ``tflite``).
 
-The graph comes from an exported file, or is made here from the network, where the package for that is installed.
-Samples are checked and normalised in float64 before they become the graph's float32.
+The graph comes from an exported file, or is built from the network if the package for that is installed. Samples are
+checked and normalised in float64 before they become the float32 input of the graph.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from typing import ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from edge_ssm.engines.base import Engine, refusal
+from edge_ssm.engines.base import Engine, sample_error
 from edge_ssm.engines.graph.denormals import Flushing
+from edge_ssm.engines.options import DEFAULT_OPTIONS, EngineOptions
 from edge_ssm.errors import ArtifactError, UsageError
 from edge_ssm.formats import exported
 from edge_ssm.formats.containers import GraphKind
@@ -24,44 +25,56 @@ from edge_ssm.model.input_range import input_range
 from edge_ssm.model.network import Array, Network, TokenEncoder
 
 MOST_THREADS = 256
-FEW = 16
-"""Up to so many channels of one sample are sooner compared one by one than by NumPy's calls."""
+FEW_CHANNELS = 16
+"""Number of channels up to which a sample is compared faster value by value than by NumPy."""
 
 
 @dataclass(frozen=True)
-class Slot:
-    """A group of a layer's states in the graph."""
+class StateTensor:
+    """A pair of tensors of the graph that hold the real and imaginary parts of some states of a layer."""
 
     names: tuple[str, str]
-    """Of the real and of the imaginary part, as inputs."""
-    shape: tuple[int, int]  # (k, n)
+    """Names of the real and the imaginary part, as inputs of the graph."""
+    shape: tuple[int, int]
+    """Shape (channels, pairs) of each of the two tensors."""
     block: int
-    states: Array  # (s,) places in the block's axis of S
-    cells: Array  # (s,) places of the same in (k, n), flat
+    """Index of the layer."""
+    states: Array
+    """Shape (n,), int64: indices of the states in the layer's axis of S."""
+    cells: Array
+    """Shape (n,), int64: indices of the same states in the flattened tensor."""
 
 
 class ExportedEngine(Engine):
+    """Runs an exported graph. A subclass implements it for one runtime."""
+
     kind: ClassVar[GraphKind]
+    """Format of the graph."""
     dtype: ClassVar[npt.DTypeLike] = np.dtype(np.float32)
 
-    def __init__(self, network: Network, lanes: int = 1, graph: Graph | None = None, threads: int = 1) -> None:
-        super().__init__(network, lanes)
+    def __init__(self, network: Network, options: EngineOptions = DEFAULT_OPTIONS) -> None:
+        super().__init__(network, options)
+        threads = options.threads or 1
         if not 1 <= threads <= MOST_THREADS:
             raise UsageError(f"threads: {threads}, expected 1 to {MOST_THREADS}")
-        self.graph = self._fitting(graph)
-        self._slots = _slots(network, self.graph)
+        self.graph = self._fitting_graph(options.graph)
+        self.graph_weights = self.graph.spec.weights
+        self._tensors = _state_tensors(network, self.graph)
         self._range = input_range(network)
         self._token = isinstance(network.encoder, TokenEncoder)
         self._mean, self._std = network.input.mean, network.input.std
-        self._step_shape = (network.d_input,) if lanes == 1 else (lanes, network.d_input)
-        few = not self._token and network.d_input <= FEW
+        self._step_shape = (network.d_input,) if self.lanes == 1 else (self.lanes, network.d_input)
+        few = not self._token and network.d_input <= FEW_CHANNELS
         self._limits = list(zip(self._range.low.tolist(), self._range.high.tolist(), strict=True)) if few else None
         self._flushing = Flushing()
-        with self._flushing.kept():
+        with self._flushing.preserved():
             self._open(threads)
 
-    def _fitting(self, graph: Graph | None) -> Graph:
-        """The file's own graph, or one made here: of an artifact, or for another sample rate than the file's."""
+    def _fitting_graph(self, graph: Graph | None) -> Graph:
+        """Return ``graph`` if it is that of the network, or else build one.
+
+        A graph is built for an artifact, for a file of another format, and for another sample rate than the file's.
+        """
         if graph is not None and graph.kind == self.kind:
             if graph.spec.fingerprint == self.fingerprint:
                 return graph
@@ -73,10 +86,11 @@ class ExportedEngine(Engine):
         return exported.build(self.kind, self.network, alternative=f", or on the workstation: {command}")
 
     def step(self, sample: npt.ArrayLike, out: Array | None = None) -> Array:
+        """Advance every lane by one sample and return the outputs, written to ``out`` if it is given."""
         x = np.asarray(sample, dtype=np.float64)
         if out is not None or self.lanes > 1 or x.shape != self._step_shape:
             return super().step(x, out)
-        # A small network's step is mostly calls: as few as can be for one sample of one lane.
+        # Calls are most of a small network's step: a single sample of a single lane takes as few as possible.
         result = np.empty((1, self.network.d_output), dtype=np.float32)
         z = (x - self._mean) / self._std if self._within(x) else self._normalised(x[None, None])[0, 0]
         self._flushing.enter()
@@ -88,7 +102,7 @@ class ExportedEngine(Engine):
         return outputs
 
     def _within(self, sample: Array) -> bool:
-        """Whether a sample (d_input,) is known to be fit for the state, without much looking."""
+        """Return whether a sample (d_input,) is known to be acceptable. False means that it must be checked."""
         limits = self._limits
         return limits is not None and all(
             low <= v <= high for v, (low, high) in zip(sample.tolist(), limits, strict=True)
@@ -106,72 +120,75 @@ class ExportedEngine(Engine):
             self._flushing.leave()
 
     def _normalised(self, samples: Array) -> Array:
-        """(T, lanes, d_input) -> the graph's input of the same shape, float64. Raises SampleError."""
+        """Return the graph's input for samples (T, L, d_input): same shape, float64. Raises SampleError."""
         if self._range.bad(samples).any():
-            raise refusal(self.network, samples)
+            raise sample_error(self.network, samples)
         z: Array = samples if self._token else (samples - self._mean) / self._std
         return z
 
     @abstractmethod
     def _open(self, threads: int) -> None:
-        """Make the runtime's session, all states zero. Raises ArtifactError for a graph that does not fit."""
+        """Create the runtime's session, with all states zero. Raises ArtifactError for a graph that does not fit."""
 
     @abstractmethod
     def _advance(self, lane: int, z: Array, outputs: Array) -> None:
-        """(T, d_input), T at least 1 -> (T, d_output), one lane's samples in turn."""
+        """Step the samples of one lane, (T, d_input) with T at least 1, into ``outputs`` (T, d_output)."""
 
     @abstractmethod
     def _read(self, lane: int) -> list[tuple[Array, Array]]:
-        """Copies of a lane's states, real and imaginary part (k, n) of each slot."""
+        """Return copies of a lane's states: the real and the imaginary part of each of ``_tensors``."""
 
     @abstractmethod
     def _write(self, lane: int, states: list[tuple[Array, Array]]) -> None:
-        """Take over float32 states, as ``_read`` gives them."""
+        """Replace a lane's states by float32 states in the form that ``_read`` returns."""
 
     def reset(self, lane: int | None = None) -> None:
-        zeros = [(np.zeros(slot.shape, np.float32), np.zeros(slot.shape, np.float32)) for slot in self._slots]
-        for one in range(self.lanes) if lane is None else (lane,):
-            self._write(one, zeros)
+        """Set the state of one lane, or of all lanes, to zero."""
+        zeros = [(np.zeros(t.shape, np.float32), np.zeros(t.shape, np.float32)) for t in self._tensors]
+        for index in range(self.lanes) if lane is None else (lane,):
+            self._write(index, zeros)
 
     def _state(self) -> tuple[Array, ...]:
-        found = tuple(np.zeros((self.lanes, len(b.ssm.A)), dtype=np.complex64) for b in self.network.blocks)
+        state = tuple(np.zeros((self.lanes, len(b.ssm.A)), dtype=np.complex64) for b in self.network.blocks)
         for lane in range(self.lanes):
-            for slot, (re, im) in zip(self._slots, self._read(lane), strict=True):
-                found[slot.block][lane, slot.states] = (re + 1j * im).ravel()[slot.cells]
-        return found
+            for tensor, (re, im) in zip(self._tensors, self._read(lane), strict=True):
+                state[tensor.block][lane, tensor.states] = (re + 1j * im).ravel()[tensor.cells]
+        return state
 
     def _set_state(self, state: tuple[Array, ...]) -> None:
         for lane in range(self.lanes):
             parts = []
-            for slot in self._slots:
-                both = np.zeros(slot.shape[0] * slot.shape[1], dtype=np.complex64)
-                both[slot.cells] = state[slot.block][lane, slot.states]
-                re, im = (np.ascontiguousarray(part).reshape(slot.shape) for part in (both.real, both.imag))
+            for tensor in self._tensors:
+                x = np.zeros(tensor.shape[0] * tensor.shape[1], dtype=np.complex64)
+                x[tensor.cells] = state[tensor.block][lane, tensor.states]
+                re, im = (np.ascontiguousarray(part).reshape(tensor.shape) for part in (x.real, x.imag))
                 parts.append((re, im))
             self._write(lane, parts)
 
-    def _expected(self) -> dict[str, tuple[int, ...]]:
-        """Shapes of the inputs for one sample."""
+    def _input_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return the shapes that the graph's inputs must have for one sample, by name."""
         shapes: dict[str, tuple[int, ...]] = {"input": (1, self.network.d_input)}
-        return shapes | {name: slot.shape for slot in self._slots for name in slot.names}
+        return shapes | {name: tensor.shape for tensor in self._tensors for name in tensor.names}
 
-    def _check(self, given: dict[str, tuple[int, ...]], made: dict[str, tuple[int, ...]]) -> None:
-        """Raise ArtifactError unless the graph's inputs and outputs have the names and shapes that they should have."""
-        expected = self._expected()
-        outputs = {f"new.{name}": shape for name, shape in expected.items() if name != "input"}
-        for found, wanted in ((given, expected), (made, outputs | {"output": (1, self.network.d_output)})):
-            for name, shape in wanted.items():
-                if found.get(name) != shape:
+    def _check(self, inputs: dict[str, tuple[int, ...]], outputs: dict[str, tuple[int, ...]]) -> None:
+        """Raise ArtifactError unless the graph's inputs and outputs have the expected names and shapes."""
+        expected_inputs = self._input_shapes()
+        expected_outputs = {f"new.{name}": shape for name, shape in expected_inputs.items() if name != "input"}
+        expected_outputs["output"] = (1, self.network.d_output)
+        for shapes, expected in ((inputs, expected_inputs), (outputs, expected_outputs)):
+            for name, shape in expected.items():
+                if shapes.get(name) != shape:
                     raise ArtifactError(
-                        f"{self.kind} graph: tensor {name} is {found.get(name, 'missing')}, expected {shape}; "
+                        f"{self.kind} graph: tensor {name} is {shapes.get(name, 'missing')}, expected {shape}; "
                         "export it again"
                     )
 
 
-def _slots(network: Network, graph: Graph) -> list[Slot]:
-    slots = []
+def _state_tensors(network: Network, graph: Graph) -> list[StateTensor]:
+    tensors = []
     for i, (states, block) in enumerate(zip(graph.spec.states, network.blocks, strict=True)):
         for state in states:
-            at, cells = cells_of(block.ssm.pairs, np.array(state.channels, dtype=np.int64), state.pairs)
-            slots.append(Slot((state.re, state.im), (len(state.channels), state.pairs), i, at, cells))
-    return slots
+            indices, cells = cells_of(block.ssm.pairs, np.array(state.channels, dtype=np.int64), state.pairs)
+            shape = len(state.channels), state.pairs
+            tensors.append(StateTensor((state.re, state.im), shape, i, indices, cells))
+    return tensors

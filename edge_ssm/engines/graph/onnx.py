@@ -1,7 +1,7 @@
-"""ONNX Runtime as an engine: the whole step as one graph, on TensorRT, CUDA or the CPU, whichever starts first.
+"""The ONNX Runtime engine: the whole step as one graph, on TensorRT, CUDA or the CPU, whichever starts first.
 
-States stay where the graph runs. Each lane has two sets of them that take turns: a step reads one and writes the other,
-so that none is copied.
+States stay on the device that runs the graph. Each lane has two sets of state tensors: a step reads one set and writes
+the other, and the next step swaps them, so that no state is copied.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from typing import Any, ClassVar
 import numpy as np
 import onnxruntime as ort
 
+from edge_ssm.engines.entries import GPU_NODES
 from edge_ssm.engines.graph.engine import ExportedEngine
-from edge_ssm.engines.registry import GPU_NODES
 from edge_ssm.errors import ArtifactError, RunFailed
 from edge_ssm.formats.containers import GraphKind
 from edge_ssm.formats.exported import ANY_LENGTH
@@ -27,83 +27,91 @@ from edge_ssm.model.network import Array
 TENSORRT, CUDA, CPU = "TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"
 TENSORRT_LIBRARIES = ("libnvinfer.so.10", "libnvinfer.so.8")
 FATAL = 4
-"""Log level: what does not start is said by us, in one line."""
+"""ONNX Runtime's log level for fatal errors only: this module reports what does not start, in one line."""
 
 
 @dataclass
 class _Lane:
+    """The states of one lane."""
+
     sets: tuple[dict[str, Any], dict[str, Any]]
-    """Name -> OrtValue."""
-    turn: int = 0
-    """Which set holds the state."""
+    """Two sets of state tensors: name -> OrtValue."""
+    current: int = 0
+    """Index of the set that holds the state."""
 
 
 class OnnxEngine(ExportedEngine):
+    """Runs a network as an ONNX graph in ONNX Runtime."""
+
     name: ClassVar[str] = "onnx"
     kind: ClassVar[GraphKind] = "onnx"
 
     def _open(self, threads: int) -> None:
-        asked, self.warning = providers(ort.get_available_providers())
-        self._session = self._session_on(asked, threads)
-        found = self._session.get_providers()
-        if asked[0] != CPU and found[0] == CPU:
-            self.warning = f"{asked[0]} of this onnxruntime does not start here; engine onnx runs on the CPU"
-        self.where = f"{found[0]}, {threads} thread{'s' if threads > 1 else ''}"
-        self._device = "cpu" if found[0] == CPU else "cuda"
+        preferred, self.warning = select_providers(ort.get_available_providers())
+        self._session = self._create_session(preferred, threads)
+        active = self._session.get_providers()
+        if preferred[0] != CPU and active[0] == CPU:
+            self.warning = f"onnxruntime cannot start its {preferred[0]}; engine onnx runs on the CPU"
+        self.where = f"{active[0]}, {threads} thread{'s' if threads > 1 else ''}"
+        self._device = "cpu" if active[0] == CPU else "cuda"
         self._check(_shapes(self._session.get_inputs()), _shapes(self._session.get_outputs()))
         self._lanes = [_Lane((self._zeros(), self._zeros())) for _ in range(self.lanes)]
         d_input, d_output = self.network.d_input, self.network.d_output
         self._input, self._output = np.zeros((1, d_input), np.float32), np.zeros((1, d_output), np.float32)
         self._bindings = [
-            [self._binding(lane, turn, self._input, self._output) for turn in (0, 1)] for lane in self._lanes
+            [self._binding(lane, index, self._input, self._output) for index in (0, 1)] for lane in self._lanes
         ]
 
-    def _session_on(self, asked: Sequence[str], threads: int) -> Any:
+    def _create_session(self, preferred: Sequence[str], threads: int) -> Any:
         options = ort.SessionOptions()
         options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
         options.log_severity_level = FATAL
-        # For its own threads. The calling one is left so for good by it, but for what ``exported`` does around it.
+        # This sets flush-to-zero in the runtime's own threads, and for good in the calling thread, whose environment
+        # ``ExportedEngine`` restores.
         options.add_session_config_entry("session.set_denormal_as_zero", "1")
-        # Integer products of full range: without it, some x86 processors saturate between two of them.
+        # Without this, sums of two int8 products saturate on some x86 processors.
         options.add_session_config_entry("session.x64quantprecision", "1")
         ort.set_default_logger_severity(FATAL)
         try:
-            # A provider that fails is told on stdout, where the decisions go.
+            # The runtime prints the failure of a provider to stdout, which may carry the decisions.
             with contextlib.redirect_stdout(io.StringIO()):
-                return ort.InferenceSession(self.graph.content, options, providers=list(asked))
+                return ort.InferenceSession(self.graph.content, options, providers=list(preferred))
         except Exception as error:  # its exceptions have no common base
             raise ArtifactError(f"onnx graph: ONNX Runtime refuses it ({_line(error)}); export it again") from None
 
     def _zeros(self) -> dict[str, Any]:
         return {
-            name: ort.OrtValue.ortvalue_from_numpy(np.zeros(slot.shape, np.float32), self._device, 0)
-            for slot in self._slots
-            for name in slot.names
+            name: ort.OrtValue.ortvalue_from_numpy(np.zeros(tensor.shape, np.float32), self._device, 0)
+            for tensor in self._tensors
+            for name in tensor.names
         }
 
-    def _binding(self, lane: _Lane, turn: int, samples: Array, outputs: Array) -> Any:
-        """A call from the set of ``turn`` to the other one. It knows addresses only: the arrays must outlive it."""
+    def _binding(self, lane: _Lane, current: int, samples: Array, outputs: Array) -> Any:
+        """Return a call that reads the states of set ``current`` and writes the other set.
+
+        It holds the addresses of ``samples`` and ``outputs``: the arrays must outlive it.
+        """
         binding = self._session.io_binding()
         binding.bind_input("input", "cpu", 0, np.float32, samples.shape, samples.ctypes.data)
         binding.bind_output("output", "cpu", 0, np.float32, outputs.shape, outputs.ctypes.data)
-        for name, value in lane.sets[turn].items():
+        for name, value in lane.sets[current].items():
             binding.bind_ortvalue_input(name, value)
-            binding.bind_ortvalue_output(f"new.{name}", lane.sets[1 - turn][name])
+            binding.bind_ortvalue_output(f"new.{name}", lane.sets[1 - current][name])
         return binding
 
     def _advance(self, lane: int, z: Array, outputs: Array) -> None:
         states = self._lanes[lane]
         if self.graph.spec.chunk == ANY_LENGTH and len(z) > 1:
-            samples, made = z.astype(np.float32), np.empty(outputs.shape, np.float32)
-            self._call(self._binding(states, states.turn, samples, made))
-            states.turn = 1 - states.turn
-            outputs[...] = made
+            samples, results = z.astype(np.float32), np.empty(outputs.shape, np.float32)
+            self._call(self._binding(states, states.current, samples, results))
+            states.current = 1 - states.current
+            outputs[...] = results
             return
         bindings, input_, output = self._bindings[lane], self._input, self._output
         for t in range(len(z)):
             input_[0] = z[t]
-            self._call(bindings[states.turn])
-            states.turn = 1 - states.turn
+            self._call(bindings[states.current])
+            states.current = 1 - states.current
             outputs[t] = output[0]
 
     def _call(self, binding: Any) -> None:
@@ -113,27 +121,30 @@ class OnnxEngine(ExportedEngine):
             raise RunFailed(f"engine onnx: ONNX Runtime failed in a step ({_line(error)})") from None
 
     def _read(self, lane: int) -> list[tuple[Array, Array]]:
-        held = self._lanes[lane].sets[self._lanes[lane].turn]
-        return [(held[re].numpy().copy(), held[im].numpy().copy()) for re, im in (slot.names for slot in self._slots)]
+        state = self._lanes[lane].sets[self._lanes[lane].current]
+        return [(state[re].numpy().copy(), state[im].numpy().copy()) for re, im in (t.names for t in self._tensors)]
 
     def _write(self, lane: int, states: list[tuple[Array, Array]]) -> None:
-        held = self._lanes[lane].sets[self._lanes[lane].turn]
-        for slot, parts in zip(self._slots, states, strict=True):
-            for name, part in zip(slot.names, parts, strict=True):
-                held[name].update_inplace(part)
+        state = self._lanes[lane].sets[self._lanes[lane].current]
+        for tensor, parts in zip(self._tensors, states, strict=True):
+            for name, part in zip(tensor.names, parts, strict=True):
+                state[name].update_inplace(part)
 
 
-def providers(built: Sequence[str], nodes: Sequence[str] = GPU_NODES) -> tuple[list[str], str]:
-    """Which of a build's providers to ask for, in order, and a warning where its GPU ones are left out."""
-    wanted = [name for name in (TENSORRT, CUDA) if name in built]
-    if not wanted:
+def select_providers(built: Sequence[str], nodes: Sequence[str] = GPU_NODES) -> tuple[list[str], str]:
+    """Return the execution providers to try, in order, and a warning if GPU providers are left out.
+
+    ``built`` are the providers that the runtime was built with, ``nodes`` the device files of a GPU's driver.
+    """
+    preferred = [name for name in (TENSORRT, CUDA) if name in built]
+    if not preferred:
         return [CPU], ""
     if not any(os.path.exists(node) for node in nodes):
-        # Asking all the same would print a page of errors and then do this.
+        # Trying them would print a page of errors before the runtime falls back to the CPU.
         return [CPU], f"onnxruntime-gpu finds no GPU here (none of {', '.join(nodes)}); engine onnx runs on the CPU"
-    if TENSORRT in wanted and not any(_loads(library) for library in TENSORRT_LIBRARIES):
-        wanted.remove(TENSORRT)
-    return [*wanted, CPU], ""
+    if TENSORRT in preferred and not any(_loads(library) for library in TENSORRT_LIBRARIES):
+        preferred.remove(TENSORRT)
+    return [*preferred, CPU], ""
 
 
 def _loads(library: str) -> bool:
@@ -145,7 +156,7 @@ def _loads(library: str) -> bool:
 
 
 def _shapes(tensors: Sequence[Any]) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of float32 tensors; an open number of samples counts as one."""
+    """Return the shapes of the float32 tensors by name. A variable number of samples counts as one."""
     return {
         tensor.name: tuple(size if isinstance(size, int) else 1 for size in tensor.shape)
         for tensor in tensors

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 
 from edge_ssm import files as edge_ssm_files
-from edge_ssm.engines import selection
+from edge_ssm.engines import verification
 from edge_ssm.engines.reference import ReferenceEngine
-from edge_ssm.engines.registry import Engine, create
+from edge_ssm.engines.registry import Engine, EngineOptions, create
 from edge_ssm.errors import InputRefused, RunFailed
 from edge_ssm.formats import artifact, exported, loading
 from edge_ssm.formats.containers import GraphKind
@@ -102,8 +102,8 @@ def make(
     ONNX graph quantises the mixing's inputs by the largest of theirs.
 
     Raises RunFailed if the outputs are off by more than the network's tolerance in the artifact's own weights or in
-    float32, by more than ``error_bound``, or by more than a run believes (``choice.self_test``); EngineUnavailable if a
-    package is missing.
+    float32, by more than ``error_bound``, or by more than a run believes (``verification.self_test``);
+    EngineUnavailable if a package is missing.
     """
     content = edge_ssm_files.read_regular_file(source, loading.MAX_BYTES, remedy="expected an artifact")
     loaded = artifact.load(source)
@@ -114,7 +114,7 @@ def make(
     exact = _streamed(reference, samples)
     reach = reference.range() if chosen == "int8" else []
     graph = exported.build(kind, network, chosen, reach, chunk)
-    found = _streamed(create(kind, network, graph=graph), samples)
+    found = _streamed(create(kind, network, EngineOptions(graph=graph)), samples)
     off = float(np.abs(found - exact).max())
     bound = error_bound
     if chosen == "float32":  # A run holds it to that, whatever was allowed here.
@@ -128,11 +128,11 @@ def make(
     measured = MeasuredError(off, len(samples), samples_from)
     made = exported.to_bytes(graph, network, content, loaded.digest, measured)
     again = exported.parse(made, kind)
-    engine = create(kind, again.source.network, graph=again.graph)
+    engine = create(kind, again.source.network, EngineOptions(graph=again.graph))
     if not np.array_equal(_streamed(engine, samples), found):
         raise RunFailed(f"export: the {kind} file steps otherwise than the graph in it; nothing was written")
     engine.reset()
-    if problem := selection.self_test(engine, off):
+    if problem := verification.self_test(engine, off):
         raise RunFailed(
             f"export: the {kind} graph with {chosen} weights fails the self-test of a run, {problem}; nothing was "
             "written: take larger weights"
