@@ -204,15 +204,12 @@ def run(arguments: Any) -> int:
     ``arguments`` is the array ``layout.ARGUMENTS``. Returns 0, with nothing changed, if a sample is not acceptable, and
     1 otherwise.
     """
-    w, table = simd.float32_at(arguments[layout.ARGUMENT_WEIGHTS]), simd.int64_at(arguments[layout.ARGUMENT_TABLE])
-    scale, memory = (
-        simd.float64_at(arguments[layout.ARGUMENT_SCALE]),
-        simd.float32_at(arguments[layout.ARGUMENT_MEMORY]),
-    )
-    samples, outputs = (
-        simd.float64_at(arguments[layout.ARGUMENT_SAMPLES]),
-        simd.float32_at(arguments[layout.ARGUMENT_OUTPUTS]),
-    )
+    w = simd.float32_at(arguments[layout.ARGUMENT_WEIGHTS])
+    table = simd.int64_at(arguments[layout.ARGUMENT_TABLE])
+    scale = simd.float64_at(arguments[layout.ARGUMENT_SCALE])
+    memory = simd.float32_at(arguments[layout.ARGUMENT_MEMORY])
+    samples = simd.float64_at(arguments[layout.ARGUMENT_SAMPLES])
+    outputs = simd.float32_at(arguments[layout.ARGUMENT_OUTPUTS])
     lanes, padded_width, stride = table[layout.LANES], table[layout.PADDED_WIDTH], table[layout.STRIDE]
     d_input, d_output, tokens = table[layout.D_INPUT], table[layout.D_OUTPUT], table[layout.VOCABULARY]
     steps = arguments[layout.ARGUMENT_STEPS]

@@ -55,39 +55,39 @@ def kernels(lanes_per_group: int) -> tuple[Any, Any]:
     LANES = lanes_per_group
 
     @cuda.jit(device=True, inline="always")
-    def all_gather(shared: Any, start: Any, wide: Any, first: Any, last: Any, count: Any, scratch: Any, counters: Any,
-                  group: Any, part: Any, blocks: Any) -> None:  # fmt: skip
-        """Complete shared[start + lane wide + i], i < count: this block has computed i in [first, last)."""
+    def all_gather(shared: Any, start: Any, stride: Any, first: Any, last: Any, count: Any, scratch: Any, counters: Any,
+                   group: Any, blocks: Any) -> None:  # fmt: skip
+        """Complete shared[start + lane stride + i], i < count, of which this block has computed i in [first, last)."""
         if blocks > 1:
             cuda.syncthreads()
             own = last - first
             for i in range(cuda.threadIdx.x, LANES * own, cuda.blockDim.x):
-                lane, place = i // own, first + i % own
-                scratch[(group * LANES + lane) * wide + place] = shared[start + lane * wide + place]
+                lane, k = i // own, first + i % own
+                scratch[(group * LANES + lane) * stride + k] = shared[start + lane * stride + k]
         group_barrier(counters, group, blocks)
         if blocks > 1:
             for i in range(cuda.threadIdx.x, LANES * count, cuda.blockDim.x):
-                lane, place = i // count, i % count
-                if place < first or place >= last:
-                    shared[start + lane * wide + place] = scratch[(group * LANES + lane) * wide + place]
+                lane, k = i // count, i % count
+                if k < first or k >= last:
+                    shared[start + lane * stride + k] = scratch[(group * LANES + lane) * stride + k]
             cuda.syncthreads()
 
     @cuda.jit(device=True, inline="always")
-    def normalise(shared: Any, source: Any, target: Any, wide: Any, partial: Any, w: Any, norm: Any, layer: Any,
-               h: Any) -> None:  # fmt: skip
+    def normalise(shared: Any, source: Any, target: Any, stride: Any, partial: Any, w: Any, norm: Any, layer: Any,
+                  h: Any) -> None:  # fmt: skip
         """Compute shared[target + ...] = norm(shared[source + ...]) for each lane."""
         tid, threads = cuda.threadIdx.x, cuda.blockDim.x
         if layer == 0:
             for i in range(tid, LANES * h, threads):
                 lane, c = i // h, i % h
-                shared[target + lane * wide + c] = shared[source + lane * wide + c] * w[norm + c] + w[norm + h + c]
+                shared[target + lane * stride + c] = shared[source + lane * stride + c] * w[norm + c] + w[norm + h + c]
         else:
             share = _ONE / float32(h)
             for i in range(tid, LANES * ADDERS, threads):
                 lane, j = i // ADDERS, i % ADDERS
                 total = _ZERO
                 for c in range(j, h, ADDERS):
-                    total += shared[source + lane * wide + c]
+                    total += shared[source + lane * stride + c]
                 shared[partial + i] = total
             cuda.syncthreads()
             for i in range(tid, LANES * ADDERS, threads):
@@ -98,7 +98,7 @@ def kernels(lanes_per_group: int) -> tuple[Any, Any]:
                 mean *= share
                 total = _ZERO
                 for c in range(j, h, ADDERS):
-                    deviation = shared[source + lane * wide + c] - mean
+                    deviation = shared[source + lane * stride + c] - mean
                     total += deviation * deviation
                 shared[partial + LANES * ADDERS + i] = total
             cuda.syncthreads()
@@ -110,8 +110,8 @@ def kernels(lanes_per_group: int) -> tuple[Any, Any]:
                     variance += shared[partial + (LANES + lane) * ADDERS + k]
                 mean *= share
                 scale = _ONE / math.sqrt(variance * share + w[norm + 2 * h])
-                deviation = shared[source + lane * wide + c] - mean
-                shared[target + lane * wide + c] = deviation * scale * w[norm + c] + w[norm + h + c]
+                deviation = shared[source + lane * stride + c] - mean
+                shared[target + lane * stride + c] = deviation * scale * w[norm + c] + w[norm + h + c]
         cuda.syncthreads()
 
     @cuda.jit(device=True, inline="always")
@@ -128,9 +128,13 @@ def kernels(lanes_per_group: int) -> tuple[Any, Any]:
         cuda.syncthreads()
 
     @cuda.jit(device=True, inline="always")
-    def diagonal(shared: Any, v: Any, y: Any, wide: Any, partial: Any, w: Any, weights: Any, table: Any, row: Any,
+    def diagonal(shared: Any, v: Any, y: Any, stride: Any, partial: Any, w: Any, weights: Any, table: Any, row: Any,
                  state: Any, x: Any, lane_size: Any, lanes: Any, first: Any, last: Any) -> None:  # fmt: skip
-        """Step channels [first, last): x += delta x + v, y = Re(C x). The factor 2 is in C."""
+        """Step channels [first, last): x += delta x + v, y = Re(C x). The factor 2 is in C.
+
+        An item is one channel of one lane. ``width`` items are computed at a time; ``share`` threads divide the states
+        of an item among themselves, and ``reduce`` adds up their sums.
+        """
         tid, threads = cuda.threadIdx.x, cuda.blockDim.x
         count, own = table[row + layout.DIAGONAL], last - first
         items = LANES * own
@@ -144,7 +148,7 @@ def kernels(lanes_per_group: int) -> tuple[Any, Any]:
             if s < share and i < items:
                 lane, k = i // own, first + i % own
                 if lane < lanes:
-                    u = shared[v + lane * wide + table[table[row + layout.GATHER] + k]]
+                    u = shared[v + lane * stride + table[table[row + layout.GATHER] + k]]
                     for p in range(s, table[table[row + layout.PAIRS] + k], share):
                         place, here = weights + 4 * p * count + k, x + lane * lane_size + 2 * p * count + k
                         re, im = state[here], state[here + count]
@@ -153,12 +157,12 @@ def kernels(lanes_per_group: int) -> tuple[Any, Any]:
                         new_im = im + (dr * im + di * re)
                         state[here], state[here + count] = new_re, new_im
                         total += w[place + 2 * count] * new_re + w[place + 3 * count] * new_im
-            target = y + (i // own) * wide + first + i % own
+            target = y + (i // own) * stride + first + i % own
             reduce(shared, partial, total, share, width, slot, s == 0 and i < items, target)
             base += width
 
     @cuda.jit(device=True, inline="always")
-    def rank_one(shared: Any, v: Any, y: Any, wide: Any, partial: Any, w: Any, weights: Any, table: Any, row: Any,
+    def rank_one(shared: Any, v: Any, y: Any, stride: Any, partial: Any, w: Any, weights: Any, table: Any, row: Any,
                  state: Any, x: Any, lane_size: Any, lanes: Any, first: Any, last: Any) -> None:  # fmt: skip
         """Step channels with a rank-one term: q = Re(r x) + beta v, x += delta x + v + p q, y = Re(C x)."""
         tid, threads = cuda.threadIdx.x, cuda.blockDim.x
@@ -175,7 +179,7 @@ def kernels(lanes_per_group: int) -> tuple[Any, Any]:
             busy = busy and lane < lanes
             u, pairs, total = _ZERO, 0, _ZERO
             if busy:
-                u = shared[v + lane * wide + table[table[row + layout.GATHER] + before + k]]
+                u = shared[v + lane * stride + table[table[row + layout.GATHER] + before + k]]
                 pairs = table[table[row + layout.PAIRS] + before + k]
                 for p in range(s, pairs, share):
                     place = weights + count + 8 * p * count + k
@@ -200,13 +204,13 @@ def kernels(lanes_per_group: int) -> tuple[Any, Any]:
                     new_im = im + (dr * im + di * re + w[place + 5 * count] * q)
                     state[here], state[here + count] = new_re, new_im
                     total += w[place + 2 * count] * new_re + w[place + 3 * count] * new_im
-            reduce(shared, partial, total, share, width, slot, s == 0 and i < items, y + lane * wide + before + k)
+            reduce(shared, partial, total, share, width, slot, s == 0 and i < items, y + lane * stride + before + k)
             base += width
 
     @cuda.jit(device=True, inline="always")
-    def mix(shared: Any, y: Any, z: Any, wide: Any, partial: Any, w: Any, half: Any, whole: Any, table: Any, row: Any,
-              first: Any, last: Any) -> None:  # fmt: skip
-        """Compute shared[z + lane wide + j], rows [first, last) of W y + bias: their values, then their gates."""
+    def mix(shared: Any, y: Any, z: Any, stride: Any, partial: Any, w: Any, half: Any, whole: Any, table: Any, row: Any,
+            first: Any, last: Any) -> None:  # fmt: skip
+        """Compute shared[z + lane stride + j], rows [first, last) of W y + bias: their values, then their gates."""
         tid, threads = cuda.threadIdx.x, cuda.blockDim.x
         rows, columns, dtype = table[row + layout.ROWS], table[row + layout.COLUMNS], table[row + layout.DTYPE]
         own, mixing = last - first, table[row + layout.MIXING]
@@ -227,17 +231,17 @@ def kernels(lanes_per_group: int) -> tuple[Any, Any]:
                     for k in range(s, columns, share):
                         weight = w[mixing + k * both + r]
                         for lane in range(LANES):
-                            sums[lane] += weight * shared[y + lane * wide + k]
+                            sums[lane] += weight * shared[y + lane * stride + k]
                 elif dtype == 1:
                     for k in range(s, columns, share):
                         weight = float32(half[mixing + k * both + r])
                         for lane in range(LANES):
-                            sums[lane] += weight * shared[y + lane * wide + k]
+                            sums[lane] += weight * shared[y + lane * stride + k]
                 else:
                     for k in range(s, columns, share):
                         weight = float32(whole[mixing + k * both + r])
                         for lane in range(LANES):
-                            sums[lane] += weight * shared[y + lane * wide + k]
+                            sums[lane] += weight * shared[y + lane * stride + k]
             for lane in range(LANES):
                 shared[partial + lane * threads + tid] = sums[lane]
             cuda.syncthreads()
@@ -247,13 +251,13 @@ def kernels(lanes_per_group: int) -> tuple[Any, Any]:
                     for i in range(share):
                         total += shared[partial + lane * threads + i * width + slot]
                     scale, bias = w[table[row + layout.SCALE] + r], w[table[row + layout.BIAS] + r]
-                    shared[z + lane * wide + j] = total * scale + bias
+                    shared[z + lane * stride + j] = total * scale + bias
             cuda.syncthreads()
             base += width
 
     @cuda.jit(device=True, inline="always")
     def forward(weights: Any, half: Any, whole: Any, table: Any, state: Any, samples: Any, sample: Any, outputs: Any,
-                output: Any, lanes: Any, wide: Any, blocks: Any, scratch: Any, counters: Any) -> None:  # fmt: skip
+                output: Any, lanes: Any, stride: Any, blocks: Any, scratch: Any, counters: Any) -> None:  # fmt: skip
         """Take one sample of a group's lanes through the network, from samples[sample ...] to outputs[output ...]."""
         shared = cuda.shared.array(0, float32)
         tid, threads = cuda.threadIdx.x, cuda.blockDim.x
@@ -261,81 +265,73 @@ def kernels(lanes_per_group: int) -> tuple[Any, Any]:
         part = cuda.blockIdx.x - group * blocks
         first_lane = group * LANES
         here = min(LANES, lanes - first_lane)
-        u, y, z, partial = 0, LANES * wide, 2 * LANES * wide, 3 * LANES * wide
+        u, y, z, partial = 0, LANES * stride, 2 * LANES * stride, 3 * LANES * stride
         h, d_input, d_output = table[layout.H], table[layout.D_INPUT], table[layout.D_OUTPUT]
-        encoder, decoder, prenorm, lane_size = (
-            table[layout.ENCODER],
-            table[layout.DECODER],
-            table[layout.PRENORM],
-            table[layout.LANE_SIZE],
-        )
+        encoder, decoder, prenorm = table[layout.ENCODER], table[layout.DECODER], table[layout.PRENORM]
+        lane_size = table[layout.LANE_SIZE]
         for i in range(tid, LANES * h, threads):
             lane, c = i // h, i % h
             value = _ZERO
             if lane < here:
-                own_sample = sample + lane * d_input
+                start = sample + lane * d_input
                 if table[layout.VOCABULARY] > 0:
-                    value = weights[encoder + int(samples[own_sample]) * h + c]
+                    value = weights[encoder + int(samples[start]) * h + c]
                 else:
                     value = weights[encoder + c]
                     for j in range(d_input):
-                        value += samples[own_sample + j] * weights[encoder + (1 + j) * h + c]
-            shared[u + lane * wide + c] = value
+                        value += samples[start + j] * weights[encoder + (1 + j) * h + c]
+            shared[u + lane * stride + c] = value
         cuda.syncthreads()
         for layer in range(table[layout.LAYERS]):
             row = layout.FIRST_ROW + layer * layout.ROW_SIZE
             norm, layer_norm = table[row + layout.NORM], table[row + layout.LAYER_NORM]
             v = u
             if prenorm and norm >= 0:
-                normalise(shared, u, z, wide, partial, weights, norm, layer_norm, h)
+                normalise(shared, u, z, stride, partial, weights, norm, layer_norm, h)
                 v = z
-            columns, diagonals, rank_ones = (
-                table[row + layout.COLUMNS],
-                table[row + layout.DIAGONAL],
-                table[row + layout.RANK_ONE],
-            )
+            columns, diagonals = table[row + layout.COLUMNS], table[row + layout.DIAGONAL]
+            rank_ones = table[row + layout.RANK_ONE]
             first, last = columns * part // blocks, columns * (part + 1) // blocks
             x = first_lane * lane_size
-            diagonal(shared, v, y, wide, partial, weights, table[row + layout.DIAGONAL_W], table, row, state,
+            diagonal(shared, v, y, stride, partial, weights, table[row + layout.DIAGONAL_W], table, row, state,
                      x + table[row + layout.DIAGONAL_X], lane_size, here, min(first, diagonals),
                      min(last, diagonals))  # fmt: skip
-            rank_one(shared, v, y, wide, partial, weights, table[row + layout.RANK_ONE_W], table, row, state,
+            rank_one(shared, v, y, stride, partial, weights, table[row + layout.RANK_ONE_W], table, row, state,
                      x + table[row + layout.RANK_ONE_X], lane_size, here,
                      min(max(first - diagonals, 0), rank_ones),
                      min(max(last - diagonals, 0), rank_ones))  # fmt: skip
             own = last - first
             for i in range(tid, LANES * own, threads):
                 lane, k = i // own, first + i % own
-                value = (
-                    weights[table[row + layout.D] + k] * shared[v + lane * wide + table[table[row + layout.GATHER] + k]]
-                )
+                channel = table[table[row + layout.GATHER] + k]
+                value = weights[table[row + layout.D] + k] * shared[v + lane * stride + channel]
                 if k < diagonals + rank_ones:
-                    value += shared[y + lane * wide + k]
+                    value += shared[y + lane * stride + k]
                 half_value = _HALF * value
-                shared[y + lane * wide + k] = half_value + half_value * math.erf(value * _ROOT_HALF)
-            all_gather(shared, y, wide, first, last, columns, scratch, counters, group, part, blocks)
+                shared[y + lane * stride + k] = half_value + half_value * math.erf(value * _ROOT_HALF)
+            all_gather(shared, y, stride, first, last, columns, scratch, counters, group, blocks)
             rows, glu = table[row + layout.ROWS], table[row + layout.GLU]
             first, last = rows * part // blocks, rows * (part + 1) // blocks
-            mix(shared, y, z, wide, partial, weights, half, whole, table, row, first, last)
+            mix(shared, y, z, stride, partial, weights, half, whole, table, row, first, last)
             own = last - first
             for i in range(tid, LANES * own, threads):
                 lane, j = i // own, i % own
-                value = shared[z + lane * wide + j]
+                value = shared[z + lane * stride + j]
                 if glu:
-                    value /= _ONE + math.exp(-shared[z + lane * wide + own + j])
-                shared[y + lane * wide + first + j] = value
-            all_gather(shared, y, wide, first, last, rows, scratch, counters, group, part, blocks)
+                    value /= _ONE + math.exp(-shared[z + lane * stride + own + j])
+                shared[y + lane * stride + first + j] = value
+            all_gather(shared, y, stride, first, last, rows, scratch, counters, group, blocks)
             for i in range(tid, LANES * rows, threads):
                 lane, r = i // rows, i % rows
-                shared[u + lane * wide + table[table[row + layout.INDEX] + r]] += shared[y + lane * wide + r]
+                shared[u + lane * stride + table[table[row + layout.INDEX] + r]] += shared[y + lane * stride + r]
             cuda.syncthreads()
             constant = table[row + layout.CONSTANT]
             if constant >= 0:
                 for i in range(tid, LANES * h, threads):
-                    shared[u + (i // h) * wide + i % h] += weights[constant + i % h]
+                    shared[u + (i // h) * stride + i % h] += weights[constant + i % h]
                 cuda.syncthreads()
             if prenorm == 0 and norm >= 0:
-                normalise(shared, u, u, wide, partial, weights, norm, layer_norm, h)
+                normalise(shared, u, u, stride, partial, weights, norm, layer_norm, h)
         if part == 0:
             items = LANES * d_output * ADDERS
             base = 0
@@ -345,7 +341,7 @@ def kernels(lanes_per_group: int) -> tuple[Any, Any]:
                 total = _ZERO
                 if i < items and lane < here:
                     for c in range(j, h, ADDERS):
-                        total += weights[decoder + c * d_output + o] * shared[u + lane * wide + c]
+                        total += weights[decoder + c * d_output + o] * shared[u + lane * stride + c]
                 shared[partial + tid] = total
                 cuda.syncthreads()
                 if i < items and lane < here and j == 0:
@@ -358,7 +354,7 @@ def kernels(lanes_per_group: int) -> tuple[Any, Any]:
         cuda.syncthreads()
 
     def run(weights: Any, half: Any, whole: Any, table: Any, state: Any, samples: Any, outputs: Any, steps: Any,
-            lanes: Any, wide: Any, blocks: Any, scratch: Any, counters: Any) -> None:  # fmt: skip
+            lanes: Any, stride: Any, blocks: Any, scratch: Any, counters: Any) -> None:  # fmt: skip
         """Step samples (steps, lanes, d_input) into outputs (steps, lanes, d_output), both flat float32.
 
         The samples are normalised.
@@ -366,11 +362,11 @@ def kernels(lanes_per_group: int) -> tuple[Any, Any]:
         first_lane = cuda.blockIdx.x // blocks * LANES
         for t in range(steps):
             forward(weights, half, whole, table, state, samples, (t * lanes + first_lane) * table[layout.D_INPUT],
-                    outputs, (t * lanes + first_lane) * table[layout.D_OUTPUT], lanes, wide, blocks, scratch,
+                    outputs, (t * lanes + first_lane) * table[layout.D_OUTPUT], lanes, stride, blocks, scratch,
                     counters)  # fmt: skip
 
     def serve(weights: Any, half: Any, whole: Any, table: Any, state: Any, inbox: Any, outbox: Any, requests: Any,
-              replies: Any, slots: Any, lanes: Any, wide: Any, blocks: Any, scratch: Any,
+              replies: Any, slots: Any, lanes: Any, stride: Any, blocks: Any, scratch: Any,
               counters: Any) -> None:  # fmt: skip
         """Step samples until the host ends it. A group has one lane.
 
@@ -386,7 +382,7 @@ def kernels(lanes_per_group: int) -> tuple[Any, Any]:
         part = cuda.blockIdx.x - group * blocks
         d_input, d_output = table[layout.D_INPUT], table[layout.D_OUTPUT]
         own = cuda.blockIdx.x * d_input
-        ended = 3 * wide
+        ended = 3 * stride
         number = 0
         while True:
             number = number % LAST_NUMBER + 1
@@ -406,7 +402,7 @@ def kernels(lanes_per_group: int) -> tuple[Any, Any]:
             cuda.syncthreads()
             if stop:
                 break
-            forward(weights, half, whole, table, state, inbox, own, outbox, group * d_output, lanes, wide, blocks,
+            forward(weights, half, whole, table, state, inbox, own, outbox, group * d_output, lanes, stride, blocks,
                     scratch, counters)  # fmt: skip
             if part == 0:
                 for o in range(tid, d_output, threads):
