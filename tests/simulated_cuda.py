@@ -7,7 +7,7 @@ from networks import random_network, samples_for
 
 from edge_ssm.engines.cuda import engine as cuda_engine
 from edge_ssm.engines.cuda import kernels, persistent
-from edge_ssm.engines.cuda.engine import LANES_PER_GROUP, plan
+from edge_ssm.engines.cuda.engine import LANES_PER_GROUP, make_plan
 from edge_ssm.engines.failover import FallbackEngine
 from edge_ssm.engines.registry import create as create_engine
 from edge_ssm.errors import EngineUnavailable, RunFailed, SampleError
@@ -164,14 +164,14 @@ def test_a_bad_sample_changes_nothing():
 
 def test_the_plan_fits_the_device():
     layout = create(random_network(9, h=64, pairs=32, layers=2))._layout
-    assert plan(1, layout, 8, 48 << 10).blocks == 1  # small: waiting costs more than reading
+    assert make_plan(1, layout, 8, 48 << 10).blocks == 1  # small: waiting costs more than reading
     large = create(random_network(9, h=256, pairs=32, layers=1))._layout
-    assert plan(1, large, 8, 48 << 10).blocks == 8
-    assert plan(2, large, 8, 48 << 10).blocks == 4
-    assert plan(8, large, 8, 48 << 10).blocks == 1  # one a multiprocessor
-    assert plan(64, large, 8, 96 << 10).lanes_per_group == LANES_PER_GROUP
+    assert make_plan(1, large, 8, 48 << 10).blocks == 8
+    assert make_plan(2, large, 8, 48 << 10).blocks == 4
+    assert make_plan(8, large, 8, 48 << 10).blocks == 1  # one a multiprocessor
+    assert make_plan(64, large, 8, 96 << 10).lanes_per_group == LANES_PER_GROUP
     with pytest.raises(EngineUnavailable, match="shared memory"):
-        plan(1, large, 8, 1 << 10)
+        make_plan(1, large, 8, 1 << 10)
 
 
 @pytest.mark.parametrize("at", [0, 3, 7])

@@ -21,7 +21,7 @@ from floor import read_bytes
 from networks import random_network
 
 from edge_ssm.engines.cuda import layout as cuda_layout
-from edge_ssm.engines.cuda.engine import plan
+from edge_ssm.engines.cuda.engine import make_plan
 from edge_ssm.model.cost import cost
 from edge_ssm.model.discretize import step_parameters
 from edge_ssm.model.network import Network
@@ -63,7 +63,7 @@ def network_of(h: int, layers: int, share: float) -> Network:
 
 def predicted_us(network: Network, board: Board) -> float:
     layout = cuda_layout.pack(network, [step_parameters(b.ssm, network.discretization) for b in network.blocks])
-    division = plan(1, layout, board.processors, board.shared_bytes)
+    division = make_plan(1, layout, board.processors, board.shared_bytes)
     size = read_bytes(network)
     cache = board.cache_bytes_a_clock * board.clock_ghz * division.blocks
     rate = cache if size <= board.cache_bytes else min(cache, board.memory_gb_s)

@@ -89,7 +89,7 @@ class Plan:
         return self.groups * self.blocks
 
 
-def plan(lanes: int, layout: cuda_layout.Layout, processors: int, limit: int) -> Plan:
+def make_plan(lanes: int, layout: cuda_layout.Layout, processors: int, limit: int) -> Plan:
     """Divide ``lanes`` among the multiprocessors (``processors``) of a GPU.
 
     ``limit`` is the largest shared memory of a block, in bytes.
@@ -126,15 +126,15 @@ class CudaEngine(Engine):
         super().__init__(network, options)
         self._device = device if device is not None else _first_device(options.synchronization)
         packed = self._layout = cuda_layout.pack(network, self._step_parameters)
-        plan_ = self._plan = plan(self.lanes, packed, self._device.processors, self._device.shared_bytes)
-        self._kernel = self._device.kernel(self._kernel_name(plan_), plan_.shared_bytes)
+        plan = self._plan = make_plan(self.lanes, packed, self._device.processors, self._device.shared_bytes)
+        self._kernel = self._device.kernel(self._kernel_name(plan), plan.shared_bytes)
         self._range, self._tokens = input_range(network), isinstance(network.encoder, TokenEncoder)
         self._constant = [self._device.upload(a) for a in (packed.weights, packed.half, packed.whole, packed.table)]
         # The last group may have fewer lanes than the others; the kernels do not touch the states of missing lanes.
         self._x = self._device.upload(np.zeros(max(1, self.lanes * packed.lane_size), dtype=np.float32))
-        scratch_size = plan_.groups * plan_.lanes_per_group * packed.widest
+        scratch_size = plan.groups * plan.lanes_per_group * packed.widest
         self._scratch = self._device.upload(np.zeros(scratch_size, dtype=np.float32))
-        self._counters = self._device.upload(np.zeros(plan_.groups, dtype=np.int64))
+        self._counters = self._device.upload(np.zeros(plan.groups, dtype=np.int64))
         self._capacity = 0
         self._reserve(1)
         self._device.end_setup()
