@@ -10,8 +10,7 @@ from bisect import bisect_left
 from collections.abc import Sequence
 
 import numpy as np
-
-from edge_ssm.model.network import Array
+import numpy.typing as npt
 
 _BITS = 6
 _SUB = 1 << _BITS
@@ -37,7 +36,7 @@ class LatencyHistogram:
         if ns > self.max_ns:
             self.max_ns = ns
 
-    def record_many(self, ns: Array) -> None:
+    def record_many(self, ns: npt.NDArray[np.int64]) -> None:
         """Add durations, shape (n,), int64."""
         if not len(ns):
             return

@@ -7,7 +7,6 @@ trial is kept in the folder of compiled kernels, so that later starts only read 
 from __future__ import annotations
 
 import hashlib
-import statistics
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -63,6 +62,8 @@ def measure(engines: Sequence[Engine], samples: Sequence[Array], rounds: int) ->
     The engines take turns, so that disturbances by other programs affect all of them alike. A round's figure is the
     mean over ``samples``, and the result is the median over the rounds.
     """
+    import statistics  # imported here for start-up time: most starts measure nothing
+
     times: list[list[float]] = [[] for _ in engines]
     for _ in range(rounds + 1):
         for engine, engine_times in zip(engines, times, strict=True):
