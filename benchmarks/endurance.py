@@ -1,12 +1,14 @@
-"""Ten million steps and ten minutes of silence: no drift, no memory, no slow step.
+"""Run ten million steps and ten minutes of silence, and measure drift, memory and the duration of a step.
 
     OMP_NUM_THREADS=1 python benchmarks/endurance.py [--steps 10000000] [--output benchmarks/endurance.json]
 
-The shipped demo network (examples/demo.safetensors) streams its recording (examples/demo.csv) over and over, one sample
-a step, state carried throughout. Beside it runs the same network in float64, in plain loops below, which are held to
-the reference engine first. Every window's logits are compared; resident memory is read before and after, and
-tracemalloc counts what Python allocates in a step. Then the same network without biases hears ten minutes of zeros at
-its sample rate, and its steps are timed in turn with those of a network that hears the recording.
+The demo network (examples/demo.safetensors) steps through its recording (examples/demo.csv) over and over, one sample
+at a time, without a reset. The same network runs beside it in float64, in the plain loops below, which are first
+compared with the reference engine. The logits of every window are compared. Resident memory is read before and after,
+and tracemalloc counts what Python allocates in a step.
+
+Then the same network without biases gets ten minutes of zeros at its sample rate. Its steps are timed in turn with
+those of a network that gets the recording.
 """
 
 from __future__ import annotations
@@ -36,13 +38,13 @@ SILENCE_S, RATE_HZ = 600, 50
 
 
 def recording() -> Any:
-    """(n, 6) float64, the demo's samples."""
+    """Return the samples of the demo, shape (n, 6), float64."""
     return np.loadtxt(ROOT / "examples" / "demo.csv", delimiter=",", skiprows=1, usecols=range(6))
 
 
 def exact_layers(network: Network) -> Any:
-    """Of each block: what ``exact`` needs, pruned parts filled with zeros."""
-    found = []
+    """Return the arrays of each block that ``exact`` needs, with zeros in place of pruned parts."""
+    layers = []
     for block in network.blocks:
         step, h, mixing = step_parameters(block.ssm, network.discretization), network.d_model, block.mixing
         weight = np.zeros((2 * h, h))
@@ -52,15 +54,15 @@ def exact_layers(network: Network) -> Any:
         active = np.zeros(h, dtype=np.bool_)
         active[block.ssm.active] = True
         D = block.ssm.D.astype(np.float64)
-        found.append(
+        layers.append(
             (step.delta, step.C, owner, D, weight, mixing.bias.astype(np.float64), norm, np.zeros_like(step.C))
         )
-    return tuple(found)
+    return tuple(layers)
 
 
 @njit
 def exact(layers: Any, encoder: Any, decoder: Any, epsilon: float, samples: Any, outputs: Any) -> None:
-    """Blocks of GLU mixing with LayerNorm after the residual sum, in float64 (network.py states the equations)."""
+    """Step blocks with GLU mixing and LayerNorm after the residual sum, in float64 (``model.network``)."""
     h = encoder.shape[0]
     for t in range(len(samples)):
         u = encoder[:, 0].copy()
@@ -87,6 +89,8 @@ def exact(layers: Any, encoder: Any, decoder: Any, epsilon: float, samples: Any,
 
 
 class Exact:
+    """The float64 loops with the interface of an engine."""
+
     def __init__(self, network: Network) -> None:
         self.input = network.input
         self.layers = exact_layers(network)
@@ -103,9 +107,10 @@ class Exact:
 
 
 def endurance(network: Network, samples: Any, steps: int) -> dict[str, Any]:
-    held = np.abs(Exact(network).chunk(samples[:1000]) - create("reference", network).chunk(samples[:1000])).max()
-    if held > 1e-9:
-        raise SystemExit(f"the float64 loops are off from the reference engine by {held:.1e}")
+    """Return the largest error of a logit over ``steps`` steps, and by how much memory grew."""
+    difference = np.abs(Exact(network).chunk(samples[:1000]) - create("reference", network).chunk(samples[:1000])).max()
+    if difference > 1e-9:
+        raise SystemExit(f"the float64 loops differ from the reference engine by {difference:.1e}")
     engine, truth, window = create("cpu", network), Exact(network), network.window
     outputs = np.empty((window, network.d_output), dtype=np.float32)
     rows, process = list(outputs), psutil.Process()
@@ -130,23 +135,23 @@ def endurance(network: Network, samples: Any, steps: int) -> dict[str, Any]:
 
 
 def allocation(network: Network, samples: Any) -> int:
-    """Bytes that 10,000 steps have more at their peak than one step."""
+    """Return how many bytes more 10,000 steps allocate at their peak than one step."""
     engine, out = create("cpu", network), np.empty(network.d_output, dtype=np.float32)
 
     def peak(count: int) -> int:
         tracemalloc.start()
         for _ in range(count):
             engine.step(samples[0], out)
-        found = tracemalloc.get_traced_memory()[1]
+        size = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
-        return found
+        return size
 
     peak(1)
     return peak(10_000) - peak(1)
 
 
 def silence(network: Network, samples: Any) -> dict[str, float]:
-    """Microseconds of a step after the silence, and of one that hears the recording: in turn, medians."""
+    """Return the median steps, in microseconds, after silence and with the recording, measured in turn."""
     bare = replace(network, encoder=replace(network.encoder, bias=np.zeros_like(network.encoder.bias)))
     quiet, lively = create("cpu", bare), create("cpu", bare)
     quiet.chunk(samples)
@@ -155,11 +160,11 @@ def silence(network: Network, samples: Any) -> dict[str, float]:
         quiet.chunk(zeros)
     times: dict[str, list[float]] = {"quiet": [], "lively": []}
     for _ in range(101):
-        for name, engine, heard in (("quiet", quiet, zeros[:200]), ("lively", lively, samples[:200])):
+        for name, engine, samples_now in (("quiet", quiet, zeros[:200]), ("lively", lively, samples[:200])):
             begin = time.perf_counter_ns()
-            for sample in heard:
+            for sample in samples_now:
                 engine.step(sample)
-            times[name].append((time.perf_counter_ns() - begin) / 1000 / len(heard))
+            times[name].append((time.perf_counter_ns() - begin) / 1000 / len(samples_now))
     ratio = statistics.median(a / b for a, b in zip(times["quiet"], times["lively"], strict=True))
     medians = {f"{name}_step_us": round(statistics.median(values), 3) for name, values in times.items()}
     return {**medians, "ratio": round(ratio, 3)}

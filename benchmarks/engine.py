@@ -1,11 +1,11 @@
-"""The CPU engine beside itself: chunks, lanes, small weights, pruned shapes, and the floor that the caches set.
+"""Compare the CPU engine's chunks, lanes, small weights and pruned shapes with its single step, and with the floor.
 
     OMP_NUM_THREADS=1 python benchmarks/engine.py [--rounds 31] [--output benchmarks/engine.json]
 
-Random networks of the shapes small (H = 64, N = 64, 2 layers), ecg (128, 64, 4) and large (256, 64, 6), GLU mixing. All
-entries of a shape take turns; a figure is the median over rounds of microseconds a sample, a ratio the median of the
-rounds' own ratios to the single float32 step. The floor is the time in which one core reads as many bytes as a step
-does (`floor.py`). Errors are against the float64 reference over 1,000 samples.
+The networks are random, with GLU mixing: small (H = 64, N = 64, 2 layers), ecg (128, 64, 4) and large (256, 64, 6). All
+entries of a shape take turns. A figure is the median over the rounds, in microseconds per sample. A ratio is the median
+of the rounds' own ratios to the single float32 step. The floor is the time in which one core reads as many bytes as a
+step does (`floor.py`). Errors are relative to the float64 reference over 1,000 samples.
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ CHUNK, LANES = 64, 16
 
 
 def entries(h: int, layers: int) -> dict[str, tuple[Callable[[], Any], int, Any]]:
-    """Name -> (a call, samples that it steps, its network)."""
+    """Return, by name, a call, the number of samples that it steps, and its network."""
     shape: dict[str, Any] = {"h": h, "pairs": 32, "layers": layers, "d_input": 1, "d_output": 5}
-    found: dict[str, tuple[Callable[[], Any], int, Any]] = {}
+    calls: dict[str, tuple[Callable[[], Any], int, Any]] = {}
 
     def add(name: str, network: Any, samples: Any, lanes: int = 1) -> None:
         engine = create("cpu", network, lanes=lanes)
         if samples.ndim == 1 + (lanes > 1):
-            found[name] = (lambda: engine.step(samples), lanes, network)
+            calls[name] = (lambda: engine.step(samples), lanes, network)
         else:
-            found[name] = (lambda: engine.chunk(samples), len(samples), network)
+            calls[name] = (lambda: engine.chunk(samples), len(samples), network)
 
     whole = random_network(**shape)
     x = samples_for(whole, 0, CHUNK)
@@ -58,10 +58,11 @@ def entries(h: int, layers: int) -> dict[str, tuple[Callable[[], Any], int, Any]
         add(f"{share:.0%} pruned, columns too", random_network(**shape, active=[left] * layers, columns=left), x[0])
         both = {"active": [left] * layers, "columns": left, "rows": left}
         add(f"{share:.0%} pruned, columns and rows too", random_network(**shape, **both), x[0])
-    return found
+    return calls
 
 
 def error(network: Any) -> float:
+    """Return the largest error of an output over 1,000 samples."""
     x = samples_for(network, 1, 1000)
     return float(np.abs(create("cpu", network).chunk(x) - create("reference", network).chunk(x)).max())
 

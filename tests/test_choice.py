@@ -1,4 +1,4 @@
-"""What "auto" is: tried once, kept, tried again where the kept figures no longer fit."""
+"""The engine "auto": selected by a trial whose result is kept, and repeated when the result no longer fits."""
 
 import json
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""Machine code on disk: found where it fits, never trusted where it does not, made anew where it can be."""
+"""Machine code on disk: loaded if it fits, never trusted if it does not, compiled again if possible."""
 
 import os
 import subprocess
@@ -40,7 +40,7 @@ def run(code, **environment):
 
 @pytest.fixture(scope="module")
 def generic(tmp_path_factory):
-    """A kernel for this machine's kind of processor without any extension."""
+    """Kernel for this machine's architecture without any extensions."""
     path = tmp_path_factory.mktemp("kernels") / "generic.kernel"
     kernel_cache.compile_and_keep(GENERIC, path, None)
     return path
@@ -52,7 +52,7 @@ def content(generic):
 
 
 def changed(content, **fields):
-    """The image with other words in its header."""
+    """Return the kernel with other fields in its header."""
     header, code = content.removeprefix(kernel_file.MAGIC).split(b"\n", 1)
     return kernel_file.MAGIC + msgspec.json.encode(msgspec.json.decode(header) | fields) + b"\n" + code
 

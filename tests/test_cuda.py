@@ -1,5 +1,7 @@
-"""The CUDA engine without a GPU: its kernels in Numba's simulator, compiled for Orin, and what is said when none is
-there. Where there is a GPU, on it."""
+"""The CUDA engine without a GPU: its kernels in Numba's simulator and compiled for Orin, and its error messages.
+
+If there is a GPU, the engine is tested on it too.
+"""
 
 import ctypes
 import json
@@ -54,7 +56,7 @@ def test_the_kernels_in_the_simulator():
 
 @pytest.fixture(scope="session")
 def orin(tmp_path_factory):
-    """The folder with Orin's kernels, made as a user would."""
+    """Folder with the kernels for Orin, made as a user would make it."""
     folder = tmp_path_factory.mktemp("orin")
     command = [*CLI, "compile", "--target", "sm_87", "--output", folder]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
@@ -96,7 +98,7 @@ def test_the_kernels_spill_nothing_and_fit(orin):
     sys.path.insert(0, str(HERE.parent / "benchmarks" / "gpu"))
     from resources import resources
 
-    rows = resources("sm_87", cuda_store_folder=orin)
+    rows = resources("sm_87", folder=orin)
     assert {row["kernel"] for row in rows} == {row["kernel"] for row in json.loads(TABLE.read_text())["rows"]}
     for row in rows + resources("sm_90"):
         assert row["spill_bytes"] == 0
@@ -138,7 +140,7 @@ def test_what_a_driver_refuses_is_explained(status, said):
 
 @pytest.fixture(scope="session")
 def stub(orin, tmp_path_factory):
-    """Runs Python with a driver that takes every call and runs nothing; its output."""
+    """Function that runs Python code with a driver that accepts every call and computes nothing."""
     compiler = shutil.which("cc")
     if compiler is None:
         pytest.skip("cc is missing")
@@ -266,7 +268,7 @@ def test_on_a_gpu_a_million_steps_do_not_drift():
 @pytest.mark.skipif(shutil.which("compute-sanitizer") is None, reason="compute-sanitizer is missing")
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
 def test_on_a_gpu_the_sanitizer_finds_nothing(tool):
-    """Of one block a lane, several blocks a lane, and several lanes a block."""
+    """One block per lane, several blocks per lane, and several lanes per block."""
     code = (
         "from networks import random_network, samples_for\n"
         "from edge_ssm.engines.registry import EngineOptions, create\n"

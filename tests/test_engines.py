@@ -1,4 +1,4 @@
-"""Every engine is held to the convolution mode, computed independently of it, and to the engines' common interface."""
+"""Every engine agrees with the convolution mode, computed independently of it, and keeps the common interface."""
 
 import math
 import subprocess
@@ -23,7 +23,10 @@ NAMES = sorted(available(random_network(mixing_dtype="int8"), every=True))
 
 
 def bound(name, network):
-    """Of an output of ordinary size. int8 mixing takes its inputs as 16-bit integers, unless it was widened."""
+    """Return the largest error of an output of ordinary size.
+
+    int8 mixing converts its inputs to 16-bit integers, unless the weights were converted to float32.
+    """
     small = any(block.mixing.dtype == "int8" for block in network.blocks)
     return {"reference": 1e-9, "cpu": 1e-3 if small else 1e-4}.get(name, 1e-4)
 
@@ -98,7 +101,7 @@ def test_a_snapshot_that_does_not_fit_is_refused_and_changes_nothing(name):
 
 
 def dense_steps(block, discretization):
-    """Every active channel's Abar, dense over both halves of the spectrum, with its states."""
+    """Yield the states of each active channel, and its Abar as a dense matrix over both halves of the spectrum."""
     first = 0
     for dt, pairs in zip(block.ssm.dt, block.ssm.pairs, strict=True):
         at = slice(first, first + pairs)

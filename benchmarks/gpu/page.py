@@ -1,4 +1,4 @@
-"""The GPU benchmark's table and chart: python benchmarks/gpu/page.py [RESULTS.json]
+"""Make a table and a chart of the results of the GPU benchmark: python benchmarks/gpu/page.py [RESULTS.json].
 
 Writes RESULTS.md and RESULTS.png beside the JSON that run.py wrote.
 """
@@ -14,6 +14,7 @@ HERE = Path(__file__).parent
 
 
 def table(results: dict[str, Any]) -> str:
+    """Return the table in Markdown."""
     rows = {(row["shape"], row["entry"]): row for row in results["rows"]}
     shapes = list(dict.fromkeys(shape for shape, _ in rows))
     entries = list(dict.fromkeys(entry for _, entry in rows))
@@ -39,6 +40,7 @@ def table(results: dict[str, Any]) -> str:
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
+    """Draw the chart."""
     import matplotlib
 
     matplotlib.use("Agg")

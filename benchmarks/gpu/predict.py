@@ -1,11 +1,11 @@
-"""A prediction, not a measurement: how long a step takes on an Orin Nano's GPU, by the network's shape and pruning.
+"""Predict the duration of a step on an Orin Nano's GPU from the network's shape and pruning. Nothing is measured.
 
     python benchmarks/gpu/predict.py
 
-One launch and a wait; the time to read the step's weights and states, from the second cache where they fit into it,
-else from memory, one multiprocessor at its share of the cache's rate, or the multiply-adds at the peak rate of those
-that work, whichever is more; two barriers a layer where a lane is shared out among multiprocessors. ``run.py`` measures
-launch and bandwidth on the GPU that it runs on.
+A step is one launch and a wait, and the longer of two times: reading the weights and states, and the multiply-adds at
+the peak rate of the multiprocessors that work. Weights and states are read from the second-level cache if they fit into
+it, otherwise from memory; each multiprocessor has its share of the cache's rate. Two barriers per layer are added if a
+lane is divided among multiprocessors. ``run.py`` measures launch and bandwidth on a real GPU.
 """
 
 from __future__ import annotations
@@ -31,9 +31,12 @@ SHAPES = {"small": (64, 2), "ecg": (128, 4), "large": (256, 6)}
 
 @dataclass(frozen=True)
 class Board:
-    """A GPU in figures: multiprocessors, clock and memory bandwidth from NVIDIA's data sheet of the Orin Nano, shared
-    memory from the CUDA programming guide (compute capability 8.7). The second cache, its rate, launch and barrier are
-    assumptions."""
+    """The figures of a GPU.
+
+    Multiprocessors, clock and memory bandwidth are from NVIDIA's data sheet of the Orin Nano, shared memory is from the
+    CUDA programming guide (compute capability 8.7). The second-level cache, its rate, launch and barrier are
+    assumptions.
+    """
 
     name: str
     processors: int
@@ -41,12 +44,12 @@ class Board:
     memory_gb_s: float
     cache_bytes: int
     cache_bytes_a_clock: int
-    """Of one multiprocessor from the second cache."""
+    """Bytes per clock that one multiprocessor reads from the second-level cache."""
     shared_bytes: int
     launch_us: float
-    """To launch an empty kernel and wait for it."""
+    """Duration of launching an empty kernel and waiting for it."""
     barrier_us: float
-    """For blocks to wait for each other through memory."""
+    """Duration of a barrier of several blocks through memory."""
 
 
 BOARDS = (
@@ -56,12 +59,14 @@ BOARDS = (
 
 
 def network_of(h: int, layers: int, share: float) -> Network:
+    """Return a random network of which ``share`` of the operators and their mixing columns are pruned."""
     left = round(h * (1 - share))
     shape: dict[str, Any] = {"h": h, "pairs": 32, "layers": layers, "d_input": 1, "d_output": 5}
     return random_network(**shape, active=[left] * layers, columns=left)
 
 
 def predicted_us(network: Network, board: Board) -> float:
+    """Return the predicted duration of a step in microseconds."""
     layout = cuda_layout.pack(network, [step_parameters(b.ssm, network.discretization) for b in network.blocks])
     division = make_plan(1, layout, board.processors, board.shared_bytes)
     size = read_bytes(network)

@@ -1,9 +1,9 @@
-"""What the CUDA kernels take of a multiprocessor, by the toolkit's assembler; no GPU is needed.
+"""Measure what the CUDA kernels need of a multiprocessor, with the toolkit's assembler. No GPU is needed.
 
     python benchmarks/gpu/resources.py [--target sm_87] [--output benchmarks/gpu/sm_87.json]
 
-``registers`` a thread, of 256 threads; ``shared_bytes`` is what the kernel itself has: what a network
-needs is asked for at launch.
+``registers`` is per thread; a block has 256 threads. ``shared_bytes`` is the kernel's static shared memory; what a
+network needs is dynamic shared memory, whose size is set at launch.
 """
 
 from __future__ import annotations
@@ -19,29 +19,30 @@ from typing import Any
 from edge_ssm.engines.cuda import cache as cuda_cache
 
 
-def resources(target: str, cuda_store_folder: Path | None = None) -> list[dict[str, Any]]:
+def resources(target: str, folder: Path | None = None) -> list[dict[str, Any]]:
+    """Return one row per kernel, of those in ``folder`` or compiled for ``target``."""
     with tempfile.TemporaryDirectory() as temporary:
-        if cuda_store_folder is None:
+        if folder is None:
             kernels = cuda_cache.compile_and_keep(target, Path(temporary))[1]
         else:
-            paths = cuda_store_folder.glob(f"*{cuda_cache.SUFFIX}")
-            found = [cuda_cache.decode(path.read_bytes()) for path in paths]
-            kernels = {kernel.header.kernel: kernel for kernel in found}
+            paths = folder.glob(f"*{cuda_cache.SUFFIX}")
+            files = [cuda_cache.decode(path.read_bytes()) for path in paths]
+            kernels = {kernel.header.kernel: kernel for kernel in files}
         rows = []
         for name, kernel in sorted(kernels.items()):
             source = Path(temporary) / "k.ptx"
             source.write_bytes(kernel.ptx)
             command = ["ptxas", f"-arch={target}", "-v", str(source), "-o", str(source.with_suffix(".cubin"))]
-            said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-            spills = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", said)
-            registers = re.search(r"Used (\d+) registers", said)
-            shared = re.search(r"(\d+) bytes smem", said)
+            listing = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+            spills = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", listing)
+            registers = re.search(r"Used (\d+) registers", listing)
+            shared = re.search(r"(\d+) bytes smem", listing)
             assert registers is not None
             rows.append(
                 {
                     "kernel": name,
                     "registers": int(registers[1]),
-                    "spill_bytes": sum(int(n) for found in spills for n in found),
+                    "spill_bytes": sum(int(n) for sizes in spills for n in sizes),
                     "shared_bytes": int(shared[1]) if shared else 0,
                 }
             )

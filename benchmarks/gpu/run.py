@@ -1,13 +1,15 @@
-"""The CUDA engine on this machine's GPU: one sample a step, chunks and lanes, beside PyTorch and ONNX Runtime.
+"""Measure the CUDA engine on this machine's GPU, in single steps, chunks and lanes, and PyTorch and ONNX Runtime.
 
     python benchmarks/gpu/run.py [--rounds 31] [--output benchmarks/gpu/results.json]
 
-Needs a GPU, the ``cuda`` extra, and for the peers a torch with CUDA and onnxruntime-gpu with onnx; what is missing is
-left out and named. Entries take turns; a time is the host's, from the sample in hand to the output in hand, median over
-rounds; ``ratio`` is over our single step of the same shape; ``gpu_us_a_sample`` is the GPU's own time between two
-events around a launch. ``persistent`` is the kernel that stays.
-``empty`` launches a kernel without steps and waits: the floor of any launch.
-``read_us_a_sample`` is what the GPU's measured memory bandwidth needs for the weights and states of all lanes.
+It needs a GPU and the ``cuda`` extra; for the comparison, a torch with CUDA, and onnxruntime-gpu with onnx. What is
+missing is left out and named.
+
+Entries take turns. A time is measured on the host, from the sample to its output, as the median over the rounds.
+``ratio`` is relative to the engine's single step of the same shape. ``gpu_us_a_sample`` is measured on the GPU, between
+two events around a launch. ``read_us_a_sample`` is the time in which the GPU's measured memory bandwidth transfers the
+weights and states of all lanes. The entry ``persistent`` is the persistent kernel. ``empty`` launches a kernel that
+does no steps and waits for it: the floor of any launch.
 """
 
 from __future__ import annotations
@@ -43,13 +45,13 @@ Call = Callable[[], Any]
 
 
 def empty(device: Device, engine: CudaEngine) -> Call:
-    """The engine's own kernel, asked for no step."""
+    """Return a launch of the engine's kernel without any step."""
     arguments = engine._arguments(0)
     return lambda: device.run(engine._kernel, 1, THREADS, engine._plan.shared_bytes, arguments)
 
 
 def gpu_us(device: Device, engine: CudaEngine, steps: int, repeats: int = 21) -> float:
-    """Median microseconds of a launch of so many steps between two of CUDA's events."""
+    """Return the median duration of a launch of ``steps`` steps between two CUDA events, in microseconds."""
     first, second = (device.call("cuEventCreate", 0) for _ in range(2))
     plan, arguments, times = engine._plan, engine._arguments(steps), []
     for _ in range(repeats):
@@ -99,30 +101,30 @@ def torch_steps(network: Network) -> dict[str, Call]:
             outputs, states = module(sample.fill_(0.3), states)
         return outputs.cpu()
 
-    kept = [state.clone() for state in states]
+    fixed_states = [state.clone() for state in states]
     with torch.inference_mode():
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(3):
-                module(sample, kept)
+                module(sample, fixed_states)
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            found, new = module(sample, kept)
-            for old, state in zip(kept, new, strict=True):
+            outputs_now, new = module(sample, fixed_states)
+            for old, state in zip(fixed_states, new, strict=True):
                 old.copy_(state)
 
     def replayed() -> Any:
         sample.fill_(0.3)
         graph.replay()
-        return found.cpu()
+        return outputs_now.cpu()
 
     return {"PyTorch eager": eager, "PyTorch CUDA graph": replayed}
 
 
 def bandwidth_gb_s(device: Device) -> float:
-    """Of device memory, by copies within it: each byte is read and written."""
+    """Return the bandwidth of the GPU's memory, measured by copies within it: each byte is read and written."""
     size = 256 << 20
     one, two = (device.upload(np.zeros(size // 4, dtype=np.float32)) for _ in range(2))
     best = 0.0
@@ -172,7 +174,8 @@ def main() -> None:
                     call()
                 took = time.perf_counter_ns() - begin
                 if name == "persistent":
-                    persistent.end()  # The others want the GPU; the next call launches it again, once in 200.
+                    # The other entries need the GPU. The next round launches the kernel again, once for 200 calls.
+                    persistent.end()
                 if turn:  # The first round warms up.
                     times[name].append(took / 1000 / repeats / count)
         total = cost(network)
