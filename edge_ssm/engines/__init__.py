@@ -1,1 +1,1 @@
-"""Engines: implementations of the recurrence, and the choice among them."""
+"""Engines: implementations of the recurrence, and their selection."""

@@ -31,7 +31,7 @@ class EngineEntry:
     """Command that installs the required packages."""
     nodes: tuple[str, ...] = ()
     """Device files of the required hardware, of which one must exist. Empty if no special hardware is required."""
-    chosen: bool = True
+    selectable: bool = True
     """Whether "auto" may select the engine."""
     graphs: bool = False
     """Whether the engine runs exported graphs, and therefore accepts a number of threads."""
@@ -52,14 +52,14 @@ ENGINES: dict[str, EngineEntry] = {
         ("cuda.bindings",),
         "pip install 'edge-ssm[cuda]'",
         GPU_NODES,
-        chosen=False,
+        selectable=False,
     ),
     "onnx": EngineEntry(
         "edge_ssm.engines.graph.onnx",
         "OnnxEngine",
         ("onnxruntime",),
         "pip install 'edge-ssm[onnx]'",
-        chosen=False,
+        selectable=False,
         graphs=True,
     ),
     "tflite": EngineEntry(
@@ -67,7 +67,7 @@ ENGINES: dict[str, EngineEntry] = {
         "TfliteEngine",
         ("ai_edge_litert|tflite_runtime",),
         "pip install 'edge-ssm[tflite]'",
-        chosen=False,
+        selectable=False,
         graphs=True,
     ),
     "reference": EngineEntry("edge_ssm.engines.reference", "ReferenceEngine", (), ""),
@@ -81,7 +81,7 @@ def candidates(network: Network, allowed: Sequence[str] | None = None) -> list[s
     already: it would be the same as ``cpu``.
     """
     has_small_weights = any(block.mixing.dtype != "float32" for block in network.blocks)
-    names = [name for name in allowed or ENGINES if name in ENGINES and ENGINES[name].chosen and installed(name)]
+    names = [name for name in allowed or ENGINES if name in ENGINES and ENGINES[name].selectable and installed(name)]
     return [name for name in names if has_small_weights or name != "cpu-float32"]
 
 

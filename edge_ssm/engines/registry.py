@@ -63,7 +63,7 @@ def create(
 def available(network: Network, every: bool = False, graph: Graph | None = None) -> list[str]:
     """Return the engines that load on this machine: those that "auto" may select, or with ``every`` all of them."""
     unavailable = left_out(network, graph)
-    return [name for name, entry in ENGINES.items() if name not in unavailable and (every or entry.chosen)]
+    return [name for name, entry in ENGINES.items() if name not in unavailable and (every or entry.selectable)]
 
 
 def left_out(network: Network, graph: Graph | None = None) -> dict[str, str]:
@@ -75,7 +75,7 @@ def left_out(network: Network, graph: Graph | None = None) -> dict[str, str]:
             reasons[name] = problem
         elif not installed(name):
             reasons[name] = f"engine {name!r}: its hardware is missing (none of {', '.join(entry.nodes)} exists)"
-        elif entry.chosen and name not in names:
+        elif entry.selectable and name not in names:
             reasons[name] = f"engine {name!r}: all weights are float32, so that it would be the same as cpu"
         else:
             try:

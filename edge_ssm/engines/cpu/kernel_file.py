@@ -24,7 +24,9 @@ import msgspec
 from edge_ssm.errors import EngineUnavailable, InputRefused
 
 MAGIC = b"edge-ssm kernel 1\n"
-_SOURCES = ("activations", "compiler", "denormals", "elf", "kernel", "kernel_file", "layout", "simd", "symbols")
+_SOURCES = (
+    *("activations", "compiler", "denormals", "elf", "emitter", "kernel", "kernel_file", "layout", "simd", "symbols"),
+)
 
 
 @dataclass(frozen=True)

@@ -15,152 +15,27 @@ is a multiple of WIDTH.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
-from numba.extending import intrinsic as numba_intrinsic
 
 from edge_ssm.engines.cpu.activations import ERF, TANH
+from edge_ssm.engines.cpu.emitter import (
+    F32,
+    FLOAT32,
+    I32,
+    INTEGERS,
+    SHORTS,
+    VECTOR,
+    Emitter,
+    intrinsic,
+    vector_intrinsic,
+    vector_of,
+)
 from edge_ssm.engines.cpu.layout import ITEMS, SLAB, WIDTH
 from edge_ssm.engines.cpu.symbols import HALF_VALUES, PAIR_PRODUCTS
-
-intrinsic: Any = numba_intrinsic
-FLOAT32 = types.CPointer(types.float32)
-_F32, _I32, _I64 = ir.FloatType(), ir.IntType(32), ir.IntType(64)
-_VECTOR = ir.VectorType(_F32, WIDTH)
-_LANES = ir.VectorType(_I32, WIDTH)
-_SHORTS = ir.VectorType(ir.IntType(16), WIDTH)
-
-
-def _constant(value: float) -> Any:
-    return ir.Constant(_VECTOR, [value] * WIDTH)
-
-
-class _Emitter:
-    """Emits the few vector operations that the kernel consists of."""
-
-    def __init__(self, builder: Any) -> None:
-        self.builder = builder
-
-    def _place(self, pointer: Any, index: Any, kind: Any) -> Any:
-        return self.builder.bitcast(self.builder.gep(pointer, [self.integer(index)]), kind.as_pointer())
-
-    def integer(self, value: Any) -> Any:
-        return ir.Constant(_I64, value) if isinstance(value, int) else value
-
-    def load(self, pointer: Any, index: Any = 0) -> Any:
-        return self.builder.load(self._place(pointer, index, _VECTOR), align=4)
-
-    def store(self, value: Any, pointer: Any, index: Any = 0) -> None:
-        self.builder.store(value, self._place(pointer, index, _VECTOR), align=4)
-
-    def scalar(self, pointer: Any, index: Any = 0) -> Any:
-        return self.builder.load(self.builder.gep(pointer, [self.integer(index)]))
-
-    def add(self, a: Any, b: Any) -> Any:
-        return self.builder.fadd(a, b)
-
-    def sub(self, a: Any, b: Any) -> Any:
-        return self.builder.fsub(a, b)
-
-    def mul(self, a: Any, b: Any) -> Any:
-        return self.builder.fmul(a, b)
-
-    def fma(self, a: Any, b: Any, c: Any) -> Any:
-        """Emit a b + c, fused if the processor can do so."""
-        kind = ir.FunctionType(_VECTOR, [_VECTOR] * 3)
-        return self.builder.call(
-            cgutils.get_or_insert_function(self.builder.module, kind, f"llvm.fmuladd.v{WIDTH}f32"), [a, b, c]
-        )
-
-    def fnma(self, a: Any, b: Any, c: Any) -> Any:
-        """Emit c - a b."""
-        return self.fma(self.builder.fneg(a), b, c)
-
-    def plus(self, *values: Any) -> Any:
-        total = self.integer(values[0])
-        for value in values[1:]:
-            total = self.builder.add(total, self.integer(value))
-        return total
-
-    def times(self, value: Any, factor: Any) -> Any:
-        return self.builder.mul(value, self.integer(factor))
-
-    def splat(self, value: Any) -> Any:
-        nothing = ir.Constant(ir.VectorType(value.type, WIDTH), ir.Undefined)
-        first = self.builder.insert_element(nothing, value, ir.Constant(_I32, 0))
-        return self.builder.shuffle_vector(first, nothing, ir.Constant(_LANES, [0] * WIDTH))
-
-    def _reduce(self, vector: Any, combine: Callable[[Any, Any], Any]) -> Any:
-        """Combine the elements of a vector into one value: its halves first, then their halves, and so on."""
-        nothing, width = ir.Constant(_VECTOR, ir.Undefined), WIDTH
-        while width > 1:
-            width //= 2
-            order = [(i + width) % WIDTH for i in range(WIDTH)]
-            vector = combine(vector, self.builder.shuffle_vector(vector, nothing, ir.Constant(_LANES, order)))
-        return self.builder.extract_element(vector, ir.Constant(_I32, 0))
-
-    def total(self, vector: Any) -> Any:
-        return self._reduce(vector, self.add)
-
-    def highest(self, vector: Any) -> Any:
-        return self._reduce(vector, lambda a, b: self.builder.select(self.builder.fcmp_ordered(">", a, b), a, b))
-
-    def lowest(self, vector: Any) -> Any:
-        return self._reduce(vector, lambda a, b: self.builder.select(self.builder.fcmp_ordered("<", a, b), a, b))
-
-    def rational(self, x: Any, limit: float, coefficients: tuple[tuple[float, ...], tuple[float, ...]]) -> Any:
-        """Emit x P(x^2) / Q(x^2) with x clamped to the limit, as in ``activations``."""
-        builder, top, bottom = self.builder, _constant(limit), _constant(-limit)
-        x = builder.select(builder.fcmp_ordered("<", x, top), x, top)
-        x = builder.select(builder.fcmp_ordered(">", x, bottom), x, bottom)
-        square = self.mul(x, x)
-        sums = []
-        for polynomial in coefficients:
-            total = _constant(polynomial[0])
-            for coefficient in polynomial[1:]:
-                total = self.fma(total, square, _constant(coefficient))
-            sums.append(total)
-        return builder.fdiv(self.mul(x, sums[0]), sums[1])
-
-    @contextmanager
-    def loop(self, count: Any, step: int = 1) -> Iterator[Any]:
-        """Emit a loop whose index is 0, step, 2 step, ... below ``count``."""
-        zero = ir.Constant(_I64, 0)
-        with cgutils.for_range_slice(self.builder, zero, count, self.integer(step), inc=True) as (j, _):
-            yield j
-
-    def variable(self, value: Any) -> Any:
-        """Emit a variable that a loop changes. LLVM keeps it in a register."""
-        place = cgutils.alloca_once(self.builder, value.type)
-        self.builder.store(value, place)
-        return place
-
-
-def _function(*kinds: Any) -> Callable[[Callable[..., None]], Any]:
-    """Return a decorator that makes an intrinsic without a result of a function of (emitter, *arguments).
-
-    ``kinds`` are the Numba types of the arguments.
-    """
-
-    def decorate(body: Callable[..., None]) -> Any:
-        names = ", ".join(f"a{i}" for i in range(len(kinds)))
-        signature = types.void(*kinds)
-
-        def codegen(context: Any, builder: Any, _: Any, arguments: Any) -> Any:
-            body(_Emitter(builder), *arguments)
-            return context.get_dummy_value()
-
-        # Numba reads the number of an intrinsic's parameters from its Python signature.
-        space: dict[str, Any] = {"signature": signature, "codegen": codegen}
-        exec(f"def {body.__name__}(typingctx, {names}):\n    return signature, codegen", space)
-        return intrinsic(space[body.__name__])
-
-    return decorate
-
 
 _P, _I = FLOAT32, types.int64
 
@@ -191,46 +66,46 @@ def offset(typingctx: Any, pointer: Any, index: Any) -> Any:
     return pointer(pointer, types.int64), codegen
 
 
-@_function(_P, _P, _I)
-def copy(e: _Emitter, source: Any, target: Any, count: Any) -> None:
+@vector_intrinsic(_P, _P, _I)
+def copy(e: Emitter, source: Any, target: Any, count: Any) -> None:
     """Compute target = source."""
     with e.loop(count, WIDTH) as j:
         e.store(e.load(source, j), target, j)
 
 
-@_function(_P, _P, _I)
-def add(e: _Emitter, source: Any, target: Any, count: Any) -> None:
+@vector_intrinsic(_P, _P, _I)
+def add(e: Emitter, source: Any, target: Any, count: Any) -> None:
     """Compute target += source."""
     with e.loop(count, WIDTH) as j:
         e.store(e.add(e.load(target, j), e.load(source, j)), target, j)
 
 
-@_function(_P, _P, _P, _I)
-def multiply(e: _Emitter, a: Any, b: Any, target: Any, count: Any) -> None:
+@vector_intrinsic(_P, _P, _P, _I)
+def multiply(e: Emitter, a: Any, b: Any, target: Any, count: Any) -> None:
     """Compute target = a b."""
     with e.loop(count, WIDTH) as j:
         e.store(e.mul(e.load(a, j), e.load(b, j)), target, j)
 
 
-@_function(_P, types.float32, _P, _I)
-def add_multiple(e: _Emitter, source: Any, factor: Any, target: Any, count: Any) -> None:
+@vector_intrinsic(_P, types.float32, _P, _I)
+def add_multiple(e: Emitter, source: Any, factor: Any, target: Any, count: Any) -> None:
     """Compute target += factor source."""
     factors = e.splat(factor)
     with e.loop(count, WIDTH) as j:
         e.store(e.fma(e.load(source, j), factors, e.load(target, j)), target, j)
 
 
-@_function(_P, _P, _P, _P, _I)
-def affine(e: _Emitter, weight: Any, bias: Any, source: Any, target: Any, count: Any) -> None:
+@vector_intrinsic(_P, _P, _P, _P, _I)
+def affine(e: Emitter, weight: Any, bias: Any, source: Any, target: Any, count: Any) -> None:
     """Compute target = weight source + bias. ``source`` and ``target`` may be the same."""
     with e.loop(count, WIDTH) as j:
         e.store(e.fma(e.load(weight, j), e.load(source, j), e.load(bias, j)), target, j)
 
 
-@_function(_P, _P, _P, _P, _P, _P, _I)
-def layer_norm(e: _Emitter, head: Any, weight: Any, bias: Any, mask: Any, source: Any, target: Any, count: Any) -> None:
+@vector_intrinsic(_P, _P, _P, _P, _P, _P, _I)
+def layer_norm(e: Emitter, head: Any, weight: Any, bias: Any, mask: Any, source: Any, target: Any, count: Any) -> None:
     """Compute LayerNorm over the values whose ``mask`` is 1. ``head`` holds 1 / (their number) and eps."""
-    share, none = e.scalar(head, 0), _constant(0.0)
+    share, none = e.scalar(head, 0), vector_of(0.0)
     total = e.variable(none)
     with e.loop(count, WIDTH) as j:
         # The padding after the last channel is zero in the source.
@@ -241,23 +116,23 @@ def layer_norm(e: _Emitter, head: Any, weight: Any, bias: Any, mask: Any, source
         apart = e.mul(e.sub(e.load(source, j), mean), e.load(mask, j))
         e.builder.store(e.fma(apart, apart, e.builder.load(squares)), squares)
     variance = e.builder.fmul(e.total(e.builder.load(squares)), share)
-    root = e.builder.module.declare_intrinsic("llvm.sqrt", [_F32])
+    root = e.builder.module.declare_intrinsic("llvm.sqrt", [F32])
     deviation = e.builder.call(root, [e.builder.fadd(variance, e.scalar(head, 1))])
-    scale = e.splat(e.builder.fdiv(ir.Constant(_F32, 1.0), deviation))
+    scale = e.splat(e.builder.fdiv(ir.Constant(F32, 1.0), deviation))
     with e.loop(count, WIDTH) as j:
         apart = e.mul(e.sub(e.load(source, j), mean), scale)
         e.store(e.fma(apart, e.load(weight, j), e.load(bias, j)), target, j)
 
 
-@_function(_P, _P, _I, _P, _P)
-def diagonal(e: _Emitter, w: Any, x: Any, pairs: Any, gathered: Any, y: Any) -> None:
+@vector_intrinsic(_P, _P, _I, _P, _P)
+def diagonal(e: Emitter, w: Any, x: Any, pairs: Any, gathered: Any, y: Any) -> None:
     """Step WIDTH diagonal channels: x += delta x + u, then y += Re(C x), where u is ``gathered``.
 
     w is [pair][dr di cr ci] and x is [pair][re im], each of WIDTH values. The real and the imaginary products have a
     sum each, because the additions of a single sum would wait for one another.
     """
     u = e.load(gathered)
-    reals, imaginaries = e.variable(e.load(y)), e.variable(_constant(0.0))
+    reals, imaginaries = e.variable(e.load(y)), e.variable(vector_of(0.0))
     with e.loop(pairs) as n:
         at, place = e.times(n, 4 * WIDTH), e.times(n, 2 * WIDTH)
         dr, di, cr, ci = (e.load(w, e.plus(at, i * WIDTH)) for i in range(4))
@@ -271,15 +146,15 @@ def diagonal(e: _Emitter, w: Any, x: Any, pairs: Any, gathered: Any, y: Any) -> 
     e.store(e.add(e.builder.load(reals), e.builder.load(imaginaries)), y)
 
 
-@_function(_P, _P, _I, _P, _P)
-def rank_one(e: _Emitter, w: Any, x: Any, pairs: Any, gathered: Any, y: Any) -> None:
+@vector_intrinsic(_P, _P, _I, _P, _P)
+def rank_one(e: Emitter, w: Any, x: Any, pairs: Any, gathered: Any, y: Any) -> None:
     """Step WIDTH channels with a rank-one term: q = 2 Re(r x) + beta u, x += delta x + u + p q, y += Re(C x).
 
     w is [beta], then [pair][dr di cr ci pr pi rr ri], each of WIDTH values. The factor 2 is in r.
     """
     u = e.load(gathered)
     values = e.builder.gep(w, [e.integer(WIDTH)])
-    reals, imaginaries = e.variable(e.mul(e.load(w), u)), e.variable(_constant(0.0))
+    reals, imaginaries = e.variable(e.mul(e.load(w), u)), e.variable(vector_of(0.0))
     with e.loop(pairs) as n:
         at, place = e.times(n, 8 * WIDTH), e.times(n, 2 * WIDTH)
         rr, ri = (e.load(values, e.plus(at, i * WIDTH)) for i in (6, 7))
@@ -287,7 +162,7 @@ def rank_one(e: _Emitter, w: Any, x: Any, pairs: Any, gathered: Any, y: Any) -> 
         e.builder.store(e.fma(rr, re, e.builder.load(reals)), reals)
         e.builder.store(e.fma(ri, im, e.builder.load(imaginaries)), imaginaries)
     q = e.add(e.builder.load(reals), e.builder.load(imaginaries))
-    reals, imaginaries = e.variable(e.load(y)), e.variable(_constant(0.0))
+    reals, imaginaries = e.variable(e.load(y)), e.variable(vector_of(0.0))
     with e.loop(pairs) as n:
         at, place = e.times(n, 8 * WIDTH), e.times(n, 2 * WIDTH)
         dr, di, cr, ci, pr, pi = (e.load(values, e.plus(at, i * WIDTH)) for i in range(6))
@@ -302,11 +177,11 @@ def rank_one(e: _Emitter, w: Any, x: Any, pairs: Any, gathered: Any, y: Any) -> 
     e.store(e.add(e.builder.load(reals), e.builder.load(imaginaries)), y)
 
 
-def _float32_vector(e: _Emitter, pointer: Any, index: Any) -> Any:
+def _float32_vector(e: Emitter, pointer: Any, index: Any) -> Any:
     return e.load(pointer, index)
 
 
-def _integers(e: _Emitter, pointer: Any, index: Any, bits: int, count: int) -> Any:
+def _integers(e: Emitter, pointer: Any, index: Any, bits: int, count: int) -> Any:
     kind = ir.IntType(bits)
     place = e.builder.gep(e.builder.bitcast(pointer, kind.as_pointer()), [index])
     return e.builder.load(e.builder.bitcast(place, ir.VectorType(kind, count).as_pointer()), align=1)
@@ -320,28 +195,28 @@ def _half_function(module: Any) -> Any:
     flush it. ``compiler`` replaces the function's body on processors that have an instruction for it.
     """
     short = ir.VectorType(ir.IntType(16), WIDTH)
-    function = cgutils.get_or_insert_function(module, ir.FunctionType(_VECTOR, [short]), HALF_VALUES)
+    function = cgutils.get_or_insert_function(module, ir.FunctionType(VECTOR, [short]), HALF_VALUES)
     if function.blocks:
         return function
     function.linkage = "linkonce_odr"
     builder = ir.IRBuilder(function.append_basic_block())
 
     def constant(value: int) -> Any:
-        return ir.Constant(_LANES, [value] * WIDTH)
+        return ir.Constant(INTEGERS, [value] * WIDTH)
 
-    bits = builder.zext(function.args[0], _LANES)
+    bits = builder.zext(function.args[0], INTEGERS)
     size = builder.and_(bits, constant(0x7FFF))
     # Ten bits of fraction become 23, and the exponent's bias 15 becomes 127.
     normal = builder.add(builder.shl(size, constant(13)), constant(112 << 23))
-    subnormal = builder.fmul(builder.sitofp(size, _VECTOR), _constant(2.0**-24))
+    subnormal = builder.fmul(builder.sitofp(size, VECTOR), vector_of(2.0**-24))
     is_normal = builder.icmp_signed(">=", size, constant(0x400))
-    magnitude = builder.select(is_normal, normal, builder.bitcast(subnormal, _LANES))
+    magnitude = builder.select(is_normal, normal, builder.bitcast(subnormal, INTEGERS))
     sign = builder.shl(builder.and_(bits, constant(0x8000)), constant(16))
-    builder.ret(builder.bitcast(builder.or_(magnitude, sign), _VECTOR))
+    builder.ret(builder.bitcast(builder.or_(magnitude, sign), VECTOR))
     return function
 
 
-def _float16_vector(e: _Emitter, pointer: Any, index: Any) -> Any:
+def _float16_vector(e: Emitter, pointer: Any, index: Any) -> Any:
     return e.builder.call(_half_function(e.builder.module), [_integers(e, pointer, index, 16, WIDTH)])
 
 
@@ -356,24 +231,24 @@ def _groups(vectors: int, sums: int) -> Iterator[range]:
         yield range(first, first + size)
 
 
-def _row(e: _Emitter, at: Any, columns: Any, k: Any, v: int, vectors: int, values: int) -> Any:
+def _row(e: Emitter, at: Any, columns: Any, k: Any, v: int, vectors: int, values: int) -> Any:
     """Emit the offset of the weights of vector ``v`` and column ``k``, in slabs of rows [column][rows][values]."""
     wide = min(vectors, SLAB) * WIDTH * values
     slab = e.times(columns, v // SLAB * wide)
     return e.plus(at, slab, e.times(k, wide), v % SLAB * WIDTH * values)
 
 
-def _columns(read: Callable[[_Emitter, Any, Any], Any], vectors: int, items: int) -> Any:
+def _columns(read: Callable[[Emitter, Any, Any], Any], vectors: int, items: int) -> Any:
     """Return an intrinsic that computes z = W y for ``vectors`` of rows and for ``items`` items at once.
 
     The y, and the z, of two items are ``stride`` apart.
     """
 
-    @_function(_P, _I, _P, _I, _P, _P, _I)
-    def columns(e: _Emitter, w: Any, at: Any, _: Any, count: Any, y: Any, z: Any, stride: Any) -> None:
+    @vector_intrinsic(_P, _I, _P, _I, _P, _P, _I)
+    def columns(e: Emitter, w: Any, at: Any, _: Any, count: Any, y: Any, z: Any, stride: Any) -> None:
         inputs = [e.builder.gep(y, [e.times(stride, item)]) for item in range(items)]
         for group in _groups(vectors, items):
-            sums = {(v, item): e.variable(_constant(0.0)) for v in group for item in range(items)}
+            sums = {(v, item): e.variable(vector_of(0.0)) for v in group for item in range(items)}
             with e.loop(count) as k:
                 weights = {v: read(e, w, _row(e, at, count, k, v, vectors, 1)) for v in group}
                 for item in range(items):
@@ -394,18 +269,18 @@ def _pair_function(module: Any) -> Any:
     instruction for it.
     """
     pairs = ir.VectorType(ir.IntType(8), 2 * WIDTH)
-    function = cgutils.get_or_insert_function(module, ir.FunctionType(_LANES, [pairs, _I32]), PAIR_PRODUCTS)
+    function = cgutils.get_or_insert_function(module, ir.FunctionType(INTEGERS, [pairs, I32]), PAIR_PRODUCTS)
     if function.blocks:
         return function
     function.linkage = "linkonce_odr"
     builder = ir.IRBuilder(function.append_basic_block())
-    e, nothing = _Emitter(builder), ir.Constant(pairs, ir.Undefined)
+    e, nothing = Emitter(builder), ir.Constant(pairs, ir.Undefined)
     products = []
     for i in range(2):
-        chosen = ir.Constant(_LANES, list(range(i, 2 * WIDTH, 2)))
-        short = builder.sext(builder.shuffle_vector(function.args[0], nothing, chosen), _SHORTS)
-        y = builder.trunc(builder.lshr(function.args[1], ir.Constant(_I32, 16 * i)), ir.IntType(16))
-        products.append(builder.mul(builder.sext(short, _LANES), builder.sext(e.splat(y), _LANES)))
+        chosen = ir.Constant(INTEGERS, list(range(i, 2 * WIDTH, 2)))
+        short = builder.sext(builder.shuffle_vector(function.args[0], nothing, chosen), SHORTS)
+        y = builder.trunc(builder.lshr(function.args[1], ir.Constant(I32, 16 * i)), ir.IntType(16))
+        products.append(builder.mul(builder.sext(short, INTEGERS), builder.sext(e.splat(y), INTEGERS)))
     builder.ret(builder.add(*products))
     return function
 
@@ -414,8 +289,8 @@ _MAGIC = 1.5 * 2.0**23
 """Adding it to a float32 of at most 2^22 rounds that to a whole number, which the low bits of the sum then hold."""
 
 
-@_function(_P, _P, types.float32, _I)
-def to_integers(e: _Emitter, y: Any, scale: Any, largest: Any, count: Any) -> None:
+@vector_intrinsic(_P, _P, types.float32, _I)
+def to_integers(e: Emitter, y: Any, scale: Any, largest: Any, count: Any) -> None:
     """Quantise y to int16 q in place, so that y = q scale[0] + scale[1] and |q| <= ``largest`` (2^15 - 2 at most).
 
     scale[1] is the middle of the values. GELU's values are hardly ever negative: a range around zero would leave half
@@ -429,12 +304,12 @@ def to_integers(e: _Emitter, y: Any, scale: Any, largest: Any, count: Any) -> No
             current = builder.load(extreme)
             builder.store(builder.select(builder.fcmp_ordered(sign, values, current), values, current), extreme)
     bottom, top = e.lowest(builder.load(low)), e.highest(builder.load(high))
-    half, magic = ir.Constant(_F32, 0.5), ir.Constant(_F32, _MAGIC)
+    half, magic = ir.Constant(F32, 0.5), ir.Constant(F32, _MAGIC)
     unit = builder.fdiv(builder.fmul(builder.fsub(top, bottom), half), largest)
     # If all values are equal, any unit will do.
-    least = ir.Constant(_F32, 2.0**-100)
+    least = ir.Constant(F32, 2.0**-100)
     unit = builder.select(builder.fcmp_ordered(">", unit, least), unit, least)
-    inverse = builder.fdiv(ir.Constant(_F32, 1.0), unit)
+    inverse = builder.fdiv(ir.Constant(F32, 1.0), unit)
     middle = builder.fmul(builder.fmul(builder.fadd(top, bottom), half), inverse)
     whole = builder.fsub(builder.fadd(middle, magic), magic)
     builder.store(unit, scale)
@@ -442,9 +317,9 @@ def to_integers(e: _Emitter, y: Any, scale: Any, largest: Any, count: Any) -> No
     factor, shift = e.splat(inverse), e.splat(builder.fsub(magic, whole))
     target = builder.bitcast(y, ir.IntType(16).as_pointer())
     with e.loop(count, WIDTH) as j:
-        bits = builder.bitcast(e.fma(e.load(y, j), factor, shift), _LANES)
-        place = builder.bitcast(builder.gep(target, [j]), _SHORTS.as_pointer())
-        builder.store(builder.trunc(bits, _SHORTS), place, align=2)
+        bits = builder.bitcast(e.fma(e.load(y, j), factor, shift), INTEGERS)
+        place = builder.bitcast(builder.gep(target, [j]), SHORTS.as_pointer())
+        builder.store(builder.trunc(bits, SHORTS), place, align=2)
 
 
 def _integer_columns(vectors: int, items: int) -> Any:
@@ -454,11 +329,11 @@ def _integer_columns(vectors: int, items: int) -> Any:
     in the last two values of its stride.
     """
 
-    @_function(_P, _I, _P, _I, _P, _P, _I)
-    def columns(e: _Emitter, w: Any, at: Any, sums: Any, pairs: Any, y: Any, z: Any, stride: Any) -> None:
-        builder, none = e.builder, ir.Constant(_LANES, [0] * WIDTH)
+    @vector_intrinsic(_P, _I, _P, _I, _P, _P, _I)
+    def columns(e: Emitter, w: Any, at: Any, sums: Any, pairs: Any, y: Any, z: Any, stride: Any) -> None:
+        builder, none = e.builder, ir.Constant(INTEGERS, [0] * WIDTH)
         starts = [builder.gep(y, [e.times(stride, item)]) for item in range(items)]
-        inputs = [builder.bitcast(start, _I32.as_pointer()) for start in starts]
+        inputs = [builder.bitcast(start, I32.as_pointer()) for start in starts]
         scales = [[e.splat(e.scalar(start, e.plus(stride, i))) for i in (-2, -1)] for start in starts]
         product = _pair_function(builder.module)
         for group in _groups(vectors, items):
@@ -473,7 +348,7 @@ def _integer_columns(vectors: int, items: int) -> Any:
             for (v, item), total in totals.items():
                 unit, middle = scales[item]
                 constant = e.mul(middle, e.load(sums, v * WIDTH))
-                value = e.fma(unit, builder.sitofp(builder.load(total), _VECTOR), constant)
+                value = e.fma(unit, builder.sitofp(builder.load(total), VECTOR), constant)
                 e.store(value, z, e.plus(e.times(stride, item), v * WIDTH))
 
     return columns
@@ -487,22 +362,22 @@ MULTIPLY_ONE["int8"] = {v: _integer_columns(v, 1) for v in (8, 4, 2, 1)}
 MULTIPLY_SEVERAL["int8"] = {v: _integer_columns(v, ITEMS) for v in (2, 1)}
 
 
-@_function(_P, _I)
-def gelu(e: _Emitter, values: Any, count: Any) -> None:
+@vector_intrinsic(_P, _I)
+def gelu(e: Emitter, values: Any, count: Any) -> None:
     """Compute x Phi(x) in place."""
     with e.loop(count, WIDTH) as j:
         x = e.load(values, j)
-        erf = e.rational(e.mul(x, _constant(0.5**0.5)), *ERF)
-        half = e.mul(_constant(0.5), x)
+        erf = e.rational(e.mul(x, vector_of(0.5**0.5)), *ERF)
+        half = e.mul(vector_of(0.5), x)
         e.store(e.fma(half, erf, half), values, j)
 
 
-@_function(_P, _P, _I)
-def gate(e: _Emitter, values: Any, by: Any, count: Any) -> None:
+@vector_intrinsic(_P, _P, _I)
+def gate(e: Emitter, values: Any, by: Any, count: Any) -> None:
     """Compute values *= sigmoid(by)."""
     with e.loop(count, WIDTH) as j:
-        tanh = e.rational(e.mul(_constant(0.5), e.load(by, j)), *TANH)
-        half = e.mul(_constant(0.5), e.load(values, j))
+        tanh = e.rational(e.mul(vector_of(0.5), e.load(by, j)), *TANH)
+        half = e.mul(vector_of(0.5), e.load(values, j))
         e.store(e.fma(half, tanh, half), values, j)
 
 
@@ -511,8 +386,8 @@ def dot(typingctx: Any, a: Any, b: Any, count: Any) -> Any:
     """Return the inner product of a and b."""
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        e = _Emitter(builder)
-        total = e.variable(_constant(0.0))
+        e = Emitter(builder)
+        total = e.variable(vector_of(0.0))
         with e.loop(arguments[2], WIDTH) as j:
             e.builder.store(e.fma(e.load(arguments[0], j), e.load(arguments[1], j), e.builder.load(total)), total)
         return e.total(builder.load(total))
