@@ -16,6 +16,7 @@ from edge_ssm.errors import UsageError
 from edge_ssm.formats import artifact
 from edge_ssm.io.sinks import formats
 from edge_ssm.io.sinks.file import FileSink
+from edge_ssm.runtime.counters import Counters
 from edge_ssm.service import plan as service_plan
 from edge_ssm.service import settings
 from edge_ssm.service.settings import SECTIONS, Settings
@@ -210,9 +211,9 @@ def test_names_can_not_move_the_terminals_cursor(models):
 
 
 def test_what_a_run_tells_can_not_either(tmp_path):
-    facts = publisher.RunInfo("m\x1b[2J", "d", "cpu", 50.0, source="\x1b[31mX")
+    info = publisher.RunInfo("m\x1b[2J", "d", "cpu", 50.0, source="\x1b[31mX")
     formatter = formats.make("ndjson", FileSink(str(tmp_path / "out")), random_network(), False, False)
-    told = publisher.StatusPublisher(formatter, facts).status()
+    told = publisher.StatusPublisher(formatter, info, Counters()).status()
     shown = units.in_words({"Id": "edge-ssm@x.service", "StatusText": "runs \x1b[2J"}, told)
     assert "\x1b" not in shown
     assert "  model     m?[2J, digest d" in shown

@@ -18,7 +18,7 @@ from edge_ssm.io.codecs.framed import MAX_PACKET, FramedDecoder, cobs_decode, co
 from edge_ssm.io.codecs.registry import decoder, guess_format
 from edge_ssm.io.messages import Frame, Malformed
 from edge_ssm.model.network import InputSpec
-from edge_ssm.runtime.reorder import LONGEST_LOSS
+from edge_ssm.runtime.reordering import LONGEST_LOSS
 
 SPEC = InputSpec(("ax", "ay"), np.zeros(2), np.ones(2))
 PAGE = Path(__file__).parent.parent / "docs" / "framing.md"

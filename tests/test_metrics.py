@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import logging
 import os
 import re
 import shutil
@@ -22,7 +23,7 @@ from networks import random_network
 from prometheus_client.parser import text_string_to_metric_families
 from watched import Watched, demo, rows
 
-from edge_ssm import journal
+from edge_ssm import log
 from edge_ssm.errors import UsageError
 from edge_ssm.hardware import machine
 from edge_ssm.histogram import LatencyHistogram
@@ -63,16 +64,16 @@ def gappy():
 
 
 def test_a_scrape_says_what_the_account_says(gappy):
-    found, _ = scrape(gappy.live)
-    account, status = gappy.account, gappy.live.status()
-    assert found["edge_ssm_samples_total", ()] == account.samples
-    assert found["edge_ssm_gaps_total", (("reason", "missing"),)] == account.gaps["missing"] > 0
+    found, _ = scrape(gappy.publisher)
+    counters, status = gappy.counters, gappy.publisher.status()
+    assert found["edge_ssm_samples_total", ()] == counters.samples
+    assert found["edge_ssm_gaps_total", (("reason", "missing"),)] == counters.gaps["missing"] > 0
     assert found["edge_ssm_gaps_total", (("reason", "out_of_range"),)] == 0
     by_label = {key[1][0][1]: n for key, n in found.items() if key[0] == "edge_ssm_decisions_total"}
     assert by_label == status.labels
-    assert sum(by_label.values()) == account.decisions
+    assert sum(by_label.values()) == counters.decisions
     for name in ("deadline_misses", "resets", "undecided", "reconnects", "reloads", "moves"):
-        assert found[f"edge_ssm_{name}_total", ()] == getattr(account, name)
+        assert found[f"edge_ssm_{name}_total", ()] == getattr(counters, name)
     assert found["edge_ssm_source_up", ()] == 1
     assert found["edge_ssm_ready", ()] == 1
     assert found["edge_ssm_sample_rate_hertz", ()] == 50
@@ -82,8 +83,8 @@ def test_a_scrape_says_what_the_account_says(gappy):
 
 
 def test_the_step_histogram_is_the_loops_own(gappy):
-    found, _ = scrape(gappy.live)
-    latency = gappy.account.latency
+    found, _ = scrape(gappy.publisher)
+    latency = gappy.counters.latency
     assert found["edge_ssm_step_seconds_count", ()] == latency.count > 0
     assert found["edge_ssm_step_seconds_sum", ()] == pytest.approx(latency.sum_ns / 1e9)
     counts = [n for key, n in found.items() if key[0] == "edge_ssm_step_seconds_bucket"]
@@ -93,26 +94,26 @@ def test_the_step_histogram_is_the_loops_own(gappy):
 
 
 def test_what_was_not_measured_is_absent_and_what_was_is_there(gappy):
-    gappy.live.facts.power_w = gappy.live.facts.snapshot_at = None
-    found, text = scrape(gappy.live)
+    gappy.info.power_w = gappy.info.snapshot_at = None
+    found, text = scrape(gappy.publisher)
     assert "edge_ssm_power_watts" not in text
     assert "edge_ssm_snapshot_age_seconds" not in text
-    gappy.live.facts.power_w, gappy.live.facts.snapshot_at = 4.25, time.monotonic() - 3
-    found, _ = scrape(gappy.live)
+    gappy.info.power_w, gappy.info.snapshot_at = 4.25, time.monotonic() - 3
+    found, _ = scrape(gappy.publisher)
     assert found["edge_ssm_power_watts", ()] == 4.25
     assert 3 <= found["edge_ssm_snapshot_age_seconds", ()] < 60
 
 
 @pytest.mark.parametrize("state", ["waiting", "stale", "lost"])
 def test_a_source_from_which_nothing_comes_is_not_up(gappy, state):
-    gappy.live.facts.source_state = state
-    assert scrape(gappy.live)[0]["edge_ssm_source_up", ()] == 0
+    gappy.info.source_state = state
+    assert scrape(gappy.publisher)[0]["edge_ssm_source_up", ()] == 0
 
 
 def test_promtool_has_nothing_against_a_scrape(gappy):
-    gappy.live.facts.power_w, gappy.live.facts.snapshot_at = 4.25, time.monotonic()
-    gappy.live.facts.profile = "orin-nano-8gb-15w"
-    assert checked(scrape(gappy.live)[1]) == (0, "")
+    gappy.info.power_w, gappy.info.snapshot_at = 4.25, time.monotonic()
+    gappy.info.profile = "orin-nano-8gb-15w"
+    assert checked(scrape(gappy.publisher)[1]) == (0, "")
 
 
 def test_names_from_a_hostile_model_stay_within_their_labels():
@@ -121,7 +122,7 @@ def test_names_from_a_hostile_model_stay_within_their_labels():
     object.__setattr__(network, "labels", names)
     with Watched(network, rows(network), model='m"\n.safetensors\udcff') as run:
         run.until(60)
-        found, text = scrape(run.live)
+        found, text = scrape(run.publisher)
     assert not re.search("^edge_ssm_fake_total", text, re.M)
     told = {key[1][0][1] for key in found if key[0] == "edge_ssm_decisions_total"}
     assert told
@@ -133,7 +134,7 @@ def test_a_regression_has_decisions_without_labels():
     network = random_network(window=5, task="regression")
     with Watched(network, rows(network)) as run:
         run.until(10)
-        found, _ = scrape(run.live)
+        found, _ = scrape(run.publisher)
     assert found["edge_ssm_decisions_total", (("label", ""),)] >= 10
 
 
@@ -142,7 +143,7 @@ def test_scrapes_while_the_loop_runs_only_grow():
     with Watched(network, rows(network), hop=1) as run:
         last = {}
         for _ in range(40):
-            found, _ = scrape(run.live)
+            found, _ = scrape(run.publisher)
             for key, n in last.items():
                 assert found[key] >= n, key
             last = {
@@ -172,8 +173,8 @@ def test_counts_at_the_edges_are_exact(durations):
 def test_the_dashboard_asks_only_for_metrics_that_there_are():
     with demo() as run:
         run.until(2)
-        run.live.facts.power_w, run.live.facts.snapshot_at = 5.0, time.monotonic()
-        names = {key[0] for key in scrape(run.live)[0]}
+        run.info.power_w, run.info.snapshot_at = 5.0, time.monotonic()
+        names = {key[0] for key in scrape(run.publisher)[0]}
     names.add("edge_ssm_temperature_celsius")  # Not every machine that tests has a thermometer.
     dashboard = json.loads(DASHBOARD.read_text())
     targets = [target["expr"] for panel in dashboard["panels"] for target in panel.get("targets", [])]
@@ -202,8 +203,11 @@ def test_a_real_prometheus_scrapes_and_answers_the_dashboard(tmp_path):
         for target in panel["targets"]
         if machine.temperatures() or "temperature" not in target["expr"]
     ]
-    with demo(hz=500, hop=50) as run, contextlib.closing(serve(run.live, ":0", prometheus=True)) as web:
-        run.facts.snapshot_at, run.live.power = time.monotonic(), lambda: 4.5
+    with (
+        demo(hz=500, hop=50, read_power=lambda: 4.5) as run,
+        contextlib.closing(serve(run.publisher, ":0", prometheus=True)) as web,
+    ):
+        run.info.snapshot_at = time.monotonic()
         targets = {"job_name": "edge-ssm", "scrape_interval": "1s", "static_configs": [{"targets": [web.address]}]}
         (tmp_path / "config.yml").write_text(json.dumps({"scrape_configs": [targets]}))
         command = [prometheus, f"--config.file={tmp_path}/config.yml", f"--storage.tsdb.path={tmp_path}/data"]
@@ -230,7 +234,7 @@ def test_the_table_in_the_docs_names_every_metric():
     table = (DASHBOARD.parent / "observing.md").read_text()
     with demo() as run:
         run.until(1)
-        text = scrape(run.live)[1]
+        text = scrape(run.publisher)[1]
     missing = [name for name in re.findall(r"^# TYPE (edge_ssm_\w+)", text, re.M) if f"`{name}" not in table]
     assert missing == []
 
@@ -246,7 +250,13 @@ def test_prometheus_client_is_not_imported_before_it_is_asked_for():
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
 
 
-LOG = "from edge_ssm import journal; journal.log('warning', 'source lost', name='tty 1', tries=3)"
+LOG = """
+import logging
+from edge_ssm import log
+log.configure()
+log.configure()
+logging.getLogger("edge_ssm.x").warning("source %s", "lost", extra={"fields": {"name": "tty 1", "tries": 3}})
+"""
 
 
 def test_lines_for_the_journal_have_a_priority_and_others_a_name(tmp_path):
@@ -263,10 +273,11 @@ def test_lines_for_the_journal_have_a_priority_and_others_a_name(tmp_path):
 @given(st.text(), st.text())
 def test_a_peers_text_is_one_line_of_the_journal(message, value):
     with contextlib.redirect_stderr(io.StringIO()) as told:
-        journal.log("info", message, key=value)
+        log.configure()
+        logging.getLogger("edge_ssm.x").info(message, extra={"fields": {"key": value}})
     assert told.getvalue().endswith("\n")
     assert told.getvalue()[:-1].isprintable()
-    assert len(told.getvalue()) <= journal.LONGEST + 20
+    assert len(told.getvalue()) <= log.MAX_LINE + 20
 
 
 def test_a_closed_standard_error_ends_nothing():

@@ -439,7 +439,7 @@ def test_top_shows_a_run_until_it_ends(running):
     process.stdin.close()
     assert process.wait(30) == 0
     assert list(folder.iterdir()) == []
-    assert "nothing runs here" in top()
+    assert "no run is visible here" in top()
 
 
 def test_top_skips_files_that_are_no_status(tmp_path, monkeypatch):
@@ -454,7 +454,7 @@ def test_a_folder_that_others_could_write_to_is_not_used(tmp_path, monkeypatch):
     shared = tmp_path / "shared"
     shared.mkdir()
     shared.chmod(0o777)
-    assert not status_files._own(shared)
-    assert status_files._own(tmp_path / "own")
+    assert not status_files.is_private(shared)
+    assert status_files.is_private(tmp_path / "own")
     (tmp_path / "link").symlink_to(tmp_path / "own")
-    assert not status_files._own(tmp_path / "link")
+    assert not status_files.is_private(tmp_path / "link")

@@ -143,7 +143,7 @@ def test_a_snapshot_made_up_with_a_right_checksum_breaks_nothing(data):
     stream = Stream(random_network())
     try:
         found, state = service_snapshot.from_bytes(forged)
-        stream.loop.restore(found.loop, state)
+        stream.pipeline.restore(found.loop, state)
     except SnapshotError:
         return
     stream.feed(samples_for(random_network(), 1, 30))
@@ -202,8 +202,8 @@ def test_a_swap_between_two_samples_goes_on_with_the_shared_state():
     samples = samples_for(network, 0, 40)
     stream = Stream(network).feed(samples[:13])
     engine = create("reference", same)
-    engine.restore(stream.loop.engine.snapshot())
-    stream.loop.replace_engine(engine)
+    engine.restore(stream.pipeline.engine.snapshot())
+    stream.pipeline.replace_engine(engine)
     stream.feed(samples[13:])
     plain = Stream(network).feed(samples)
     assert [d["logits"] for d in stream.decisions] == [d["logits"] for d in plain.decisions]
@@ -217,31 +217,31 @@ def measures(misses=0, power=None, celsius=None):
 
 
 def test_the_ladder_goes_down_when_late_and_back_when_well_for_long():
-    ladder = AdaptationPolicy(3, Limits(0.01, None, None, 10.0), 0.0)
+    policy = AdaptationPolicy(3, Limits(0.01, None, None, 10.0), 0.0)
     moves = []
     for t in range(200):
         late = 10 if t < 25 else 0
-        if ladder.look(measures(late), float(t)):
-            moves.append((t, ladder.rung))
+        if policy.update(measures(late), float(t)):
+            moves.append((t, policy.level))
     assert moves == [(10, 1), (20, 2), (54, 1), (84, 0)]
 
 
 def test_the_ladder_heeds_power_and_temperature_with_hysteresis():
-    ladder = AdaptationPolicy(2, Limits(0.01, 10.0, 80.0, 1.0), 0.0)
-    assert ladder.look(measures(power=9.9, celsius=79.0), 5.0) == ""
-    assert "10.50 W" in ladder.look(measures(power=10.5), 6.0)
+    policy = AdaptationPolicy(2, Limits(0.01, 10.0, 80.0, 1.0), 0.0)
+    assert policy.update(measures(power=9.9, celsius=79.0), 5.0) == ""
+    assert "10.50 W" in policy.update(measures(power=10.5), 6.0)
     for t in range(7, 40):
-        assert ladder.look(measures(power=9.5), float(t)) == ""  # under the budget, not under nine tenths of it
-    assert any(ladder.look(measures(power=8.0), float(t)) for t in range(40, 50))
-    assert "85.0 C" in ladder.look(measures(celsius=85.0), 60.0)
+        assert policy.update(measures(power=9.5), float(t)) == ""  # under the budget, not under nine tenths of it
+    assert any(policy.update(measures(power=8.0), float(t)) for t in range(40, 50))
+    assert "85.0 C" in policy.update(measures(celsius=85.0), 60.0)
 
 
 def test_going_back_too_early_takes_longer_each_time():
-    ladder = AdaptationPolicy(2, Limits(0.01, None, None, 1.0), 0.0)
+    policy = AdaptationPolicy(2, Limits(0.01, None, None, 1.0), 0.0)
     ups = []
     for t in range(400):
-        late = 50 if ladder.rung == 0 else 0
-        if ladder.look(measures(late), float(t)) and ladder.rung == 0:
+        late = 50 if policy.level == 0 else 0
+        if policy.update(measures(late), float(t)) and policy.level == 0:
             ups.append(t)
     gaps = np.diff(ups)
     assert (np.diff(gaps) > 0).sum() >= 4
@@ -381,12 +381,12 @@ def test_what_is_wrong_is_said_before_the_output_is_emptied(small, tmp_path):
 
 def test_the_rate_is_of_this_run_alone():
     stream = Stream(random_network(window=10), 10)
-    stream.feed(samples_for(stream.loop.engine.network, 0, 30))
+    stream.feed(samples_for(stream.pipeline.engine.network, 0, 30))
     again = Stream(random_network(window=10), 10)
-    again.loop.restore(*stream.loop.state())
-    again.feed(samples_for(stream.loop.engine.network, 0, 20))
-    account = again.loop.account
-    assert account.samples - account.earlier == 20
+    again.pipeline.restore(*stream.pipeline.state())
+    again.feed(samples_for(stream.pipeline.engine.network, 0, 20))
+    counters = again.pipeline.counters
+    assert counters.samples - counters.earlier == 20
 
 
 def test_a_damaged_snapshot_is_set_aside_and_said(small, tmp_path):

@@ -2,6 +2,7 @@
 
 import io
 import json
+import logging
 
 import convolution
 import numpy as np
@@ -16,22 +17,23 @@ from edge_ssm.histogram import LatencyHistogram
 from edge_ssm.io.messages import Frame, Malformed
 from edge_ssm.io.sinks.formats import CsvFormatter, NdjsonFormatter
 from edge_ssm.runtime.decisions import decide
-from edge_ssm.runtime.pipeline import Pipeline
+from edge_ssm.runtime.pipeline import Pipeline, PipelineOptions
 from edge_ssm.runtime.windows import Closed, Windows
 
 
 class Stream:
-    """A loop over a reference engine, fed item by item, its output as parsed NDJSON."""
+    """A pipeline over a reference engine, fed item by item, its output as parsed NDJSON."""
 
     def __init__(self, network, hop=None, carry=False, engine="reference", **options):
         windows = Windows(network, hop, carry)
         self.file = io.StringIO()
         formatter = NdjsonFormatter(self.file, network, logits=True, truth=True)
-        self.loop = Pipeline(create(engine, network, lanes=windows.lanes), windows, formatter, **options)
+        options_ = PipelineOptions(**options)
+        self.pipeline = Pipeline(create(engine, network, lanes=windows.lanes), windows, formatter, options_)
 
     def feed(self, samples, labels=None):
         for i, sample in enumerate(samples):
-            self.loop._item(Frame(np.array(sample, dtype=float), float(i), labels[i] if labels else None))
+            self.pipeline.process(Frame(np.array(sample, dtype=float), float(i), labels[i] if labels else None))
         return self
 
     @property
@@ -47,8 +49,8 @@ class Stream:
         return [line for line in self.lines if "event" in line]
 
     @property
-    def account(self):
-        return self.loop.account
+    def counters(self):
+        return self.pipeline.counters
 
 
 def logits(decision):
@@ -125,9 +127,9 @@ def test_hold_repeats_the_last_sample():
     samples, holed = gapped(network, [5, 6, 7, 30])
     filled = samples.copy()
     filled[5:8], filled[30] = samples[4], samples[29]
-    stream = Stream(network, gap="hold").feed(holed)
+    stream = Stream(network, gap_policy="hold").feed(holed)
     assert stream.decisions[0]["gaps"] == 3
-    assert stream.account.gaps == {"missing": 4}
+    assert stream.counters.gaps == {"missing": 4}
     for d in stream.decisions:
         assert np.allclose(logits(d), convolution.pooled(network, filled[d["start"] : d["end"]]), atol=1e-9)
 
@@ -138,9 +140,9 @@ def test_hold_fills_only_the_channel_that_is_missing():
     holed, filled = samples.copy(), samples.copy()
     holed[8, 1] = np.inf
     filled[8, 1] = samples[7, 1]
-    stream = Stream(network, gap="hold").feed(holed)
+    stream = Stream(network, gap_policy="hold").feed(holed)
     assert np.allclose(logits(stream.decisions[0]), convolution.pooled(network, filled), atol=1e-9)
-    assert stream.account.gaps == {"out_of_range": 1}
+    assert stream.counters.gaps == {"out_of_range": 1}
 
 
 def test_skip_decays_the_state_and_does_not_pool():
@@ -150,34 +152,34 @@ def test_skip_decays_the_state_and_does_not_pool():
     outputs = list(engine.chunk(samples[:5]))
     engine.skip(3)
     outputs += list(engine.chunk(samples[8:]))
-    stream = Stream(network, gap="skip").feed(holed)
+    stream = Stream(network, gap_policy="skip").feed(holed)
     assert np.allclose(logits(stream.decisions[0]), np.mean(outputs, axis=0), atol=1e-9)
 
 
 def test_reset_gives_the_window_up_and_starts_with_the_next_good_sample():
     network = random_network(window=20)
     samples, holed = gapped(network, [5, 6], 40)
-    stream = Stream(network, gap="reset").feed(holed)
+    stream = Stream(network, gap_policy="reset").feed(holed)
     (event,) = stream.events
     assert (event["event"], event["sample"], event["discarded"]) == ("reset", 5, 5)
     (decision,) = stream.decisions
     assert (decision["start"], decision["end"]) == (7, 27)
     assert np.allclose(logits(decision), convolution.pooled(network, samples[7:27]), atol=1e-9)
-    assert stream.account.discarded == 7
+    assert stream.counters.discarded == 7
 
 
 @pytest.mark.parametrize("policy", ["hold", "skip"])
 def test_a_gap_longer_than_allowed_resets_once(policy):
     network = random_network(window=20)
     samples, holed = gapped(network, list(range(3, 12)), 40)
-    stream = Stream(network, gap=policy, max_gap=4).feed(holed)
+    stream = Stream(network, gap_policy=policy, max_gap=4).feed(holed)
     (event,) = stream.events
     assert (event["event"], event["sample"], event["gap_samples"], event["discarded"]) == ("reset", 7, 5, 7)
     (decision,) = stream.decisions
     assert decision["start"] == 12
     assert "gaps" not in decision
     assert np.allclose(logits(decision), convolution.pooled(network, samples[12:32]), atol=1e-9)
-    assert stream.account.discarded == 12
+    assert stream.counters.discarded == 12
 
 
 def test_without_pooling_a_short_gap_is_bridged():
@@ -194,7 +196,7 @@ def test_without_pooling_a_short_gap_is_bridged():
 def test_before_the_first_good_sample_there_is_nothing_to_hold():
     network = random_network(window=20)
     samples, holed = gapped(network, [0, 1], 20)
-    stream = Stream(network, gap="hold").feed(holed)
+    stream = Stream(network, gap_policy="hold").feed(holed)
     expected = create("reference", network).chunk(samples[2:]).mean(axis=0)
     assert np.allclose(logits(stream.decisions[0]), expected, atol=1e-9)
     assert stream.decisions[0]["gaps"] == 2
@@ -202,13 +204,13 @@ def test_before_the_first_good_sample_there_is_nothing_to_hold():
 
 def test_a_window_of_nothing_has_no_decision_and_says_so():
     network = random_network(window=4)
-    stream = Stream(network, gap="skip", max_gap=100).feed(np.full((8, 2), np.nan))
+    stream = Stream(network, gap_policy="skip", max_gap=100).feed(np.full((8, 2), np.nan))
     assert stream.decisions == []
     assert [(e["event"], e["start"], e["sample"]) for e in stream.events] == [
         ("no_decision", 0, 4),
         ("no_decision", 4, 8),
     ]
-    assert stream.account.undecided == 2
+    assert stream.counters.undecided == 2
 
 
 def test_outputs_that_are_not_finite_reset_the_stream():
@@ -217,7 +219,7 @@ def test_outputs_that_are_not_finite_reset_the_stream():
     stream = Stream(network, engine="cpu").feed(samples_for(network, 0, 8))
     assert stream.decisions == []
     assert {e["reason"] for e in stream.events} == {"outputs are not finite"}
-    assert stream.account.undecided == 2
+    assert stream.counters.undecided == 2
 
 
 @given(data=st.data())
@@ -227,13 +229,13 @@ def test_every_accepted_sample_is_accounted_for(policy, data):
     bad = data.draw(st.lists(st.booleans(), min_size=1, max_size=60))
     samples = samples_for(network, 0, len(bad))
     samples[np.array(bad)] = np.nan
-    stream = Stream(network, gap=policy, max_gap=data.draw(st.integers(0, 8))).feed(samples)
-    account, windows = stream.account, stream.loop._windows
-    assert account.samples == len(bad) == windows.sample
-    assert sum(account.gaps.values()) == sum(bad)
-    decided = 6 * (account.decisions + account.undecided)
-    assert decided + account.discarded + windows.unfinished == len(bad)
-    assert account.resets == len([e for e in stream.events if e["event"] == "reset"])
+    stream = Stream(network, gap_policy=policy, max_gap=data.draw(st.integers(0, 8))).feed(samples)
+    counters, windows = stream.counters, stream.pipeline.windows
+    assert counters.samples == len(bad) == windows.sample
+    assert sum(counters.gaps.values()) == sum(bad)
+    decided = 6 * (counters.decisions + counters.undecided)
+    assert decided + counters.discarded + windows.unfinished == len(bad)
+    assert counters.resets == len([e for e in stream.events if e["event"] == "reset"])
     ends = [d["end"] for d in stream.decisions]
     assert ends == sorted(set(ends))
 
@@ -253,12 +255,12 @@ def test_chunks_change_nothing_but_the_time(engine, seed, chunk, policy, pooling
     samples = samples_for(network, seed, 60)
     samples[bad, 0] = np.nan
     labels = ["x"] * 30 + ["y"] * 30
-    options = {"gap": policy, "max_gap": 3, "engine": engine}
+    options = {"gap_policy": policy, "max_gap": 3, "engine": engine}
     one, many = (Stream(network, hop, carry, chunk=size, **options).feed(samples, labels) for size in (1, chunk))
-    many.loop._flush()
+    many.pipeline.flush()
     assert many.lines == one.lines
-    del one.account.latency, many.account.latency
-    assert vars(many.account) == vars(one.account)
+    del one.counters.latency, many.counters.latency
+    assert vars(many.counters) == vars(one.counters)
 
 
 def test_truth_is_the_commonest_label_and_never_an_input():
@@ -269,8 +271,8 @@ def test_truth_is_the_commonest_label_and_never_an_input():
     assert [logits(d).tolist() for d in stream.decisions] == [
         logits(d).tolist() for d in Stream(network).feed(samples).decisions
     ]
-    assert stream.account.labelled == 2
-    assert stream.account.correct == sum(d["label"] == d["truth"] for d in stream.decisions)
+    assert stream.counters.labelled == 2
+    assert stream.counters.correct == sum(d["label"] == d["truth"] for d in stream.decisions)
 
 
 def test_regression_yields_values():
@@ -282,15 +284,16 @@ def test_regression_yields_values():
     assert np.allclose(line["value"], convolution.pooled(network, samples), atol=1e-9)
 
 
-def test_malformed_rows_are_reported_counted_and_fatal_only_when_strict():
-    reported = []
-    stream = Stream(random_network(), report=reported.append)
-    stream.loop._item(Malformed("line 3", "1 fields, expected 2"))
-    assert stream.account.malformed == 1
-    assert reported == ["line 3: 1 fields, expected 2; left out"]
+def test_malformed_rows_are_logged_counted_and_fatal_only_when_strict(caplog, monkeypatch):
+    caplog.set_level(logging.INFO, "edge_ssm")
+    monkeypatch.setattr(logging.getLogger("edge_ssm"), "propagate", True)  # caplog listens at the root
+    stream = Stream(random_network(), source="tty")
+    stream.pipeline.process(Malformed("line 3", "1 fields, expected 2"))
+    assert stream.counters.malformed == 1
+    assert caplog.messages == ["tty, line 3: 1 fields, expected 2; left out"]
     strict = Stream(random_network(), strict=True)
     with pytest.raises(RunFailed, match="line 3: 1 fields"):
-        strict.loop._item(Malformed("line 3", "1 fields, expected 2"))
+        strict.pipeline.process(Malformed("line 3", "1 fields, expected 2"))
 
 
 @given(

@@ -29,7 +29,7 @@ def teller(tmp_path, monkeypatch):
     """A real one of this process; it writes under ``tmp_path / "status"``."""
     monkeypatch.setenv("EDGE_SSM_RUN", str(tmp_path / "status"))
     formatter = formats.make("ndjson", FileSink(str(tmp_path / "out")), random_network(), False, False)
-    teller = publisher.StatusPublisher(formatter, publisher.RunInfo("m.safetensors", "d", "cpu", 50.0))
+    teller = publisher.StatusPublisher(formatter, publisher.RunInfo("m.safetensors", "d", "cpu", 50.0), Counters())
     yield teller
     teller.close()
 
@@ -49,7 +49,7 @@ def test_a_status_is_shown(teller, place):
 def test_a_pipe_in_a_status_files_place_does_not_hold_top_up(teller, place):
     os.mkfifo(place)
     assert json.loads(shown("--json")) == []
-    assert "nothing runs here" in shown("--once")
+    assert "no run is visible here" in shown("--once")
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="gives a file to somebody else")
@@ -84,7 +84,7 @@ def test_a_run_removes_what_killed_ones_left(teller, place):
         path.write_bytes(msgspec.json.encode(msgspec.structs.replace(teller.status(), pid=gone.pid)))
     os.utime(kill[1], (0, 0))
     place.write_bytes(msgspec.json.encode(teller.status()))
-    teller.watch(Counters())
+    teller.start()
     assert sorted(place.parent.iterdir()) == sorted([*keep, place])
 
 
@@ -120,10 +120,10 @@ def test_names_can_not_write_lines_of_their_own(teller, place):
 
 def test_a_decision_in_many_seconds_has_a_rate(teller, monkeypatch):
     monkeypatch.setattr(publisher, "INTERVAL_S", 0.05)
-    account = Counters()
-    teller.watch(account)
+    counters = teller._counters
+    teller.start()
     time.sleep(0.5)
-    account.decisions = 1  # and none in the intervals after
+    counters.decisions = 1  # and none in the intervals after
     time.sleep(0.5)
     status = teller.status()
     assert 0.5 < status.decisions_per_s < 1.5

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from networks import random_network
 from watched import Watched, demo, rows
 
+from edge_ssm import log
 from edge_ssm.errors import UsageError
 from edge_ssm.io.messages import Event
 from edge_ssm.telemetry import http as telemetry_http
@@ -34,13 +35,13 @@ def run():
 
 @pytest.fixture(scope="module")
 def server(run):
-    with contextlib.closing(serve(run.live, ":0", prometheus=True)) as server:
+    with contextlib.closing(serve(run.publisher, ":0", prometheus=True)) as server:
         yield server
 
 
 @contextlib.contextmanager
 def serving(run, listen=":0", **options):
-    with contextlib.closing(serve(run.live, listen, options.pop("prometheus", False), **options)) as server:
+    with contextlib.closing(serve(run.publisher, listen, options.pop("prometheus", False), **options)) as server:
         yield server
 
 
@@ -95,23 +96,23 @@ def test_every_answer_is_guarded_and_kept_by_nobody(server, path):
 
 
 def test_the_status_is_what_the_run_knows(run, server):
-    run.live.event(Event("reset", 17, {"reason": "gap"}))
+    run.publisher.event(Event("reset", 17, {"reason": "gap"}))
     found = json.loads(ask(server, "/status.json")[2])
-    assert found["status"]["model_digest"] == run.facts.model_digest
+    assert found["status"]["model_digest"] == run.info.model_digest
     assert found["unhealthy"] == found["unready"] == ""
-    assert 0 < found["status"]["samples"] <= run.account.samples
+    assert 0 < found["status"]["samples"] <= run.counters.samples
     assert [d["index"] for d in found["decisions"]] == sorted(d["index"] for d in found["decisions"])
     last = found["decisions"][-1]
     assert last["end"] - last["start"] == 200
     assert last["label"] in found["status"]["labels"]
     assert 0 <= last["score"] <= 1
     assert found["events"][-1][1] == "sample 17: reset (reason gap)"
-    assert sum(n for _, n in found["latency"]["buckets"]) <= run.account.latency.count
+    assert sum(n for _, n in found["latency"]["buckets"]) <= run.counters.latency.count
 
 
 def test_history_is_asked_for_once(run, server):
     end = time.monotonic() + 20
-    while len(run.live.history()) < 3:
+    while len(run.publisher.history()) < 3:
         assert time.monotonic() < end
         time.sleep(0.1)
     whole = json.loads(ask(server, "/status.json")[2])["history"]
@@ -147,7 +148,10 @@ def test_metrics_are_off_unless_asked_for(run, server):
     assert b"edge_ssm_samples_total" in ask(server, "/metrics")[2]
     with serving(run) as plain:
         status, _, body = ask(plain, "/metrics")
-    assert (status, body) == (404, b"metrics are off; the configuration turns them on\n")
+    assert (status, body) == (
+        404,
+        b"metrics are off; turn them on with metrics.prometheus in the configuration, or --prometheus\n",
+    )
 
 
 def test_a_loop_that_stands_still_is_unhealthy():
@@ -158,7 +162,7 @@ def test_a_loop_that_stands_still_is_unhealthy():
         time.sleep(0.8)
         status, _, body = ask(server, "/healthz")
         assert status == 503
-        assert re.fullmatch(rb"the loop has not gone round for \d+\.\d s \(limit 0\.5 s\)\n", body)
+        assert re.fullmatch(rb"the loop has not run for \d+\.\d s \(limit 0\.5 s\)\n", body)
         assert json.loads(ask(server, "/status.json")[2])["unhealthy"] == body.decode().strip()
 
 
@@ -166,10 +170,13 @@ def test_ready_means_that_decisions_are_to_be_expected():
     network = random_network(window=5)
     run = Watched(network, rows(network))
     with serving(run) as server:
-        assert ask(server, "/readyz")[::2] == (503, b"not ready: model or source are not there yet\n")
-        run.facts.ready = True
+        assert ask(server, "/readyz")[::2] == (
+            503,
+            b"not ready: the model is not loaded or the source is not open yet\n",
+        )
+        run.info.ready = True
         for state, expected in [("waiting", 200), ("flowing", 200), ("stale", 503), ("lost", 503)]:
-            run.facts.source_state = state
+            run.info.source_state = state
             assert ask(server, "/readyz")[0] == expected
         assert ask(server, "/readyz")[2] == b"source recording: no connection\n"
 
@@ -269,7 +276,7 @@ def test_an_address_that_is_taken_or_not_here_is_refused(run, server):
         (f"{'a' * 70}.b:0", ""),
     ]:
         with pytest.raises(UsageError, match=f"^listen '{re.escape(listen)}': {why}"):
-            serve(run.live, listen, prometheus=False)
+            serve(run.publisher, listen, prometheus=False)
 
 
 def test_a_port_is_free_again_after_close(run):
@@ -335,7 +342,7 @@ def test_strange_requests_are_answered_or_hung_up_on(server, data):
 
 
 def test_a_request_that_is_too_long_is_refused_with_words(server):
-    received = raw(server, b"GET / HTTP/1.1\r\nA: " + b"b" * (telemetry_http.HEAD_BYTES - 19))
+    received = raw(server, b"GET / HTTP/1.1\r\nA: " + b"b" * (telemetry_http.MAX_HEAD_BYTES - 19))
     assert received.startswith(b"HTTP/1.1 431 ")
 
 
@@ -361,7 +368,7 @@ def _closed(connection):
 
 
 def test_a_client_that_never_takes_its_answer_is_hung_up_on(run, monkeypatch):
-    monkeypatch.setattr(telemetry_http, "ANSWER_S", 0.5)
+    monkeypatch.setattr(telemetry_http, "RESPONSE_S", 0.5)
     monkeypatch.setattr(telemetry_http, "_page", lambda: (b"x" * 20_000_000, "default-src 'none'"))
     with serving(run) as server:
         host, _, port = server.address.rpartition(":")
@@ -379,7 +386,7 @@ def test_two_hundred_idle_connections_keep_nobody_out_and_cost_nothing(run):
     with serving(run) as server, contextlib.ExitStack() as stack:
         host, _, port = server.address.rpartition(":")
         ask(server, "/status.json")
-        process, samples = psutil.Process(), run.account.samples
+        process, samples = psutil.Process(), run.counters.samples
         before = process.memory_info().rss
         for _ in range(200):
             idle = stack.enter_context(socket.create_connection((host, int(port)), timeout=20))
@@ -389,12 +396,13 @@ def test_two_hundred_idle_connections_keep_nobody_out_and_cost_nothing(run):
         assert ask(server, "/healthz")[0] == 200
         assert time.monotonic() - began < 8
         assert (
-            sum(thread.name.startswith("Thread") for thread in threading.enumerate()) < 2 * telemetry_http.CONNECTIONS
+            sum(thread.name.startswith("Thread") for thread in threading.enumerate())
+            < 2 * telemetry_http.MAX_CONNECTIONS
         )
         # The clients' own sockets are in it too.
         assert process.memory_info().rss - before < 8 << 20
-        assert run.account.samples > samples
-    assert run.live.status().loop_age_s < 1
+        assert run.counters.samples > samples
+    assert run.publisher.status().loop_age_s < 1
 
 
 FLOOD = """
@@ -420,12 +428,12 @@ def test_a_flood_of_requests_does_not_stop_the_loop():
         clients = [subprocess.Popen(command) for _ in range(3)]
         try:
             time.sleep(1)
-            samples, answered, began = run.account.samples, len(lengths), time.monotonic()
+            samples, answered, began = run.counters.samples, len(lengths), time.monotonic()
             time.sleep(3)
             seconds = time.monotonic() - began
-            assert run.account.samples - samples > 0.9 * 500 * seconds
+            assert run.counters.samples - samples > 0.9 * 500 * seconds
             assert 0 < len(lengths) - answered < 1.2 * telemetry_http.PER_SECOND * seconds
-            assert run.live.status().loop_age_s < 1
+            assert run.publisher.status().loop_age_s < 1
         finally:
             for client in clients:
                 client.kill()
@@ -444,13 +452,14 @@ def test_answers_do_not_grow_memory(run):
 
 
 def test_a_fault_of_the_server_is_told_of_and_shows_no_traceback(run, capfd):
+    log.configure()
     with serving(run) as server:
         # A run whose account can't be read: the real answer fails.
-        server._server.live = None
-        for _ in range(2 * telemetry_http.FAULTS):
+        server._server.publisher = None
+        for _ in range(2 * telemetry_http.MAX_FAULTS):
             assert ask(server, "/healthz")[::2] == (500, b"Internal Server Error\n")
     told = capfd.readouterr().err.splitlines()
-    assert len(told) == telemetry_http.FAULTS
+    assert len(told) == telemetry_http.MAX_FAULTS
     assert all(line.startswith("edge-ssm: the status server failed error=") for line in told)
 
 
@@ -460,21 +469,21 @@ def cells(page, table):
 
 
 def test_a_browser_shows_the_decisions_of_the_run(run, server, tmp_path):
-    first = run.account.decisions
+    first = run.counters.decisions
     page, refused = browse(server.url, tmp_path)
-    last = run.account.decisions
+    last = run.counters.decisions
     assert refused == []
     shown = [row for row in cells(page, "decisions") if row]
     assert len(shown) == 24
     assert first - 2 < int(shown[0][0].replace(",", "")) + 1 <= last
-    recent = {f"{d.index:,}": d for d in run.live.recent()}
+    recent = {f"{d.index:,}": d for d in run.publisher.decisions()}
     known = [row for row in shown if row[0] in recent]
     for number, samples, label, score in known:
         d = recent[number]
         assert (samples, label) == (f"{d.start:,} to {d.end:,}", d.label)
         assert f"{d.score:.3f}" in score
     assert known or last - first > 40
-    assert "samples come" in page
+    assert "receiving samples" in page
     assert 'aria-label="calls by time: half within' in page
     assert re.search(r'id="banner"[^>]*hidden', page)
 
@@ -484,7 +493,7 @@ def test_a_browser_shows_hostile_names_as_text(tmp_path):
     attack = "<img src=x onerror=document.title='owned'>"
     object.__setattr__(network, "labels", (attack, f"{attack}2", f"{attack}3"))
     with Watched(network, rows(network), model=attack, hz=200) as run, serving(run) as server:
-        run.live.event(Event(attack, 0))
+        run.publisher.event(Event(attack, 0))
         run.until(5)
         page, refused = browse(server.url, tmp_path)
     assert refused == []
@@ -499,17 +508,17 @@ def test_a_browser_says_when_the_loop_is_stuck(tmp_path):
         run.stop.set()
         time.sleep(0.5)
         page, _ = browse(server.url, tmp_path)
-    assert re.search(r'role="alert">Stuck: the loop has not gone round for', page)
+    assert re.search(r'role="alert">Stuck: the loop has not run for', page)
 
 
 ENDING = """
 import os, sys, time
 sys.path[:0] = {paths!r}
 from watched import demo
-from edge_ssm.service.web import serve
+from edge_ssm.telemetry.http import serve
 with demo(hz=500) as run:
     run.until(1)
-    web = serve(run.live, ":0", prometheus=False)
+    web = serve(run.publisher, ":0", prometheus=False)
     print(web.url, flush=True)
     answer = web._server.shutdown_request
     left = 3  # The page and two answers; then the process is gone in the middle of the browser's visit.
@@ -534,4 +543,4 @@ def test_a_browser_says_when_the_service_is_gone(tmp_path):
             page, _ = browse(service.stdout.readline().strip(), tmp_path / "browser", 8000)
         finally:
             service.kill()
-    assert re.search(r'role="alert">No answer from the service since [^<]*: what stands here is old', page)
+    assert re.search(r'role="alert">No answer from the service since [^<]*: the values shown are old', page)

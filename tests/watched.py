@@ -1,4 +1,4 @@
-"""A real run to be looked at: the demo's model and recording, or a random network, paced, in a thread of its own.
+"""A real run to look at: the demo's model and recording, or a random network, paced, in a thread of its own.
 
 ``python tests/watched.py :9464`` serves the demo's status page until it is interrupted (``docs/status-page.png``).
 """
@@ -17,6 +17,7 @@ from edge_ssm.formats import artifact
 from edge_ssm.hardware.meters.registry import open_file_meter
 from edge_ssm.io.codecs import registry as codecs
 from edge_ssm.io.sinks.formats import NdjsonFormatter
+from edge_ssm.runtime.counters import Counters
 from edge_ssm.runtime.pipeline import Pipeline
 from edge_ssm.runtime.windows import Windows
 from edge_ssm.telemetry.http import serve
@@ -26,29 +27,40 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
 class Watched:
-    """Steps of a real engine, by a real loop. ``lines`` are CSV rows; they begin anew at their end."""
+    """A real pipeline with a real engine. ``lines`` are CSV rows, which are repeated without end."""
 
-    def __init__(self, network, lines, hop=None, engine="reference", hz=None, model="demo.safetensors", digest="5eed"):
+    def __init__(
+        self,
+        network,
+        lines,
+        hop=None,
+        engine="reference",
+        hz=None,
+        model="demo.safetensors",
+        digest="5eed",
+        read_power=lambda: None,
+    ):
         windows = Windows(network, hop)
         self.engine = create(engine, network, lanes=windows.lanes)
-        self.facts = RunInfo(model, digest, self.engine.name, network.input.sample_rate_hz, source="recording")
-        self.live = StatusPublisher(NdjsonFormatter(io.StringIO(), network, logits=False, truth=False), self.facts)
-        self.loop = Pipeline(self.engine, windows, self.live, "hold")
-        self.account = self.loop.account
+        self.info = RunInfo(model, digest, self.engine.name, network.input.sample_rate_hz, source="recording")
+        self.counters = Counters()
+        formatter = NdjsonFormatter(io.StringIO(), network, logits=False, truth=False)
+        self.publisher = StatusPublisher(formatter, self.info, self.counters, read_power)
+        self.pipeline = Pipeline(self.engine, windows, self.publisher, counters=self.counters)
         self._network, self._lines, self._hz = network, lines, hz
         self.stop = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
 
     def __enter__(self):
-        self.live.watch(self.account)
-        self.facts.ready = True
+        self.publisher.start()
+        self.info.ready = True
         self._thread.start()
         return self
 
     def __exit__(self, *error):
         self.stop.set()
         self._thread.join()
-        self.live.close()
+        self.publisher.close()
 
     def _run(self):
         decoder, began, taken = codecs.decoder("csv", self._network.input), time.perf_counter(), 0
@@ -59,13 +71,13 @@ class Watched:
                         self.stop.wait(began + taken / self._hz - time.perf_counter())
                     if self.stop.is_set():
                         return
-                    self.facts.loop_at, self.facts.source_state = time.monotonic(), "flowing"
-                    self.loop._item(item)
+                    self.info.ticked_at, self.info.source_state = time.monotonic(), "flowing"
+                    self.pipeline.process(item)
                     taken += 1
 
     def until(self, decisions, seconds=30):
         end = time.monotonic() + seconds
-        while self.account.decisions < decisions:
+        while self.counters.decisions < decisions:
             assert time.monotonic() < end, "the run does not decide"
             time.sleep(0.01)
         return self
@@ -100,15 +112,14 @@ def main():
     parser.add_argument("--holes", action="store_true")
     parser.add_argument("--note", help="ignored: a word for tests/emulated_board.py to find")
     arguments = parser.parse_args()
-    meter, run = open_file_meter(), demo(arguments.holes, hz=arguments.hz, hop=arguments.hop, engine="cpu")
+    meter = open_file_meter()
 
-    def watts():
+    def read_power():
         reading = meter.read() if meter else None
-        total = zip(meter.rails, reading.watts, strict=True) if reading else ()
-        return sum(w for rail, w in total if rail.name in meter.total) or None
+        return meter.total_w(reading) if reading else None
 
-    run.live.power = watts
-    with run, contextlib.closing(serve(run.live, arguments.listen, prometheus=True)) as web:
+    run = demo(arguments.holes, hz=arguments.hz, hop=arguments.hop, engine="cpu", read_power=read_power)
+    with run, contextlib.closing(serve(run.publisher, arguments.listen, prometheus=True)) as web:
         print(web.url, flush=True)
         with contextlib.suppress(KeyboardInterrupt):
             threading.Event().wait()

@@ -503,10 +503,10 @@ def snapshot_content_target() -> Fuzzed:
         body = struct.pack("<Q", len(head)) + head + states
         found, state = snapshot.from_bytes(snapshot.MAGIC + hashlib.sha256(body).digest() + body)
         engine.reset()
-        loop = Pipeline(engine, Windows(network), Nowhere())
-        loop.restore(found.loop, state)
-        loop._item(messages.Frame(sample, sequence=1))
-        loop.state()
+        pipeline = Pipeline(engine, Windows(network), Nowhere())
+        pipeline.restore(found.loop, state)
+        pipeline.process(messages.Frame(sample, sequence=1))
+        pipeline.state()
 
     return fuzz
 

@@ -156,10 +156,10 @@ listen = ":9464"
     network = random_network(**SMALL)
     engine = create("reference", network)
     windows = Windows(network)
-    loop = Pipeline(engine, windows, Nowhere())
+    pipeline = Pipeline(engine, windows, Nowhere())
     for i in range(6):
-        loop._item(Frame(np.array([0.1 * i]), 0.5, "a", 7 + i))
-    state, snapshot = loop.state()
+        pipeline.process(Frame(np.array([0.1 * i]), 0.5, "a", 7 + i))
+    state, snapshot = pipeline.state()
     shapes = [(len(x), x.shape[1]) for x in snapshot.state]
     document = service_snapshot.Document(
         "d", snapshot.fingerprint, shapes, state, "s", {"offset": 9}, {"width": 2}, 1.5e9

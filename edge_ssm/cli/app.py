@@ -33,9 +33,8 @@ from edge_ssm.io import address
 from edge_ssm.io.codecs import registry as codecs
 from edge_ssm.io.sinks import formats
 from edge_ssm.io.sinks.queue import OVERFLOWS
-from edge_ssm.model.network import Network
-from edge_ssm.runtime.counters import Counters
-from edge_ssm.runtime.pipeline import GAP_POLICIES
+from edge_ssm.runtime.gaps import GAP_POLICIES
+from edge_ssm.telemetry.summary import summary
 from edge_ssm.text import sanitize
 
 
@@ -166,7 +165,7 @@ def cli() -> None:
 @click.pass_context
 def run(context: click.Context, /, config: str | None, stream: bool, **options: Any) -> None:
     """Classify a sensor stream with MODEL: an artifact of edge-ssm-build, or a .onnx or .tflite file of its export."""
-    from edge_ssm import journal
+    from edge_ssm import log
     from edge_ssm.service import run as service_run
     from edge_ssm.service import settings as service_settings
 
@@ -184,7 +183,8 @@ def run(context: click.Context, /, config: str | None, stream: bool, **options: 
         raise UsageError("standard output is closed; give --output")
     if settings.input == "-" and sys.stdin.isatty():
         click.echo("edge-ssm: reading samples from the terminal, Ctrl-D ends", err=True)
-    outcome = service_run.run(settings, lambda line: journal.log("notice", line))
+    log.configure()
+    outcome = service_run.run(settings)
     account, network = outcome.account, outcome.network
     with suppress(OSError):  # decisions are what matters, and they are out
         click.echo(summary(account, network, outcome.engine, outcome.chunk), err=True)
@@ -195,44 +195,6 @@ def run(context: click.Context, /, config: str | None, stream: bool, **options: 
             f"{outcome.source}: no valid sample among {account.malformed} rows; expected {outcome.format} with "
             f"{len(network.input.channels)} channels ({', '.join(network.input.channels)})"
         )
-
-
-def summary(account: Counters, network: Network, engine: str, chunk: int = 1) -> str:
-    """The account of a run, for people."""
-    gaps = ", ".join(f"{n} {reason}" for reason, n in sorted(account.gaps.items())) or "0"
-    latency = account.latency
-    p50, p99, longest = (latency.percentile_ns(p) / 1e3 for p in (50, 99, 100))
-    lines = [
-        f"ended by {account.ended_by}; engine {engine}",
-        f"samples   {account.samples}, gaps {gaps}, malformed rows {account.malformed}",
-        f"decisions {account.decisions}, windows without one {account.undecided}, resets {account.resets}"
-        + (f" (gave up {account.discarded} samples)" if account.discarded else "")
-        + (f", last window unfinished with {account.unfinished} samples" if account.unfinished else ""),
-    ]
-    if account.dropped or account.deadline_misses or account.reconnects or account.engine_losses:
-        dropped = ", ".join(f"{n} {reason}" for reason, n in sorted(account.dropped.items())) or "nothing"
-        lines.append(
-            f"dropped   {dropped}; late decisions {account.deadline_misses}, connections {account.reconnects}"
-            + (f", engines lost {account.engine_losses}" if account.engine_losses else "")
-        )
-    if account.reloads or account.reload_failures or account.moves:
-        lines.append(
-            f"reloads   {account.reloads}, refused {account.reload_failures}; moves within the family {account.moves}"
-        )
-    if latency.count:
-        speed = (account.samples - account.earlier) / account.seconds
-        real_time = (
-            f", {speed / network.input.sample_rate_hz:.3g} times real time" if network.input.sample_rate_hz else ""
-        )
-        name = "step" if chunk == 1 else f"chunk {chunk}"
-        times = f"p50 {p50:.1f} us, p99 {p99:.1f} us, max {longest:.1f} us"
-        lines.append(f"{name:<9} {times}; {speed:.0f} samples/s{real_time}")
-    if account.labelled:
-        share = account.correct / account.labelled
-        lines.append(
-            f"accuracy  {account.correct} of {account.labelled} decisions equal the true label ({100 * share:.1f} %)"
-        )
-    return "\n".join(lines)
 
 
 @cli.command("inspect")
@@ -419,10 +381,11 @@ def _counts(option: str, text: str) -> tuple[int, ...]:
 
 def _firmware_profile(name: str) -> boards.NamedProfile | None:
     """The one asked for; what it says of the process is done here. A mismatch is a warning."""
-    from edge_ssm import journal
+    from edge_ssm import log
     from edge_ssm.service import run as service_run
 
-    named = service_run.firmware_profile(name, lambda line: journal.log("warning", line))
+    log.configure()
+    named = service_run.firmware_profile(name)
     service_run.keep_to(None, named)
     return named
 

@@ -82,7 +82,7 @@ def _onnx_runtime() -> Finding:
         found = f"onnxruntime {plain} and onnxruntime-gpu {gpu}, which overwrite each other"
         return Finding(name, False, found, "pip uninstall both, then pip install one of them")
     if not plain and not gpu:
-        return Finding(name, False, "not installed", ENGINES['onnx'].hint)
+        return Finding(name, False, "not installed", ENGINES["onnx"].hint)
     found = f"onnxruntime-gpu {gpu}" if gpu else f"onnxruntime {plain}"
     if gpu and not any(os.path.exists(node) for node in GPU_NODES):
         found += "; no GPU here, so the engine onnx runs on the CPU"
@@ -95,7 +95,7 @@ def _litert() -> Finding:
     if current:
         return Finding(name, True, f"ai-edge-litert {current}; {_makes_graphs('flatbuffers')}")
     if not older:
-        return Finding(name, False, "not installed", ENGINES['tflite'].hint)
+        return Finding(name, False, "not installed", ENGINES["tflite"].hint)
     numpy = _package("numpy") or "0"
     if int(numpy.partition(".")[0]) >= 2:
         return Finding(name, False, f"tflite-runtime {older} does not run with numpy {numpy}", "pip install 'numpy<2'")

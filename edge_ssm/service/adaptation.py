@@ -1,31 +1,39 @@
-"""When to move to a smaller member of a family, and back: deadlines missed, power, temperature, with hysteresis."""
+"""Adaptation: when to move to a smaller model of a family, and back.
+
+A run moves down when decisions are late, or power or temperature exceed their limits. It moves back up after everything
+has been within limits for a while (hysteresis); the while doubles whenever moving up turned out to be too early.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-BACK = 0.9
-"""A measure must stay under this share of its limit before a larger member is tried again."""
-COOLER_C = 5.0
-"""And a temperature so far under it."""
+from edge_ssm.service.models import LoadedModel
+
+RETURN_SHARE = 0.9
+"""Share of the power limit that must not be exceeded before a larger member is tried again."""
+RETURN_MARGIN_C = 5.0
+"""How far below its limit the temperature must be by then."""
 PATIENCE = 3.0
-"""Going back takes so many times the settling time; doubled whenever going back turned out to be too early."""
-LONGEST_PATIENCE = 64.0
+"""Cooldowns within limits before a larger member is tried."""
+MAX_PATIENCE = 64.0
 
 
 @dataclass(frozen=True)
 class Limits:
-    misses: float
+    """What makes a run move to a smaller member."""
+
+    miss_share: float
     """Share of decisions that may be late."""
     power_w: float | None
     temperature_c: float | None
-    settle_s: float
-    """Between a move and the next look: a move shows its effect only after a while."""
+    cooldown_s: float
+    """Time between two moves: a move shows its effect only after a while."""
 
 
 @dataclass(frozen=True)
 class Measurements:
-    """Since the last move, or over the last ``settle_s``."""
+    """What is compared with the limits, since the last move or over the last cooldown."""
 
     decisions: int
     misses: int
@@ -34,45 +42,53 @@ class Measurements:
 
 
 class AdaptationPolicy:
-    """Members 0 (the largest) to ``rungs`` - 1. ``look`` says where to stand, and why."""
+    """Chooses among members 0 (the largest) to ``levels`` - 1. ``now`` is ``time.monotonic()`` throughout."""
 
-    def __init__(self, rungs: int, limits: Limits, now: float) -> None:
-        self._rungs, self._limits = rungs, limits
-        self.rung = 0
-        self._since = now
-        self._well_since = now
+    def __init__(self, levels: int, limits: Limits, now: float) -> None:
+        self.level = 0
+        """Number of the member that is to run."""
+        self._levels, self._limits = levels, limits
+        self._moved_at = now
+        self._within_limits_since = now
         self._patience = PATIENCE
-        self._went_up_at: float | None = None
+        self._moved_up_at: float | None = None
 
     @property
-    def settle_s(self) -> float:
-        return self._limits.settle_s
+    def cooldown_s(self) -> float:
+        """Time between two moves, in seconds."""
+        return self._limits.cooldown_s
 
-    def look(self, measures: Measurements, now: float) -> str:
-        """Why ``rung`` was changed just now; empty if it was not."""
-        over = self._over(measures)
-        if over or not self._well(measures):
-            self._well_since = now
-        if now - self._since < self._limits.settle_s:
+    def start_at(self, level: int) -> None:
+        """Take ``level`` as the member that runs, whatever the measurements are."""
+        self.level = level
+
+    def update(self, measurements: Measurements, now: float) -> str:
+        """Change ``level`` if the measurements call for it. Return why it was changed; empty if it was not."""
+        excess = self._excess(measurements)
+        if excess or not self._is_well_within(measurements):
+            self._within_limits_since = now
+        cooldown_s = self._limits.cooldown_s
+        if now - self._moved_at < cooldown_s:
             return ""
-        if over and self.rung + 1 < self._rungs:
-            if self._went_up_at is not None and now - self._went_up_at < 4 * self._limits.settle_s:
-                self._patience = min(2 * self._patience, LONGEST_PATIENCE)
-            self._went_up_at = None
-            self._move(self.rung + 1, now)
-            return over
-        if self.rung and now - self._well_since >= self._patience * self._limits.settle_s:
-            self._went_up_at = now
-            self._move(self.rung - 1, now)
+        if excess and self.level + 1 < self._levels:
+            if self._moved_up_at is not None and now - self._moved_up_at < 4 * cooldown_s:
+                self._patience = min(2 * self._patience, MAX_PATIENCE)
+            self._moved_up_at = None
+            self._move(self.level + 1, now)
+            return excess
+        if self.level and now - self._within_limits_since >= self._patience * cooldown_s:
+            self._moved_up_at = now
+            self._move(self.level - 1, now)
             return "within all budgets again"
         return ""
 
-    def _move(self, rung: int, now: float) -> None:
-        self.rung, self._since, self._well_since = rung, now, now
+    def _move(self, level: int, now: float) -> None:
+        self.level, self._moved_at, self._within_limits_since = level, now, now
 
-    def _over(self, m: Measurements) -> str:
+    def _excess(self, m: Measurements) -> str:
+        """Return which limit is exceeded; empty if none is."""
         limits = self._limits
-        if m.decisions and m.misses / m.decisions > limits.misses:
+        if m.decisions and m.misses / m.decisions > limits.miss_share:
             return f"{m.misses} of {m.decisions} decisions late"
         if limits.power_w is not None and m.power_w is not None and m.power_w > limits.power_w:
             return f"{m.power_w:.2f} W, budget {limits.power_w:g} W"
@@ -80,14 +96,24 @@ class AdaptationPolicy:
             return f"{m.temperature_c:.1f} C, limit {limits.temperature_c:g} C"
         return ""
 
-    def _well(self, m: Measurements) -> bool:
+    def _is_well_within(self, m: Measurements) -> bool:
+        """Return whether a larger member may be tried."""
         limits = self._limits
         return (
             m.misses == 0
-            and (limits.power_w is None or m.power_w is None or m.power_w < BACK * limits.power_w)
+            and (limits.power_w is None or m.power_w is None or m.power_w < RETURN_SHARE * limits.power_w)
             and (
                 limits.temperature_c is None
                 or m.temperature_c is None
-                or m.temperature_c < limits.temperature_c - COOLER_C
+                or m.temperature_c < limits.temperature_c - RETURN_MARGIN_C
             )
         )
+
+
+@dataclass
+class Adaptation:
+    """A family of models, and the policy that chooses among them."""
+
+    policy: AdaptationPolicy
+    members: list[LoadedModel]
+    """The largest first; member 0 is the run's own model."""

@@ -1,5 +1,7 @@
-"""What a run must not write: what it reads. Opening a file for decisions empties it, and decisions that come back from
-a broker as samples beget decisions for ever."""
+"""A check that a run does not write what it reads.
+
+Opening a file for decisions empties it, and decisions that a broker sends back as samples cause decisions without end.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,7 @@ from edge_ssm.service.settings import Settings
 
 
 def check(settings: Settings) -> None:
-    """Raises UsageError."""
+    """Raise UsageError if a run with these settings would write to one of its inputs."""
     models = [settings.model, *settings.member]
     signed = [str(signatures.signature_path(model)) for model in models]
     source = address.parse_endpoint(settings.input, sources.SCHEMES)
@@ -24,13 +26,11 @@ def check(settings: Settings) -> None:
     )
     sink = address.parse_endpoint(settings.output, sinks.SCHEMES)
     if {source.scheme, sink.scheme} <= set(mqtt.PORTS):
-        from_, to = (
-            mqtt.parse_topic_address(source.text, wildcards=True),
-            mqtt.parse_topic_address(sink.text, wildcards=False),
-        )
-        with suppress(ImportError):  # paho-mqtt is missing, says whoever opens either
-            if mqtt.is_loop(from_, to):
+        subscription = mqtt.parse_topic_address(source.text, wildcards=True)
+        publication = mqtt.parse_topic_address(sink.text, wildcards=False)
+        with suppress(ImportError):  # Whoever opens the source reports that paho-mqtt is missing.
+            if mqtt.is_loop(subscription, publication):
                 raise UsageError(
                     f"--output {sink.redacted}: the run reads it ({source.redacted}), and would take its own decisions "
-                    "for samples; give another topic"
+                    "for samples; use another topic"
                 )

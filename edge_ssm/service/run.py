@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import math
 import os
 import time
@@ -25,23 +26,23 @@ from edge_ssm.io.sinks.queue import Overflow
 from edge_ssm.io.sinks.registry import open_sink
 from edge_ssm.io.sources.base import Source
 from edge_ssm.io.sources.registry import open_source
+from edge_ssm.log import NOTICE
 from edge_ssm.model.network import Network
 from edge_ssm.runtime.counters import Counters
-from edge_ssm.runtime.pipeline import Pipeline
+from edge_ssm.runtime.driver import Driver
+from edge_ssm.runtime.pipeline import Pipeline, PipelineOptions
 from edge_ssm.runtime.windows import Windows
 from edge_ssm.service import feedback
 from edge_ssm.service import models as service_models
-from edge_ssm.service.adaptation import AdaptationPolicy, Limits
+from edge_ssm.service.adaptation import Adaptation, AdaptationPolicy, Limits
 from edge_ssm.service.checkpointer import Checkpointer
 from edge_ssm.service.models import LoadedModel
 from edge_ssm.service.settings import Settings
-from edge_ssm.service.supervisor import Adaptation, Supervisor
+from edge_ssm.service.supervisor import Supervisor
 from edge_ssm.service.systemd.notify import Notifier
 from edge_ssm.telemetry.publisher import RunInfo, StatusPublisher
 
-Say = Callable[[str], None]
-MAX_REPORTED = 20
-REPORTED_AGAIN_S = 600.0
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -58,35 +59,16 @@ class Outcome:
     """What ended it before its time, or what it could not deliver; empty if all is well."""
 
 
-class _Reporter:
-    """What is wrong with the input, in words, the first lines only: a babbling sensor must not fill a log. After ten
-    minutes the next ones are shown again. All are counted."""
-
-    def __init__(self, source: str, say: Say) -> None:
-        self._source, self._say = source, say
-        self._count, self._since = 0, 0.0
-
-    def __call__(self, line: str) -> None:
-        now = time.monotonic()
-        if now - self._since > REPORTED_AGAIN_S:
-            self._count, self._since = 0, now
-        self._count += 1
-        if self._count <= MAX_REPORTED:
-            self._say(f"{self._source}, {line}")
-        if self._count == MAX_REPORTED:
-            self._say("further malformed rows are counted, not shown")
-
-
-def run(settings: Settings, say: Say) -> Outcome:
-    """Until the source ends or a signal comes. ``say`` is told what a user should know, a line at a time.
+def run(settings: Settings) -> Outcome:
+    """Run until the source ends or a signal comes; log what a user should know.
 
     Raises EdgeSSMError.
     """
     with ExitStack() as stack:
-        return _run(settings, say, stack)
+        return _run(settings, stack)
 
 
-def _run(settings: Settings, say: Say, stack: ExitStack) -> Outcome:
+def _run(settings: Settings, stack: ExitStack) -> Outcome:
     # The first to come and the last to go: a signal ends whatever waits here in good order, with an account.
     stop = stack.enter_context(ShutdownSignal(hangups=settings.reload))
     feedback.check(settings)
@@ -102,14 +84,14 @@ def _run(settings: Settings, say: Say, stack: ExitStack) -> Outcome:
     stack.callback(source.close)
     codec = settings.format or codecs.guess_format(settings.input)
     decoder = source.decoder or codecs.decoder(codec, network.input, scale_factors(settings.scale))
-    named = firmware_profile(settings.profile, say)
+    named = firmware_profile(settings.profile)
     keep_to(settings.affinity, named)
-    running = candidate(settings, settings.model, model, network, windows.lanes, named, say)
+    running = candidate(settings, settings.model, model, network, windows.lanes, named)
     engine = running.engine
     if model.exported is not None:
         service_models.check_outputs(running, lambda: stop.requested)
     chunk = _chunk(settings, str(named.profile.runtime.chunk) if named else "1", engine, windows)
-    adaptive = _adaptive(settings, running, windows, named, say)
+    adaptive = _adaptive(settings, running, windows, named)
     if settings.listen is not None:
         from edge_ssm.telemetry import http
 
@@ -119,70 +101,78 @@ def _run(settings: Settings, say: Say, stack: ExitStack) -> Outcome:
     notifier = Notifier()
     sink = open_sink(settings.output, _file_options(settings), settings.queue, overflow, lambda: _waits(notifier, stop))
     formatter = formats.make(_sink_format(settings), sink or formats.stdout(), network, settings.logits, settings.truth)
-    facts = RunInfo(settings.model, model.digest, engine.name, pace, named.name if named else None, source.name)
-    live = StatusPublisher(formatter, facts)
+    info = RunInfo(settings.model, model.digest, engine.name, pace, named.name if named else None, source.name)
+    counters = Counters()
+    measures_power = settings.listen is not None or adaptive is not None
+    publisher = StatusPublisher(formatter, info, counters, _power() if measures_power else lambda: None)
     closing = stack.enter_context(ExitStack())
-    closing.callback(live.close)
+    closing.callback(publisher.close)
     periods = settings.deadline or (named.profile.runtime.deadline_periods if named else 1.0)
-    pipeline = Pipeline(
-        engine,
-        windows,
-        live,
-        settings.gap,
-        settings.max_gap,
-        settings.strict,
-        _Reporter(source.name, say),
-        chunk,
-        periods / pace if pace and (source.live or settings.pace) else None,
-        settings.stale_after,
-        pace if settings.time_gaps else None,
+    options = PipelineOptions(
+        gap_policy=settings.gap,
+        max_gap=settings.max_gap,
+        strict=settings.strict,
+        chunk=chunk,
+        deadline_s=periods / pace if pace and (source.live or settings.pace) else None,
+        stale_after_s=settings.stale_after,
+        time_stamp_hz=pace if settings.time_gaps else None,
+        source=source.name,
+        reorder=source.reorder,
+        reorder_wait_s=source.reorder_wait_s,
     )
-    checkpointer = Checkpointer(_state_folder(settings), settings.snapshot_interval, source.name, sink, decoder)
+    pipeline = Pipeline(engine, windows, publisher, options, counters)
+    checkpointer = Checkpointer(
+        _state_folder(settings),
+        settings.snapshot_interval,
+        pipeline,
+        source,
+        decoder,
+        sink,
+        running.artifact_digest,
+    )
     stack.callback(checkpointer.close)
     supervisor = Supervisor(
         pipeline,
-        live,
+        publisher,
         stop,
         checkpointer,
         notifier,
         running,
         make_windows,
-        say,
-        _reloader(settings, pipeline, make_windows, named, say) if settings.reload else None,
+        _reloader(settings, pipeline, make_windows, named) if settings.reload else None,
         adaptive,
     )
-    _resume(pipeline, checkpointer, source, supervisor, say)
-    if settings.listen is not None or adaptive is not None:
-        live.power = _power()
-    live.watch(pipeline.account)
+    _resume(pipeline, checkpointer, source, supervisor)
+    publisher.start()
     if settings.listen is not None:
-        page = http.serve(live, settings.listen, settings.prometheus)
+        page = http.serve(publisher, settings.listen, settings.prometheus)
         stack.callback(page.close)
-        say(f"status page at http://{page.address}/")
+        logger.log(NOTICE, "status page at http://%s/", page.address)
     if settings.fifo is not None:
-        _real_time(settings.fifo, say)
+        _real_time(settings.fifo)
     gc.collect()
     gc.freeze()  # What is there now stays: no later collection looks through it.
-    facts.ready = True
+    info.ready = True
     notifier.ready(f"runs {settings.model} on {engine.name}")
-    account, failure = pipeline.account, ""
+    failure = ""
+    driver = Driver(pipeline, source, decoder, stop, supervisor, pace if settings.pace else None)
     try:
-        pipeline.run(source, decoder, stop, pace if settings.pace else None, supervisor)
+        driver.run()
     except RunFailed as error:
-        account.ended_by, failure = "failure", str(error)
+        counters.ended_by, failure = "failure", str(error)
     notifier.stopping()
     try:
-        if problem := checkpointer.finish(pipeline, source):
-            say(problem)
+        if problem := checkpointer.finish(driver.is_consistent):
+            logger.warning(problem)
     except (SinkClosed, RunFailed) as error:  # of what waited for its chunk
         failure = failure or str(error)
     closing.close()
-    failure = failure or _undelivered(account, sink)
+    failure = failure or _undelivered(counters, sink)
     engine = pipeline.engine
-    why = supervisor.running.why
+    why = supervisor.running.engine_description
     if engine.lost:
         why += f", lost in mid-stream ({engine.lost}); {engine.name} took over"
-    return Outcome(account, engine.network, why, chunk, source.name, codec, failure)
+    return Outcome(counters, engine.network, why, chunk, source.name, codec, failure)
 
 
 def _undelivered(account: Counters, sink: Sink | None) -> str:
@@ -237,12 +227,12 @@ def _state_folder(settings: Settings) -> Path | None:
     return folder
 
 
-def _resume(pipeline: Pipeline, checkpointer: Checkpointer, source: Source, supervisor: Supervisor, say: Say) -> None:
+def _resume(pipeline: Pipeline, checkpointer: Checkpointer, source: Source, supervisor: Supervisor) -> None:
     """Go on where the last snapshot was taken, and say how many samples were missed since."""
     try:
-        found = checkpointer.resume(pipeline, source, supervisor.take)
+        found = checkpointer.resume(supervisor.run_artifact)
     except SnapshotError as error:
-        say(str(error))
+        logger.warning(str(error))
         pipeline.emit_event("snapshot_refused", reason=str(error))
         return
     if found is None:
@@ -250,12 +240,14 @@ def _resume(pipeline: Pipeline, checkpointer: Checkpointer, source: Source, supe
     age_s = max(0.0, time.time() - found.saved_at)
     rate = pipeline.engine.network.input.sample_rate_hz
     skipped: int | None = None
-    if checkpointer.followed_on:
+    if checkpointer.has_resumed_exactly:
         skipped = 0
     elif source.position():
         pipeline.emit_event("replaced", source=source.name)
-        say(f"{source.name}: not the file that was read before, or cut short; it is read from its beginning")
-    elif not pipeline.numbered and rate is not None and source.live:
+        logger.warning(
+            "%s: not the file that was read before, or cut short; it is read from its beginning", source.name
+        )
+    elif not pipeline.is_numbered and rate is not None and source.live:
         # Nobody counted them: by the clock, which may have been set meanwhile.
         skipped = round(age_s * rate)
         pipeline.fill_gap(min(skipped, 1 << 40), "stopped")
@@ -263,7 +255,13 @@ def _resume(pipeline: Pipeline, checkpointer: Checkpointer, source: Source, supe
         skipped, f"about {skipped}"
     )
     pipeline.emit_event("resumed", age_s=round(age_s, 3), skipped=skipped)
-    say(f"resumed at sample {pipeline.windows.sample}, {age_s:.1f} s after the snapshot; samples skipped: {told}")
+    logger.log(
+        NOTICE,
+        "resumed at sample %d, %.1f s after the snapshot; samples skipped: %s",
+        pipeline.windows.sample,
+        age_s,
+        told,
+    )
 
 
 def candidate(
@@ -273,7 +271,6 @@ def candidate(
     network: Network,
     lanes: int,
     named: boards.NamedProfile | None,
-    say: Say,
 ) -> LoadedModel:
     """A model on its engine; ``network`` is the model's, or that at another sample rate.
 
@@ -288,14 +285,14 @@ def candidate(
     off_by = model.exported.document.measured.max_error if model.exported else 0.0
     if name in ("auto", "cpu", "cpu-float32"):
         with suppress(EngineUnavailable):  # said again, or gone around, by what follows
-            kernel_cache.load(lambda: say("compiling for this processor, once; takes some seconds"))
+            kernel_cache.load(lambda: logger.log(NOTICE, "compiling for this processor, once; takes some seconds"))
     if name != "auto" or settings.threads is not None:
         try:
             engine = create(name, network, engine_options)
         except ArtifactError as error:
             raise ArtifactError(f"{path}: {error}") from None
         if engine.warning:
-            say(f"warning: {engine.warning}")
+            logger.warning("warning: %s", engine.warning)
         why = f"{name} ({engine.where})" if engine.where else name
         return LoadedModel(path, model.digest, model.artifact.digest, network, engine, why, off_by)
     engine, trial = selection.select_engine(network, engine_options, runtime.engines if runtime else None)
@@ -303,13 +300,13 @@ def candidate(
     return LoadedModel(path, model.digest, model.artifact.digest, network, engine, why)
 
 
-def firmware_profile(name: str, say: Say) -> boards.NamedProfile | None:
+def firmware_profile(name: str) -> boards.NamedProfile | None:
     """The one asked for; a mismatch is a warning."""
     if name == "none":
         return None
     named, warning = boards.select(name)
     if warning:
-        say(f"warning: {warning}")
+        logger.warning("warning: %s", warning)
     return named
 
 
@@ -323,16 +320,16 @@ def keep_to(affinity: list[int] | None, named: boards.NamedProfile | None) -> No
         os.sched_setaffinity(0, there)
 
 
-def _real_time(priority: int, say: Say) -> None:
+def _real_time(priority: int) -> None:
     """The loop's thread comes before all ordinary ones."""
     try:
         os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(priority))
     except OSError as error:
-        say(f"warning: no real-time priority ({error.strerror}); a service needs LimitRTPRIO={priority}")
+        logger.warning("warning: no real-time priority (%s); a service needs LimitRTPRIO=%d", error.strerror, priority)
 
 
 def _adaptive(
-    settings: Settings, running: LoadedModel, windows: Windows, named: boards.NamedProfile | None, say: Say
+    settings: Settings, running: LoadedModel, windows: Windows, named: boards.NamedProfile | None
 ) -> Adaptation | None:
     if not settings.member:
         return None
@@ -343,8 +340,8 @@ def _adaptive(
             raise UsageError(f"--member {path}: its windows or labels are not those of {running.path}")
         if model.digest in {member.digest for member in members}:
             raise UsageError(f"--member {path}: is {running.path}, or there twice; expected a smaller model")
-        member = candidate(settings, path, model, network, windows.lanes, named, say)
-        service_models.check_beside(member, running.network)
+        member = candidate(settings, path, model, network, windows.lanes, named)
+        service_models.check_replacement(member, running.network)
         members.append(member)
     runtime = named.profile.runtime if named else None
     limits = Limits(
@@ -361,12 +358,11 @@ def _reloader(
     pipeline: Pipeline,
     make_windows: Callable[[Network], Windows],
     named: boards.NamedProfile | None,
-    say: Say,
 ) -> service_models.Reloader:
     def prepare() -> LoadedModel:
         model, network = service_models.load(settings.model, settings.sample_rate, settings.require_signature)
-        made = candidate(settings, settings.model, model, network, make_windows(network).lanes, named, say)
-        service_models.check_beside(made, pipeline.engine.network)
+        made = candidate(settings, settings.model, model, network, make_windows(network).lanes, named)
+        service_models.check_replacement(made, pipeline.engine.network)
         return made
 
     return service_models.Reloader(settings.model, prepare)

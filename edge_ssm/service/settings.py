@@ -16,7 +16,7 @@ import msgspec
 from edge_ssm import files
 from edge_ssm.errors import InputRefused, UsageError
 from edge_ssm.io.sinks.queue import Overflow
-from edge_ssm.runtime.pipeline import GapPolicy
+from edge_ssm.runtime.gaps import GapPolicy
 
 if sys.version_info >= (3, 11):
     import tomllib

@@ -1,10 +1,10 @@
-"""The state of a run as a file: written whole or not at all, checked before it is believed.
+"""Snapshots: the state of a run as a file, which is written whole or not at all, and checked when it is read.
 
 8 bytes    "EDGESSM" and the version
 32 bytes   SHA-256 of all that follows
 8 bytes    length n of the document, unsigned little-endian
 n bytes    the document, JSON (``Document``)
-the rest   the engine's states, complex128 little-endian, one (lanes, S) array a block, back to back
+the rest   the engine's states, complex128 little-endian, one (lanes, S) array per block, back to back
 """
 
 from __future__ import annotations
@@ -21,29 +21,35 @@ import numpy as np
 from edge_ssm import files
 from edge_ssm.engines.registry import Snapshot
 from edge_ssm.errors import SnapshotError
-from edge_ssm.runtime.pipeline import PipelineState
+from edge_ssm.runtime.state import PipelineState
 
 MAGIC = b"EDGESSM\x01"
-LARGEST = 1 << 28
+MAX_BYTES = 1 << 28
 Size = Annotated[int, msgspec.Meta(ge=0, le=1 << 24)]
 
 
 class Document(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Everything in a snapshot but the engine's states."""
+
     artifact: str
     """Digest of the artifact that ran."""
     fingerprint: str
-    """Of its network at this run's sample rate."""
+    """Fingerprint of its network at this run's sample rate."""
     shapes: list[tuple[Size, Size]]
+    """Shapes of the engine's states, (lanes, S) each."""
     loop: PipelineState
     source: str
-    """Where samples came from: ``position`` and ``decoder`` mean something only there."""
+    """Name of the source; ``position`` and ``decoder`` are meaningful only for it."""
     position: dict[str, int]
+    """``Source.position``."""
     decoder: dict[str, Any]
+    """``FrameDecoder.state``."""
     saved_at: float
-    """Seconds of the epoch, by the clock of then."""
+    """Seconds since the epoch."""
 
 
 def to_bytes(document: Document, state: Snapshot) -> bytes:
+    """Return the content of a snapshot file."""
     head = msgspec.json.encode(document)
     arrays = [np.ascontiguousarray(x, dtype="<c16").tobytes() for x in state.state]
     body = struct.pack("<Q", len(head)) + head + b"".join(arrays)
@@ -51,7 +57,7 @@ def to_bytes(document: Document, state: Snapshot) -> bytes:
 
 
 def from_bytes(content: bytes) -> tuple[Document, Snapshot]:
-    """Raises SnapshotError for whatever is not exactly what ``to_bytes`` makes."""
+    """Return document and engine state of a snapshot file. Raises SnapshotError unless ``to_bytes`` made it."""
     if len(content) < 48 or content[:8] != MAGIC:
         raise SnapshotError("snapshot: not a snapshot of this version; start without it")
     body = content[40:]
@@ -66,7 +72,7 @@ def from_bytes(content: bytes) -> tuple[Document, Snapshot]:
         raise SnapshotError(f"snapshot: {' '.join(str(error).split())[:120]}; start without it") from None
     rest = body[8 + length :]
     if sum(16 * math.prod(shape) for shape in document.shapes) != len(rest):
-        raise SnapshotError("snapshot: its states are not as many as it says; start without it")
+        raise SnapshotError("snapshot: its states do not have the sizes that it states; start without it")
     arrays, first = [], 0
     for shape in document.shapes:
         size = math.prod(shape)
@@ -76,10 +82,10 @@ def from_bytes(content: bytes) -> tuple[Document, Snapshot]:
 
 
 def read(path: Path) -> tuple[Document, Snapshot] | None:
-    """Return the snapshot in ``path``; None if there is no such file. Raises SnapshotError."""
+    """Read a snapshot file; None if it does not exist. Raises SnapshotError."""
     try:
         with files.open_regular_file(path) as file:
-            content = files.read_at_most(file, LARGEST)
+            content = files.read_at_most(file, MAX_BYTES)
     except FileNotFoundError:
         return None
     except OSError as error:

@@ -1,7 +1,7 @@
-"""A run's status page, health and metrics over HTTP, for a browser beside the device and for Prometheus.
+"""A run's status page, health and metrics over HTTP, for browsers and for Prometheus.
 
-A server of its own thread that can be let stand in a hostile network: a request is at most 8 KiB and 5 seconds, few are
-answered at a time and a second, and nothing that a client does reaches the loop.
+The server has threads of its own and withstands hostile clients: a request may have 8 KiB and take 5 seconds, the
+number of connections at a time and per second is limited, and nothing that a client does reaches the pipeline.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ import base64
 import hashlib
 import io
 import ipaddress
+import json
+import logging
 import re
 import socket
 import sys
@@ -23,25 +25,30 @@ from pathlib import Path
 from socketserver import TCPServer
 from typing import Any
 
-from edge_ssm import __version__, journal
+from edge_ssm import __version__
 from edge_ssm.errors import UsageError
 from edge_ssm.io import address as io_address
-from edge_ssm.telemetry.health import unhealthy, unready
+from edge_ssm.runtime.counters import PUBLISHED
+from edge_ssm.telemetry import health, status_document
 from edge_ssm.telemetry.prometheus import CONTENT_TYPE, Metrics
 from edge_ssm.telemetry.publisher import StatusPublisher
-from edge_ssm.telemetry.status_document import document
+
+logger = logging.getLogger(__name__)
 
 PAGE = Path(__file__).with_name("status_page.html")
-HEAD_BYTES = 8192
-"""Most of a request: its line and its headers."""
-HEAD_S, ANSWER_S = 5.0, 5.0
-"""For a whole request to arrive, and for a whole answer to be taken."""
-CONNECTIONS = 16
-"""At a time. One more closes the oldest, so that clients who only hold on keep nobody out."""
+COUNTERS_MARK = "/* COUNTERS */[]"
+"""Stands in the page for the counters' declarations."""
+MAX_HEAD_BYTES = 8192
+"""Limit of a request: its line and its headers."""
+HEAD_S, RESPONSE_S = 5.0, 5.0
+"""Time limits for a whole request to arrive, and for a whole response to be received."""
+MAX_CONNECTIONS = 16
+"""At a time. One more closes the oldest, so that idle clients do not keep others out."""
 PER_SECOND = 50
-"""Connections, after as many at once: each answer costs about a millisecond in which the loop may wait for Python."""
-FAULTS = 10
-"""Of this module that are told of before it falls silent."""
+"""Connections per second, after a burst of as many. A response takes about a millisecond, in which the pipeline
+may have to wait for Python's lock."""
+MAX_FAULTS = 10
+"""Errors in this module that are logged; later ones are not."""
 _HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
@@ -52,53 +59,54 @@ _HEADERS = {
 
 
 def parse_listen(listen: str) -> tuple[str, int]:
-    """HOST:PORT, [ADDRESS]:PORT or :PORT (of 127.0.0.1) as host and port. Raises UsageError."""
-    found = re.fullmatch(r"(?:\[([\w:.%]+)\]|([\w.-]*)):([0-9]{1,5})", listen, re.ASCII)
-    if found is None or int(found[3]) > 65535:
+    """Return host and port of HOST:PORT, [ADDRESS]:PORT or :PORT (on 127.0.0.1). Raises UsageError."""
+    match = re.fullmatch(r"(?:\[([\w:.%]+)\]|([\w.-]*)):([0-9]{1,5})", listen, re.ASCII)
+    if match is None or int(match[3]) > 65535:
         raise UsageError(
             f"listen {listen[:100]!r}: expected HOST:PORT, :PORT or [IPV6-ADDRESS]:PORT, as 127.0.0.1:9464"
         )
-    host = found[1] or found[2] or io_address.LOOPBACK
+    host = match[1] or match[2] or io_address.LOOPBACK
     io_address.check_host(host, f"listen {listen[:100]!r}")
-    return host, int(found[3])
+    return host, int(match[3])
 
 
-class Web:
-    """A server that answers until ``close``."""
+class StatusServer:
+    """A server that runs until ``close``."""
 
     def __init__(self, server: _Server) -> None:
         self._server = server
         host, port = str(server.server_address[0]), server.server_address[1]
         self.address = f"[{host}]:{port}" if server.address_family == socket.AF_INET6 else f"{host}:{port}"
-        """HOST:PORT, the port being the real one where 0 was asked for."""
-        self._thread = threading.Thread(target=server.serve_forever, name="web", daemon=True)
+        """HOST:PORT; where port 0 was requested, the port that was free."""
+        self._thread = threading.Thread(target=server.serve_forever, name="http", daemon=True)
         self._thread.start()
 
     @property
     def url(self) -> str:
+        """Address of the status page."""
         return f"http://{self.address}/"
 
     def close(self) -> None:
-        """Within a second; answers on their way are cut off."""
+        """Stop within a second; responses on their way are cut off."""
         self._server.shutdown()
         self._server.server_close()
         self._server.close_connections()
         self._thread.join(5)
 
 
-def serve(live: StatusPublisher, listen: str, prometheus: bool, stuck_after_s: float = 10.0) -> Web:
-    """Serve ``live`` at ``listen`` (``parse_listen``; port 0: any that is free), /metrics with ``prometheus``.
+def serve(publisher: StatusPublisher, listen: str, prometheus: bool, stuck_after_s: float = 10.0) -> StatusServer:
+    """Serve a run's status at ``listen`` (see ``parse_listen``; port 0 is any free one); /metrics if ``prometheus``.
 
-    ``stuck_after_s``: how long the loop may not go round before /healthz says 503. To be called before the loop's
-    thread takes a real-time priority, which the server's threads would inherit.
+    ``/healthz`` reports 503 once the pipeline has not ticked for ``stuck_after_s`` seconds. Call this before the
+    pipeline's thread gets a real-time priority, which the server's threads would inherit.
 
-    Raises UsageError: an address that is none, is taken or is not this machine's; prometheus-client missing.
+    Raises UsageError if the address is invalid, in use or not of this machine, or if prometheus-client is missing.
     """
     host, port = parse_listen(listen)
-    metrics = Metrics(live) if prometheus else None
+    metrics = Metrics(publisher) if prometheus else None
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        return Web(_Server(family, address, host, live, metrics, stuck_after_s))
+        return StatusServer(_Server(family, address, host, publisher, metrics, stuck_after_s))
     except (OSError, UnicodeError) as error:
         reason = getattr(error, "strerror", None) or "no such host"
         raise UsageError(f"listen {listen!r}: {reason[0].lower()}{reason[1:]}") from None
@@ -111,10 +119,16 @@ class _Server(ThreadingHTTPServer):
     request_queue_size = 64
 
     def __init__(
-        self, family: int, address: Any, host: str, live: StatusPublisher, metrics: Metrics | None, stuck_after_s: float
+        self,
+        family: int,
+        address: Any,
+        host: str,
+        publisher: StatusPublisher,
+        metrics: Metrics | None,
+        stuck_after_s: float,
     ) -> None:
         self.address_family = family
-        self.live = live
+        self.publisher = publisher
         self.metrics = metrics
         self.stuck_after_s = stuck_after_s
         self._open: dict[socket.socket, None] = {}
@@ -122,14 +136,14 @@ class _Server(ThreadingHTTPServer):
         self._credit, self._credited = float(PER_SECOND), time.monotonic()
         self._faults = 0
         super().__init__(address, _Handler)
-        # A page of somewhere else, whose name was made to point here (DNS rebinding), still asks for that name. Where
-        # others may come in anyway the server can't know its names.
+        # DNS rebinding: a page from elsewhere whose host name has been made to point here still sends that name. If the
+        # server accepts connections from other machines, it cannot know the names that it has there.
         bound = str(self.server_address[0])
         loopback = ipaddress.ip_address(bound.partition("%")[0]).is_loopback
         self.names = {"localhost", "127.0.0.1", "[::1]", host.lower(), bound, f"[{bound}]"} if loopback else None
 
     def server_bind(self) -> None:
-        TCPServer.server_bind(self)  # HTTPServer's would ask the name service for this machine's name.
+        TCPServer.server_bind(self)  # HTTPServer's asks the name service for this machine's name.
 
     def get_request(self) -> tuple[socket.socket, Any]:
         now = time.monotonic()
@@ -140,12 +154,12 @@ class _Server(ThreadingHTTPServer):
         try:
             return super().get_request()
         except OSError:
-            time.sleep(0.1)  # No descriptor is left: trying again at once would only burn the processor.
+            time.sleep(0.1)  # No descriptor is free: to retry at once would only use processor time.
             raise
 
     def process_request(self, request: Any, client_address: Any) -> None:
         with self._lock:
-            oldest = next(iter(self._open)) if len(self._open) >= CONNECTIONS else None
+            oldest = next(iter(self._open)) if len(self._open) >= MAX_CONNECTIONS else None
             if oldest is not None:
                 del self._open[oldest]
             self._open[request] = None
@@ -159,6 +173,7 @@ class _Server(ThreadingHTTPServer):
         super().shutdown_request(request)
 
     def close_connections(self) -> None:
+        """Hang up on every client."""
         with self._lock:
             left, self._open = list(self._open), {}
         for connection in left:
@@ -166,18 +181,19 @@ class _Server(ThreadingHTTPServer):
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         error = sys.exc_info()[1]
-        # A connection's end is no news.
+        # A connection that ended is not worth a line in the log.
         if isinstance(error, Exception) and not isinstance(error, OSError):
             self.fault(error)
 
     def fault(self, error: Exception) -> None:
+        """Log an error in this module, the first few times."""
         self._faults += 1
-        if self._faults <= FAULTS:
-            journal.log("error", "the status server failed", error=repr(error))
+        if self._faults <= MAX_FAULTS:
+            logger.error("the status server failed", extra={"fields": {"error": repr(error)}})
 
 
 def _hang_up(connection: socket.socket) -> None:
-    """Wakes the thread that waits for it, which then closes it."""
+    """Wake the thread that waits for this connection; it then closes it."""
     try:
         connection.shutdown(socket.SHUT_RDWR)
     except OSError:
@@ -190,7 +206,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def setup(self) -> None:
         self.connection = self.request
-        self.wfile = io.BytesIO()  # One answer, sent as a whole.
+        self.wfile = io.BytesIO()  # The response is sent as a whole.
 
     def handle(self) -> None:
         self.close_connection = True
@@ -205,35 +221,35 @@ class _Handler(BaseHTTPRequestHandler):
         self.raw_requestline = self.rfile.readline()
         if self.parse_request():
             try:
-                self._answer()
-            except Exception as error:  # A client must see no traceback, and no other client must notice.
+                self._respond()
+            except Exception as error:  # The client must not see a traceback, nor other clients be affected.
                 self.server.fault(error)
                 self.wfile = io.BytesIO()
                 self.send_error(HTTPStatus.INTERNAL_SERVER_ERROR)
 
     def finish(self) -> None:
-        self.connection.settimeout(ANSWER_S)
+        self.connection.settimeout(RESPONSE_S)
         self.connection.sendall(self.wfile.getvalue())  # type: ignore[attr-defined]
 
     def handle_expect_100(self) -> bool:
-        return True  # No answer needs a body.
+        return True  # No request needs a body.
 
-    def _answer(self) -> None:
+    def _respond(self) -> None:
         if self.command not in ("GET", "HEAD"):
             self.send_error(HTTPStatus.METHOD_NOT_ALLOWED)
             return
         names = self.server.names
         if names is not None and _name(self.headers.get("Host", "")) not in names:
             self._send(
-                HTTPStatus.FORBIDDEN, "text/plain", b"this server answers on this machine only: not for that Host\n"
+                HTTPStatus.FORBIDDEN, "text/plain", b"this server answers on this machine only, not for that Host\n"
             )
             return
         path, _, query = self.path.partition("?")
-        answer = _PATHS.get(path)
-        if answer is None:
-            self._send(HTTPStatus.NOT_FOUND, "text/plain", f"not here; there are {', '.join(_PATHS)}\n".encode())
+        respond = _PATHS.get(path)
+        if respond is None:
+            self._send(HTTPStatus.NOT_FOUND, "text/plain", f"not found; expected one of {', '.join(_PATHS)}\n".encode())
             return
-        self._send(*answer(self.server, query))
+        self._send(*respond(self.server, query))
 
     def _send(self, status: HTTPStatus, kind: str, body: bytes) -> None:
         self.send_response(status)
@@ -250,7 +266,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(body)
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
-        """The standard library's would repeat what the client sent."""
+        """Send an error. The standard library's page would repeat what the client sent."""
         status = HTTPStatus(code)
         self._send(status, "text/plain", f"{status.phrase}\n".encode())
 
@@ -258,20 +274,23 @@ class _Handler(BaseHTTPRequestHandler):
         return f"edge-ssm/{__version__}"
 
     def log_message(self, format: str, *args: object) -> None:
-        """Nothing: a scrape every few seconds is no news."""
+        """Log nothing: there is a scrape every few seconds."""
 
 
 def _head(connection: socket.socket) -> bytes | None:
-    """The request's line and headers; cut off without a line's end if they are too long; None: they did not come."""
-    head, until = b"", time.monotonic() + HEAD_S
-    while len(head) < HEAD_BYTES:
-        # A limit for each read alone would let one byte a second hold on for ever.
-        left = until - time.monotonic()
+    """Read the request's line and headers.
+
+    Return None if they do not arrive in time; without a line end if they are too long.
+    """
+    head, end_time = b"", time.monotonic() + HEAD_S
+    while len(head) < MAX_HEAD_BYTES:
+        # A limit for each read alone would let a client that sends a byte per second stay for ever.
+        left = end_time - time.monotonic()
         if left <= 0:
             return None
         connection.settimeout(left)
         try:
-            data = connection.recv(HEAD_BYTES - len(head))
+            data = connection.recv(MAX_HEAD_BYTES - len(head))
         except OSError:
             return None
         if not data:
@@ -284,17 +303,19 @@ def _head(connection: socket.socket) -> bytes | None:
 
 
 def _name(host: str) -> str:
-    """Of a Host header, without its port."""
+    """Return the name in a Host header, without its port."""
     return re.sub(r":[0-9]*$", "", host.strip().lower(), flags=re.ASCII)
 
 
-Answer = tuple[HTTPStatus, str, bytes]
+Response = tuple[HTTPStatus, str, bytes]
+"""Status, content type, body."""
 
 
 @cache
 def _page() -> tuple[bytes, str]:
-    """The status page and its policy: its own script and style, nothing from anywhere else."""
-    text = PAGE.read_text(encoding="utf-8")
+    """Return the status page, and its content security policy: only its own script and style are allowed."""
+    rows = [(each.name, each.row, each.prefix) for each in PUBLISHED if each.row]
+    text = PAGE.read_text(encoding="utf-8").replace(COUNTERS_MARK, json.dumps(rows))
 
     def digest(tag: str) -> str:
         inner = text.partition(f"<{tag}>")[2].partition(f"</{tag}>")[0]
@@ -307,36 +328,40 @@ def _page() -> tuple[bytes, str]:
     return text.encode(), policy
 
 
-def _root(server: _Server, query: str) -> Answer:
+def _root(server: _Server, query: str) -> Response:
     return HTTPStatus.OK, "text/html; charset=utf-8", _page()[0]
 
 
-def _status(server: _Server, query: str) -> Answer:
+def _status(server: _Server, query: str) -> Response:
     since = re.fullmatch(r"since=(\d{1,12}(?:\.\d{1,9})?)", query, re.ASCII)
-    body = document(server.live, server.stuck_after_s, float(since[1]) if since else 0.0)
+    body = status_document.encode(server.publisher, server.stuck_after_s, float(since[1]) if since else 0.0)
     return HTTPStatus.OK, "application/json", body
 
 
-def _metrics(server: _Server, query: str) -> Answer:
+def _metrics(server: _Server, query: str) -> Response:
     if server.metrics is None:
-        return HTTPStatus.NOT_FOUND, "text/plain", b"metrics are off; the configuration turns them on\n"
+        return (
+            HTTPStatus.NOT_FOUND,
+            "text/plain",
+            b"metrics are off; turn them on with metrics.prometheus in the configuration, or --prometheus\n",
+        )
     return HTTPStatus.OK, CONTENT_TYPE, server.metrics.text()
 
 
-def _health(server: _Server, query: str) -> Answer:
-    return _said(unhealthy(server.live.status(), server.stuck_after_s))
+def _health(server: _Server, query: str) -> Response:
+    return _verdict(health.why_unhealthy(server.publisher.status(), server.stuck_after_s))
 
 
-def _ready(server: _Server, query: str) -> Answer:
-    return _said(unready(server.live.status()))
+def _ready(server: _Server, query: str) -> Response:
+    return _verdict(health.why_unready(server.publisher.status()))
 
 
-def _said(problem: str) -> Answer:
+def _verdict(problem: str) -> Response:
     status = HTTPStatus.SERVICE_UNAVAILABLE if problem else HTTPStatus.OK
     return status, "text/plain; charset=utf-8", f"{problem or 'ok'}\n".encode()
 
 
-_PATHS: dict[str, Callable[[_Server, str], Answer]] = {
+_PATHS: dict[str, Callable[[_Server, str], Response]] = {
     "/": _root,
     "/status.json": _status,
     "/metrics": _metrics,

@@ -1,4 +1,4 @@
-"""The JSON document behind ``/status.json``."""
+"""The JSON document behind ``/status.json``: everything that the status page shows."""
 
 from __future__ import annotations
 
@@ -7,27 +7,28 @@ from typing import Any
 import msgspec
 
 from edge_ssm.io.messages import Decision
-from edge_ssm.telemetry.health import _fit, unhealthy, unready
+from edge_ssm.telemetry import health
 from edge_ssm.telemetry.publisher import StatusPublisher
+from edge_ssm.telemetry.status import shorten
 
-VALUES = 64
-"""Most outputs of a decision that are shown."""
+MAX_VALUES = 64
+"""Outputs shown of one decision of a regression."""
 
 
-def document(live: StatusPublisher, stuck_after_s: float, since: float = 0.0) -> bytes:
-    """JSON of all that the status page shows. ``since``, seconds of the epoch: history from there on only."""
-    status = live.status()
-    latency = live.latency()
+def encode(publisher: StatusPublisher, stuck_after_s: float, since: float = 0.0) -> bytes:
+    """Return the document as JSON, with the history after ``since`` (seconds since the epoch)."""
+    status = publisher.status()
+    latency = publisher.latency()
     return msgspec.json.encode(
         {
-            "status": _fit(msgspec.structs.asdict(status)),
-            "unhealthy": unhealthy(status, stuck_after_s),
-            "unready": unready(status),
-            "decisions": [_decision(decision) for decision in live.recent()],
-            "events": [(at, _fit(text)) for at, text in live.events()],
+            "status": shorten(msgspec.structs.asdict(status)),
+            "unhealthy": health.why_unhealthy(status, stuck_after_s),
+            "unready": health.why_unready(status),
+            "decisions": [_decision(decision) for decision in publisher.decisions()],
+            "events": [(time, shorten(text)) for time, text in publisher.events()],
             "history": [
                 (p.time, p.samples_per_s, p.power_w, p.temperature_c, p.step_p99_us)
-                for p in live.history()
+                for p in publisher.history()
                 if p.time > since
             ],
             "latency": {
@@ -41,7 +42,7 @@ def document(live: StatusPublisher, stuck_after_s: float, since: float = 0.0) ->
 
 
 def _decision(d: Decision) -> dict[str, Any]:
-    shown: dict[str, Any] = {"index": d.index, "start": d.start, "end": d.end, "gaps": d.gaps, "time": _fit(d.time)}
+    shown: dict[str, Any] = {"index": d.index, "start": d.start, "end": d.end, "gaps": d.gaps, "time": shorten(d.time)}
     if d.label is None:
-        return shown | {"value": [float(v) for v in d.outputs[:VALUES]]}
-    return shown | {"label": _fit(d.label), "score": d.score}
+        return shown | {"value": [float(v) for v in d.outputs[:MAX_VALUES]]}
+    return shown | {"label": shorten(d.label), "score": d.score}
