@@ -90,8 +90,8 @@ def test_no_configuration_breaks_the_reader(content):
 
 def snapshot_bytes(network, cut=27, engine="reference"):
     samples = samples_for(network, 0, 60)
-    loop = Stream(network, engine=engine).feed(samples[:cut]).loop
-    state, snapshot = loop.state()
+    pipeline = Stream(network, engine=engine).feed(samples[:cut]).pipeline
+    state, snapshot = pipeline.state()
     shapes = [(len(x), x.shape[1]) for x in snapshot.state]
     document = service_snapshot.Document("d" * 64, snapshot.fingerprint, shapes, state, "s", {"offset": 5}, {}, 1e9)
     return service_snapshot.to_bytes(document, snapshot), document, snapshot
@@ -127,8 +127,8 @@ def test_a_snapshot_made_up_with_a_right_checksum_breaks_nothing(data):
 
     content, document, _ = snapshot_bytes(random_network())
     plain = json.loads(msgspec.json.encode(document))
-    loop = plain["loop"]
-    where = data.draw(st.sampled_from([plain, loop, loop["windows"]]))
+    pipeline = plain["loop"]
+    where = data.draw(st.sampled_from([plain, pipeline, pipeline["windows"]]))
     key = data.draw(st.sampled_from(sorted(where)))
     where[key] = data.draw(
         st.recursive(

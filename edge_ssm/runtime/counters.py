@@ -13,14 +13,15 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from typing import Any
+
+import msgspec
 
 from edge_ssm.histogram import LatencyHistogram
 
 
-@dataclass(frozen=True)
-class Phrase:
+class Phrase(msgspec.Struct, frozen=True):
     """How a counter appears in the summary of a run."""
 
     line: str
@@ -33,8 +34,7 @@ class Phrase:
     """Whether the phrase is left out while the count is 0."""
 
 
-@dataclass(frozen=True)
-class Declaration:
+class Declaration(msgspec.Struct, frozen=True):
     """What is known about a counter apart from its value."""
 
     help: str
@@ -77,7 +77,7 @@ def counter_by_reason(help: str, *, row: str, prefix: str, reasons: tuple[str, .
     return field(default_factory=Counter, metadata={"declaration": declaration})
 
 
-@dataclass
+@dataclass(repr=False, eq=False)  # neither is used, and both take time at start-up
 class Counters:
     """Everything that arrived at a run, by what became of it, and the times of its steps."""
 
@@ -202,7 +202,9 @@ class Counters:
 
 
 DECLARATIONS: tuple[Declaration, ...] = tuple(
-    replace(each.metadata["declaration"], name=each.name) for each in fields(Counters) if "declaration" in each.metadata
+    msgspec.structs.replace(each.metadata["declaration"], name=each.name)
+    for each in fields(Counters)
+    if "declaration" in each.metadata
 )
 """Every counter, in the order in which all outputs list them."""
 PUBLISHED = tuple(each for each in DECLARATIONS if each.is_published and not each.reason_of)

@@ -13,11 +13,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from logging import WARNING
 from time import monotonic
 from typing import Any, Protocol
 
+import msgspec
 import numpy as np
 
 from edge_ssm.engines.registry import Engine, Snapshot
@@ -66,8 +66,7 @@ class PipelineObserver:
         """Called when the source has lost its connection, or has one."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class PipelineOptions:
+class PipelineOptions(msgspec.Struct, frozen=True, kw_only=True):
     """How a pipeline treats its input."""
 
     gap_policy: GapPolicy = "hold"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Literal, NamedTuple
+from typing import Literal
+
+import msgspec
 
 from edge_ssm.io.messages import Frame
 from edge_ssm.io.sources.base import Source
@@ -13,7 +15,7 @@ MAX_KNOWN_LOST = 4096
 """Lost numbers that are remembered, the newest ones, to tell late samples from repeated ones."""
 
 
-class Arrival(NamedTuple):
+class Arrival(msgspec.Struct, frozen=True):
     """What a sequence number says about the sample that carries it."""
 
     kind: Literal["next", "gap", "repeated", "late", "restarted"]
