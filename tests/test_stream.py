@@ -18,7 +18,7 @@ from edge_ssm.io.messages import Frame, Malformed
 from edge_ssm.io.sinks.formats import CsvFormatter, NdjsonFormatter
 from edge_ssm.runtime.decisions import decide
 from edge_ssm.runtime.pipeline import Pipeline, PipelineOptions
-from edge_ssm.runtime.windows import Closed, Windows
+from edge_ssm.runtime.windows import ClosedWindow, Windows
 
 
 class Stream:
@@ -317,7 +317,7 @@ def test_a_table_has_another_header_where_another_network_has_other_columns():
     for network in (first, first, second, second):
         formatter.adopt(network)
         outputs = np.zeros(network.d_output)
-        formatter.decision(decide(network, 0, Closed(0, 10, outputs, 0, None), outputs, None))
+        formatter.decision(decide(network, 0, ClosedWindow(0, 10, outputs, 0, None), outputs, None))
     widths = [len(line.split(",")) for line in file.getvalue().splitlines()]
     assert widths == [6 + first.d_output + 1] * 3 + [6 + second.d_output + 1] * 3
     assert [line.startswith("index") for line in file.getvalue().splitlines()] == [True, False, False] * 2

@@ -1,4 +1,4 @@
-"""From a window's pooled outputs to a decision, and the events that stand beside decisions in the output."""
+"""From a window's pooled outputs to a decision."""
 
 from __future__ import annotations
 
@@ -6,11 +6,15 @@ import numpy as np
 
 from edge_ssm.io.messages import Decision
 from edge_ssm.model.network import Array, Network
-from edge_ssm.runtime.windows import Closed
+from edge_ssm.runtime.windows import ClosedWindow
 
 
-def decide(network: Network, index: int, window: Closed, outputs: Array, time: float | str | None) -> Decision:
-    """The decision of a window; ``outputs`` is its (finite) pooled output."""
+def decide(network: Network, index: int, window: ClosedWindow, outputs: Array, time: float | str | None) -> Decision:
+    """Return the decision of a window.
+
+    ``outputs`` are its pooled outputs, which must be finite; ``time`` is the time stamp of its last sample. The label
+    is that of the largest output; the score is its softmax probability.
+    """
     label = score = None
     if network.task == "classification":
         best = int(outputs.argmax())

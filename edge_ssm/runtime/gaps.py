@@ -51,7 +51,7 @@ class GapFiller:
         """Whether this gap has reset the stream, which now waits for the next good sample."""
 
     def close(self, values: Array) -> None:
-        """A good sample ends the gap, if there is one."""
+        """End the gap, if there is one, with a good sample."""
         self.values = values
         self.length = 0
         self.has_reset = False

@@ -34,7 +34,7 @@ from edge_ssm.runtime.input_log import InputLog
 from edge_ssm.runtime.sequence import NEXT, SequenceTracker
 from edge_ssm.runtime.state import EarlyFrame, PipelineState, to_array, to_json
 from edge_ssm.runtime.stepping import Stepper
-from edge_ssm.runtime.windows import Closed, Windows
+from edge_ssm.runtime.windows import ClosedWindow, Windows
 
 TICK_S = 0.1
 """Longest time between two ticks of the observer, whether samples arrive or not."""
@@ -57,13 +57,13 @@ class PipelineObserver:
     """Whether a later run will resume from the state at the end, frames that are held back included."""
 
     def on_tick(self) -> None:
-        """Called at least every TICK_S, between two samples; the current batch may be half processed."""
+        """React to the passing of time: at least every TICK_S, between two samples of a batch or two batches."""
 
     def on_batch_end(self, token: Any) -> None:
-        """Called when everything that was read is processed; ``token`` is the last one that the source gave."""
+        """React when everything that was read is processed; ``token`` is the last one that the source gave."""
 
     def on_connection_change(self, connected: bool) -> None:
-        """Called when the source has lost its connection, or has one."""
+        """React when the source has lost its connection, or has one."""
 
 
 class PipelineOptions(msgspec.Struct, frozen=True, kw_only=True):
@@ -138,7 +138,7 @@ class Pipeline:
         self._input_log.log(f"{malformed.where}: {malformed.problem}; left out")
 
     def _process_frame(self, frame: Frame) -> None:
-        """Number a frame, after the samples that are missing before it, and step it if its values are good."""
+        """Process one frame, after the samples that are missing before it."""
         if frame.sequence is not None:
             if not self._take_number(frame.sequence):
                 return
@@ -169,7 +169,7 @@ class Pipeline:
         return True
 
     def fill_gap(self, samples: int, reason: str) -> None:
-        """Number samples that were taken and never came, and fill them by the gap policy."""
+        """Process samples that were taken and never arrived."""
         counters, d_input = self.counters, self.engine.network.d_input
         blank, bad = Frame(np.full(d_input, np.nan)), np.ones(d_input, dtype=bool)
         for i in range(samples):
@@ -179,7 +179,7 @@ class Pipeline:
                 counters.gaps[reason] += rest
                 counters.discarded += rest
                 self._gap.length += rest
-                self.windows.pass_over(rest)
+                self.windows.skip(rest)
                 return
             counters.samples += 1
             self._process_bad(blank, bad, reason)
@@ -194,7 +194,7 @@ class Pipeline:
             self.flush()
             self._reset("gap", gap_samples=self._gap.length)
         if self._gap.has_reset:
-            self.windows.pass_over()
+            self.windows.skip()
             self.counters.discarded += 1
             return
         values = self._gap.fill(frame.values, bad)
@@ -203,7 +203,7 @@ class Pipeline:
         else:
             self._stepper.add(values, frame, is_gap=True)
 
-    def _close_window(self, window: Closed, frame: Frame) -> None:
+    def _close_window(self, window: ClosedWindow, frame: Frame) -> None:
         """Decide a window that ends with ``frame``."""
         counters = self.counters
         if window.outputs is None:
@@ -223,7 +223,7 @@ class Pipeline:
         deadline_s = self._options.deadline_s
         if deadline_s is not None and monotonic() - self._arrived_at > deadline_s:
             counters.deadline_misses += 1
-        if self._when_idle is not None and self.windows.resting:
+        if self._when_idle is not None and self.windows.is_idle:
             act, self._when_idle = self._when_idle, None
             act()
 
@@ -318,7 +318,7 @@ class Pipeline:
     def call_when_idle(self, act: Callable[[], None]) -> None:
         """Call ``act`` between two samples, as soon as no window is open. A later call replaces a waiting one."""
         self.flush()
-        if self.windows.resting:
+        if self.windows.is_idle:
             act()
         else:
             self._when_idle = act

@@ -12,7 +12,7 @@ from edge_ssm.errors import UsageError
 from edge_ssm.histogram import LatencyHistogram
 from edge_ssm.io.messages import Frame
 from edge_ssm.model.network import Array
-from edge_ssm.runtime.windows import Closed, Windows
+from edge_ssm.runtime.windows import ClosedWindow, Windows
 
 
 class Stepper:
@@ -28,7 +28,7 @@ class Stepper:
         windows: Windows,
         chunk: int,
         latency: LatencyHistogram,
-        on_window: Callable[[Closed, Frame], None],
+        on_window: Callable[[ClosedWindow, Frame], None],
     ) -> None:
         if engine.lanes != windows.lanes:
             raise UsageError(f"engine has {engine.lanes} lanes, the windows need {windows.lanes}")
@@ -48,7 +48,7 @@ class Stepper:
             self._step(values, frame, is_gap)
             return
         self._pending.append((values, frame, is_gap))
-        if len(self._pending) >= self._chunk or len(self._pending) >= self.windows.together():
+        if len(self._pending) >= self._chunk or len(self._pending) >= self.windows.until_boundary():
             self.flush()
 
     def skip(self, frame: Frame) -> None:
@@ -118,7 +118,7 @@ class Stepper:
         discarded = 0
         if windows is not None:
             discarded = self.windows.restart()
-            windows.pass_over(self.windows.sample)
+            windows.skip(self.windows.sample)
             self.windows = windows
         self.engine = engine
         return discarded

@@ -396,8 +396,8 @@ def chunk_asked(settings: Settings, default: str) -> int | None:
         if budget_ms is not None:
             raise UsageError("--latency-budget: only with --chunk auto")
         size = int(text) if text.isascii() and text.isdigit() and len(text) < 10 else 0
-        if not 1 <= size <= batching.LARGEST:
-            raise UsageError(f"--chunk {text!r}: expected auto, or 1 to {batching.LARGEST} samples")
+        if not 1 <= size <= batching.MAX_CHUNK:
+            raise UsageError(f"--chunk {text!r}: expected auto, or 1 to {batching.MAX_CHUNK} samples")
         return size
     if budget_ms is None or not math.isfinite(budget_ms):
         raise UsageError("--chunk auto: needs --latency-budget, in milliseconds")
@@ -416,7 +416,7 @@ def _chunk(settings: Settings, default: str, engine: Engine, windows: Windows) -
         if network.input.sample_rate_hz is None:
             raise UsageError("--chunk auto: the model states no sample rate; give --sample-rate")
         wait = 1 / network.input.sample_rate_hz
-    return batching.largest(engine, windows.hop if wait == 0 else batching.LARGEST, budget_ms / 1e3, wait)
+    return batching.largest_chunk(engine, windows.hop if wait == 0 else batching.MAX_CHUNK, budget_ms / 1e3, wait)
 
 
 def scale_factors(text: str) -> list[float]:
