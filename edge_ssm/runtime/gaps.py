@@ -18,8 +18,9 @@ class TimeStamps:
     """The frames' own time stamps, in seconds, of a source that samples at ``rate_hz``."""
 
     def __init__(self, rate_hz: float) -> None:
-        self._rate_hz = rate_hz
         self.last: float | None = None
+        """The last time stamp."""
+        self._rate_hz = rate_hz
         self._was_behind = False
 
     def advance(self, stamp: float) -> int:
@@ -36,6 +37,10 @@ class TimeStamps:
             return 0
         missing = round((stamp - last) * self._rate_hz) - 1
         return missing if 0 < missing < LONGEST_LOSS else 0
+
+    def restore(self, last: float | None) -> None:
+        """Continue after the last time stamp of an earlier run."""
+        self.last = last
 
 
 class GapFiller:
@@ -57,12 +62,19 @@ class GapFiller:
         self.has_reset = False
 
     def extend(self, max_length: int) -> bool:
-        """Lengthen the gap by one sample; return whether it must reset the stream now."""
+        """Lengthen the gap by one sample; return whether it must reset the stream now.
+
+        It must if the policy is reset, or if it is longer than ``max_length`` samples; but only once.
+        """
         self.length += 1
         if self.has_reset or (self.policy != "reset" and self.length <= max_length):
             return False
         self.has_reset = True
         return True
+
+    def extend_after_reset(self, samples: int) -> None:
+        """Lengthen a gap that has reset the stream by any number of samples."""
+        self.length += samples
 
     def fill(self, values: Array, bad: Array) -> Array | None:
         """Return what stands in for ``values``, of which the ``bad`` channels are unusable; None to skip the sample."""
@@ -70,3 +82,7 @@ class GapFiller:
         if self.policy == "hold" and not np.isnan(self.values).any():
             return self.values
         return None  # also before the first good sample, when there is nothing to hold
+
+    def restore(self, values: Array, length: int, has_reset: bool) -> None:
+        """Continue in the gap, if any, of an earlier run."""
+        self.values, self.length, self.has_reset = values, length, has_reset

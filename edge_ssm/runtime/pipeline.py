@@ -143,7 +143,8 @@ class Pipeline:
             if not self._take_number(frame.sequence):
                 return
         elif self._time_stamps is not None and isinstance(frame.time, (int, float)):
-            self.fill_gap(self._time_stamps.advance(frame.time), "lost")
+            if missing := self._time_stamps.advance(frame.time):
+                self.fill_gap(missing, "lost")
         self.counters.samples += 1
         if self._range.takes(frame.values):
             self._gap.close(frame.values)
@@ -178,7 +179,7 @@ class Pipeline:
                 counters.samples += rest
                 counters.gaps[reason] += rest
                 counters.discarded += rest
-                self._gap.length += rest
+                self._gap.extend_after_reset(rest)
                 self.windows.skip(rest)
                 return
             counters.samples += 1
@@ -363,10 +364,9 @@ class Pipeline:
         except SnapshotError:
             self.engine.restore(before)
             raise
-        self._gap.values = to_array(state.held)
-        self._gap.length, self._gap.has_reset = state.in_gap, state.waiting
+        self._gap.restore(to_array(state.held), state.in_gap, state.waiting)
         if self._time_stamps is not None:
-            self._time_stamps.last = state.stamp
+            self._time_stamps.restore(state.stamp)
         last = None if state.sequence is None else int(state.sequence)
         self._sequence.restore(last, [early.to_frame() for early in state.early])
         self.counters.restore(state.counts)
