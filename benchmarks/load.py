@@ -1,19 +1,19 @@
-"""How many samples a second one run sustains, by source and engine, and what share of a processor it takes.
+"""Measure how many samples per second one run sustains, by source and engine, and how much of a processor it uses.
 
     python benchmarks/load.py [--seconds 4] [--hold 20] [--share-seconds 20] [--sources tcp-listen,udp]
                               [--output benchmarks/load.json]
 
 Each trial is a real ``edge-ssm run`` of examples/demo.safetensors and a sender in a process of its own, which repeats
-examples/demo.csv on a schedule that waits for nobody. A rate is sustained if
+examples/demo.csv at fixed times, whether the run keeps up or not. A rate is sustained if
 
-- every sample sent stands in the account, with no gap, no malformed row and nothing dropped;
-- the decisions are the recording's, all of them, in order;
-- the sender was never held back for more than 20 ms at the end (one sample period of the model);
-- at most 1 % of the decisions, or one, came later than 20 ms after their last sample was due to be sent, sender, system
-  and reader included, and the run itself counts no more deadline misses than that.
+- the run has counted every sample that was sent, without gaps, malformed rows or dropped input;
+- its decisions are those of the recording, all of them, in order;
+- the sender is at most 20 ms late at the end (one sample period of the model);
+- at most 1 % of the decisions, or one, arrive more than 20 ms after their last sample was due to be sent (sender,
+  operating system and reader included), and the run itself counts no more deadline misses than that.
 
-The rate is bisected in trials of ``--seconds``; one that fails is tried once more, since the machine has other things
-to do, and what is reported was held for ``--hold`` seconds. A file waits for its reader: there the figure is the
+The rate is bisected in trials of ``--seconds``. A trial that fails is repeated once, because the machine has other work
+too. The rate that is reported was sustained for ``--hold`` seconds. A file waits for its reader: its figure is the
 throughput.
 """
 
@@ -41,19 +41,19 @@ LATE_S = 0.02
 LATE_SHARE = 0.01
 WARM_UP_S = 1.0
 NEAR = 1.08
-"""The bisection ends where the rate that fails is so little above the one that holds."""
+"""The bisection ends when the lowest rate that fails exceeds the highest that succeeds by this factor at most."""
 LOWEST = 50.0
 RATES = (100, 1000, 16_000)
 SOURCES = ("stdin-csv", "stdin-f32le", "file", "tcp-listen", "unix-listen", "udp", "serial", "mqtt")
 GUESS = {"mqtt": 0.1}
-"""Where the search begins, as a share of a file's throughput; 0.6 elsewhere."""
+"""Where the search begins, as a share of a file's throughput; 0.6 for other sources."""
 WAYS = (("cpu", 1), ("cpu", 64), ("reference", 1))
-"""Engine and samples a send."""
+"""Engine, and samples per send."""
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One run and what became of all that was sent to it."""
+    """One run, and what became of the samples that were sent to it."""
 
     rate: float
     seconds: float
@@ -61,26 +61,26 @@ class Trial:
     samples: int
     decisions: int
     wrong: int
-    """Decisions missing, or not the recording's, or out of order."""
+    """Decisions that are missing, out of order, or differ from the recording's."""
     lost: dict[str, int]
     """Gaps, malformed rows and dropped frames, by reason."""
     unaccounted: int
-    """Samples that stand nowhere; those of datagrams that the system threw away are counted as unread."""
+    """Samples that no counter contains. (Those of datagrams that the system dropped are counted as unread.)"""
     misses: int
-    """Deadlines missed by the run's own account: from reading a sample to its decision."""
+    """Deadline misses that the run counts itself, from reading a sample to its decision."""
     late: int
     timed: int
-    """Decisions after the first second, and those of them that came later than 20 ms."""
+    """Decisions after the first second; ``late`` are those of them that took more than 20 ms."""
     latency_p50_ms: float
     latency_p99_ms: float
-    """From when the last sample was due to be sent until the decision was read by another process."""
+    """Time from when the last sample was due to be sent until another process had read the decision."""
     sender_lag_ms: float
     sender_cpu_share: float
     cpu_share: float
-    """Of one processor; user and system time of the run's process."""
+    """User and system time of the run's process, as a share of one processor."""
 
-    def against(self) -> str:
-        """Why this rate is not sustained; empty if it is."""
+    def problem(self) -> str:
+        """Return why this rate is not sustained; empty if it is."""
         allowed = max(1, LATE_SHARE * self.decisions)
         if self.lost or self.samples != self.sent:
             return (
@@ -96,7 +96,7 @@ class Trial:
 
 @contextmanager
 def broker() -> Iterator[int]:
-    """A mosquitto that drops nothing; its port."""
+    """Run a mosquitto that drops nothing; yield its port."""
     port = free_port()
     with tempfile.TemporaryDirectory() as folder:
         configuration = Path(folder) / "mosquitto.conf"
@@ -114,7 +114,7 @@ def broker() -> Iterator[int]:
 
 @contextmanager
 def line() -> Iterator[tuple[str, str]]:
-    """Two ends of a serial line without a speed."""
+    """Make the two ends of a serial line without a speed limit."""
     if shutil.which("socat") is None:
         raise SourceMissing("socat is not installed")
     with tempfile.TemporaryDirectory() as folder:
@@ -204,7 +204,7 @@ def trial(source: str, engine: str, frames: int, rate: float, seconds: float, ex
 
 
 def share(run: Run, begin: float, end: float) -> float:
-    """Of one processor that the run takes between two moments."""
+    """Return the share of one processor that the run uses between two times."""
     time.sleep(max(0.0, begin - time.monotonic()))
     used, began = run.cpu_s(), time.monotonic()
     time.sleep(max(0.0, end - time.monotonic()))
@@ -212,7 +212,7 @@ def share(run: Run, begin: float, end: float) -> float:
 
 
 def delays(run: Run, began: float, rate: float, frames: int) -> list[float]:
-    """Of each decision after the warm-up: seconds since the send that held its last sample was due."""
+    """Return, for each decision after the warm-up, the seconds since the send of its last sample was due."""
     due = (began + -(-end // frames) * frames / rate for _, end, _ in run.decisions)
     return [came - when for (came, _, _), when in zip(run.decisions, due, strict=True) if when - began > WARM_UP_S]
 
@@ -222,7 +222,7 @@ def _percentile_ms(ascending: list[float], share: float) -> float:
 
 
 def throughput(engine: str, codec: str, seconds: float) -> dict[str, int]:
-    """Counters of a file that is read as fast as it goes, long enough for ``seconds``; every sample stands in it."""
+    """Return the counters of a run over a file that takes about ``seconds``, read as fast as possible."""
     content, rounds, account = b"".join(streams.payloads(codec, 1)), 1, {"samples_per_s": 0}
     samples = len(streams.payloads(codec, 1))
     with tempfile.TemporaryDirectory() as folder:
@@ -239,22 +239,22 @@ def throughput(engine: str, codec: str, seconds: float) -> dict[str, int]:
 
 
 class Search:
-    """For the highest rate that one way into one engine sustains."""
+    """Search for the highest rate that one source with one engine sustains."""
 
     def __init__(self, source: str, engine: str, frames: int, seconds: float, expected: list[str]) -> None:
-        self._way = source, engine, frames
+        self._case = source, engine, frames
         self._seconds, self._expected = seconds, expected
         self.limit = ""
         """What failed at the lowest rate that was too high."""
 
     def sustained(self, rate: float, seconds: float) -> Trial | None:
         for _ in range(2):
-            made = trial(*self._way, rate, seconds, self._expected)
-            why = made.against()
-            print(f"    {rate:9.0f}/s for {seconds:g} s: {why or 'sustained'}", flush=True)
-            if not why:
-                return made
-            self.limit = f"{why} at {rate:.0f}/s"
+            result = trial(*self._case, rate, seconds, self._expected)
+            problem = result.problem()
+            print(f"    {rate:9.0f}/s for {seconds:g} s: {problem or 'sustained'}", flush=True)
+            if not problem:
+                return result
+            self.limit = f"{problem} at {rate:.0f}/s"
         return None
 
     def highest(self, guess: float, hold_s: float) -> Trial | None:
@@ -299,7 +299,7 @@ def loads(sources: list[str], seconds: float, hold_s: float, expected: list[str]
                 rows.append(row | {"skipped": str(error)})
                 print(f"    skipped: {error}")
                 break
-            except RuntimeError as error:  # one that breaks must not cost the others' figures
+            except RuntimeError as error:  # one failure must not cost the other results
                 rows.append(row | {"failed": str(error)})
                 print(f"    failed: {error}")
                 continue
@@ -313,10 +313,12 @@ def shares(seconds: float, expected: list[str]) -> list[dict[str, Any]]:
     for engine in ("cpu", "reference"):
         for frames in (1, 64):
             for rate in RATES:
-                made = trial("tcp-listen", engine, frames, rate, seconds, expected)
-                row = {"engine": engine, "samples_a_send": frames, "rate": rate, "cpu_share": made.cpu_share}
-                print(f"{engine}, {frames} a send, {rate} Hz: {100 * made.cpu_share:.1f} %; {made.against() or 'held'}")
-                rows.append(row | {"against": made.against(), "trial": asdict(made)})
+                result = trial("tcp-listen", engine, frames, rate, seconds, expected)
+                row = {"engine": engine, "samples_a_send": frames, "rate": rate, "cpu_share": result.cpu_share}
+                print(
+                    f"{engine}, {frames} a send, {rate} Hz: {100 * result.cpu_share:.1f} %; {result.problem() or 'held'}"
+                )
+                rows.append(row | {"against": result.problem(), "trial": asdict(result)})
     return rows
 
 

@@ -1,12 +1,12 @@
-"""Twenty million samples through one ``edge-ssm run``: memory that does not grow, steps that do not slow, nothing lost.
+"""Send twenty million samples through one run: memory must not grow, steps must not slow down, nothing may be lost.
 
     python benchmarks/soak.py [--samples 20000000] [--rate 0] [--source tcp-listen] [--engine cpu]
                               [--output benchmarks/soak.json]
 
-A sender in a process of its own repeats examples/demo.csv (f32le, 64 samples a send), as fast as the run takes them or
-at ``--rate``; the run keeps snapshots, as a service does. Once a second the run's memory is read from /proc (VmRSS,
-Pss, private pages) and the 99th percentile of that second's steps from the run's own status. The first tenth is
-warm-up. Ends with status 1 if memory moved by more than 1 MB after it, or a sample or a decision is missing.
+A sender in a process of its own repeats examples/demo.csv (f32le, 64 samples per send), as fast as the run accepts them
+or at ``--rate``. The run keeps snapshots, as a service does. Once a second, its memory is read from /proc (VmRSS, Pss,
+private pages), and the 99th percentile of that second's steps from its status. The first tenth of the samples is
+warm-up. The exit status is 1 if memory varies by more than 1 MB afterwards, or if a sample or a decision is missing.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ TENTHS = 10
 
 
 def watch(run: Run, samples: int) -> list[dict[str, Any]]:
-    """A reading a second until all is in, or nothing comes for a while."""
+    """Return one reading per second until all samples are processed, or nothing happens for a while."""
     readings: list[dict[str, Any]] = []
     last, moved = -1, time.monotonic()
     while last < samples and time.monotonic() - moved < streams.END_S:
-        time.sleep(0.25)  # a status is renewed once a second
+        time.sleep(0.25)  # the status is renewed once a second
         status = run.status()
         if status.get("samples", last) == last:
             continue
@@ -59,20 +59,20 @@ def tenth(reading: dict[str, Any], samples: int) -> int:
 
 
 def memory(readings: list[dict[str, Any]], samples: int) -> dict[str, dict[str, int]]:
-    """kB after the warm-up; growth: from the second tenth's median to the last one's."""
-    found = {}
+    """Return the memory after the warm-up in kB; growth is the last tenth's median minus the second tenth's."""
+    result = {}
     for kind in ("rss", "pss", "private_dirty"):
         values: list[list[int]] = [[] for _ in range(TENTHS)]
         for reading in readings:
             values[tenth(reading, samples)].append(reading[kind])
         after = [value for part in values[1:] for value in part]
         growth = round(statistics.median(values[-1]) - statistics.median(values[1])) if values[1] else 0
-        found[kind] = {"min": min(after), "max": max(after), "range": max(after) - min(after), "growth": growth}
-    return found
+        result[kind] = {"min": min(after), "max": max(after), "range": max(after) - min(after), "growth": growth}
+    return result
 
 
 def by_tenth(readings: list[dict[str, Any]], samples: int) -> list[dict[str, float | None]]:
-    """Of the p99s of single seconds: median and largest; None if the tenth took less than one."""
+    """Return median and maximum of the 99th percentiles of single seconds, by tenth; None for a tenth without any."""
     rows: list[dict[str, float | None]] = []
     for i in range(TENTHS):
         p99s = [reading["p99_us"] for reading in readings if tenth(reading, samples) == i]

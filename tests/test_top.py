@@ -1,4 +1,4 @@
-"""``edge-ssm top`` reads what runs write of themselves, and what others may have put there."""
+"""``edge-ssm top`` reads the status files of runs, and what others may have put beside them."""
 
 import json
 import os
@@ -13,79 +13,82 @@ from networks import random_network
 from edge_ssm.io.sinks import formats
 from edge_ssm.io.sinks.file import FileSink
 from edge_ssm.runtime.counters import Counters
-from edge_ssm.telemetry import publisher, top
+from edge_ssm.telemetry import publisher as telemetry_publisher
+from edge_ssm.telemetry import top
 
 COMMAND = [sys.executable, "-c", "from edge_ssm.cli.app import main; main()", "top"]
 
 
-def shown(*arguments):
-    done = subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+def run_top(*arguments):
+    process = subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, timeout=60)
+    assert process.returncode == 0, process.stderr
+    return process.stdout
 
 
 @pytest.fixture
-def teller(tmp_path, monkeypatch):
-    """A real one of this process; it writes under ``tmp_path / "status"``."""
+def publisher(tmp_path, monkeypatch):
+    """A real telemetry_publisher in this process; it writes to ``tmp_path / "status"``."""
     monkeypatch.setenv("EDGE_SSM_RUN", str(tmp_path / "status"))
     formatter = formats.make("ndjson", FileSink(str(tmp_path / "out")), random_network(), False, False)
-    teller = publisher.StatusPublisher(formatter, publisher.RunInfo("m.safetensors", "d", "cpu", 50.0), Counters())
-    yield teller
-    teller.close()
+    publisher = telemetry_publisher.StatusPublisher(
+        formatter, telemetry_publisher.RunInfo("m.safetensors", "d", "cpu", 50.0), Counters()
+    )
+    yield publisher
+    publisher.close()
 
 
 @pytest.fixture
-def place(tmp_path, teller):
+def path(tmp_path, publisher):
     (tmp_path / "status").mkdir()
     return tmp_path / "status" / f"{os.getpid()}.status"
 
 
-def test_a_status_is_shown(teller, place):
-    place.write_bytes(msgspec.json.encode(teller.status()))
-    assert json.loads(shown("--json"))[0]["pid"] == os.getpid()
-    assert f"m.safetensors   pid {os.getpid()}, engine cpu" in shown("--once")
+def test_a_status_is_shown(publisher, path):
+    path.write_bytes(msgspec.json.encode(publisher.status()))
+    assert json.loads(run_top("--json"))[0]["pid"] == os.getpid()
+    assert f"m.safetensors   pid {os.getpid()}, engine cpu" in run_top("--once")
 
 
-def test_a_pipe_in_a_status_files_place_does_not_hold_top_up(teller, place):
-    os.mkfifo(place)
-    assert json.loads(shown("--json")) == []
-    assert "no run is visible here" in shown("--once")
+def test_a_pipe_in_place_of_a_status_file_does_not_block_top(publisher, path):
+    os.mkfifo(path)
+    assert json.loads(run_top("--json")) == []
+    assert "no run is visible here" in run_top("--once")
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="gives a file to somebody else")
-def test_nobody_speaks_for_anothers_process(teller, place):
-    place.write_bytes(msgspec.json.encode(teller.status()))
-    os.chown(place, 12345, -1)
-    assert json.loads(shown("--json")) == []
+def test_a_status_file_of_another_user_is_skipped(publisher, path):
+    path.write_bytes(msgspec.json.encode(publisher.status()))
+    os.chown(path, 12345, -1)
+    assert json.loads(run_top("--json")) == []
 
 
-def test_a_file_speaks_for_the_process_that_it_is_named_after(teller, place):
-    content = msgspec.json.encode(teller.status())
-    place.with_name("1.status").write_bytes(content)
-    place.with_name("link.status").symlink_to("1.status")
-    assert json.loads(shown("--json")) == []
+def test_a_status_file_must_bear_the_number_of_its_process(publisher, path):
+    content = msgspec.json.encode(publisher.status())
+    path.with_name("1.status").write_bytes(content)
+    path.with_name("link.status").symlink_to("1.status")
+    assert json.loads(run_top("--json")) == []
 
 
-def test_a_dead_runs_number_that_is_another_processs_now(teller, place):
-    """Process 1 of a container, say: each run there has the same number."""
-    status = teller.status()
+def test_a_status_of_a_dead_run_is_skipped_though_its_number_is_used_again(publisher, path):
+    """In containers, for example: every run there may be process 1."""
+    status = publisher.status()
     assert status.process_started > 0
     dead = msgspec.structs.replace(status, process_started=status.process_started - 1)
-    place.write_bytes(msgspec.json.encode(dead))
-    assert json.loads(shown("--json")) == []
+    path.write_bytes(msgspec.json.encode(dead))
+    assert json.loads(run_top("--json")) == []
 
 
-def test_a_run_removes_what_killed_ones_left(teller, place):
-    with subprocess.Popen([sys.executable, "-c", ""]) as gone:
-        gone.wait()
-    kill = [place.with_name(f"{gone.pid}.status"), place.with_name(f".{gone.pid}.status.abcd1234")]
-    keep = [place.with_name("mine.status"), place.with_name(f".{os.getppid()}.status.abcd1234")]
-    for path in (*kill, *keep):
-        path.write_bytes(msgspec.json.encode(msgspec.structs.replace(teller.status(), pid=gone.pid)))
-    os.utime(kill[1], (0, 0))
-    place.write_bytes(msgspec.json.encode(teller.status()))
-    teller.start()
-    assert sorted(place.parent.iterdir()) == sorted([*keep, place])
+def test_a_run_removes_what_killed_runs_have_left(publisher, path):
+    with subprocess.Popen([sys.executable, "-c", ""]) as dead_run:
+        dead_run.wait()
+    leftovers = [path.with_name(f"{dead_run.pid}.status"), path.with_name(f".{dead_run.pid}.status.abcd1234")]
+    others = [path.with_name("mine.status"), path.with_name(f".{os.getppid()}.status.abcd1234")]
+    for file in (*leftovers, *others):
+        file.write_bytes(msgspec.json.encode(msgspec.structs.replace(publisher.status(), pid=dead_run.pid)))
+    os.utime(leftovers[1], (0, 0))
+    path.write_bytes(msgspec.json.encode(publisher.status()))
+    publisher.start()
+    assert sorted(path.parent.iterdir()) == sorted([*others, path])
 
 
 @pytest.mark.parametrize(
@@ -101,31 +104,31 @@ def test_a_run_removes_what_killed_ones_left(teller, place):
         {"gaps": {"missing": 2**62}},
     ],
 )
-def test_impossible_figures_are_not_shown(teller, place, change):
-    place.write_bytes(msgspec.json.encode(msgspec.to_builtins(teller.status()) | change))
-    assert json.loads(shown("--json")) == []
+def test_impossible_figures_are_not_shown(publisher, path, change):
+    path.write_bytes(msgspec.json.encode(msgspec.to_builtins(publisher.status()) | change))
+    assert json.loads(run_top("--json")) == []
 
 
-def test_names_can_not_write_lines_of_their_own(teller, place):
+def test_a_name_cannot_start_a_line_of_its_own(publisher, path):
     evil = "x\npower        1.00 W, the board\x1b[2J"
     changes = {"model": evil, "engine": evil, "last": evil, "source": evil, "events": [evil], "labels": {evil: 3}}
     changes |= {"dropped": {evil: 1}, "started": time.time() + 1e6}
-    place.write_bytes(msgspec.json.encode(msgspec.to_builtins(teller.status()) | changes))
-    text = shown("--once")
+    path.write_bytes(msgspec.json.encode(msgspec.to_builtins(publisher.status()) | changes))
+    text = run_top("--once")
     assert "\x1b" not in text
     assert sum(line.startswith("power   ") for line in text.splitlines()) == 1
     assert "x?power" in text
     assert "up 0 min 0 s" in text
 
 
-def test_a_decision_in_many_seconds_has_a_rate(teller, monkeypatch):
-    monkeypatch.setattr(publisher, "INTERVAL_S", 0.05)
-    counters = teller._counters
-    teller.start()
+def test_the_rate_of_rare_decisions_is_not_zero(publisher, monkeypatch):
+    monkeypatch.setattr(telemetry_publisher, "INTERVAL_S", 0.05)
+    counters = publisher._counters
+    publisher.start()
     time.sleep(0.5)
-    counters.decisions = 1  # and none in the intervals after
+    counters.decisions = 1  # and none in the later intervals
     time.sleep(0.5)
-    status = teller.status()
+    status = publisher.status()
     assert 0.5 < status.decisions_per_s < 1.5
     assert " (0.0 a second)" not in top.page([status], None)
     quiet = msgspec.structs.replace(status, decisions=3, decisions_per_s=0.0, started=status.updated - 600)

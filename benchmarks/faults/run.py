@@ -1,12 +1,15 @@
-"""What the field does to a service, done to a real one: each fault, how often, and what became of every sample.
+"""Inject the faults of the field into a real service, and record what became of every sample.
 
     python benchmarks/faults/run.py [--only sigkill,broker] [--kills 100] [--output benchmarks/faults/results.json]
 
-``edge-ssm run`` runs as a process of its own on the demo model and its recording, repeated, a thousand samples a
-second, a decision each 20 samples (windows overlap). ``missing``: decisions that the same samples give without any
-fault and that nobody received; where a policy drops them, they are counted in ``dropped`` by the run itself, and stand
-here too. ``repeated``: decisions received more than once. ``longest_resume_s``: how much of a killed run's work was
-done again, at most. ``longest_silence_s``: from a kill to the next new decision.
+``edge-ssm run`` runs as a process of its own with the demo model. Its recording is repeated at a thousand samples per
+second, with a decision every 20 samples (windows overlap). In the results,
+
+- ``missing`` are decisions that the same samples give without any fault, and that nobody received. If a policy drops
+  them, the run counts them in ``dropped``, and they are included here too;
+- ``repeated`` are decisions that were received more than once;
+- ``longest_resume_s`` is how much of a killed run's work was repeated, at most;
+- ``longest_silence_s`` is the longest time from a kill to the next new decision.
 
 Needs mosquitto, paho-mqtt (pip install 'edge-ssm[mqtt]'), faketime for the clock, and root for the full disk.
 """
@@ -54,7 +57,7 @@ def sample(number):
 
 
 def expected(samples):
-    """(start, end) -> label of every decision of so many samples, by the reference, window by window."""
+    """Return the label of every decision over so many samples, by (start, end); None if it is too close to call."""
     found, window = {}, NETWORK.window
     engine = create("cpu", NETWORK)
     for start in range(0, samples - window + 1, HOP):
@@ -67,7 +70,7 @@ def expected(samples):
 
 
 class Service:
-    """A run of edge-ssm, started again and again with the same arguments."""
+    """A run of edge-ssm that can be killed and started again with the same arguments."""
 
     def __init__(self, folder, *arguments, environment=None):
         self.folder = folder
@@ -99,14 +102,14 @@ class Service:
         return (self.folder / "log").read_text(errors="replace")
 
     def account(self):
-        """Of the last run, from its own summary."""
+        """Return the counts of the last run, from its summary."""
         said = self.log
         samples, gaps, malformed = re.findall(r"^samples +(\d+), gaps (.*), malformed rows (\d+)", said, re.M)[-1]
         return {"samples": int(samples), "gaps": gaps, "malformed": int(malformed)}
 
 
 class Decisions:
-    """What came out, by window."""
+    """The decisions that were received, by window."""
 
     def __init__(self):
         self.times, self.labels, self.events = {}, {}, []
@@ -156,7 +159,7 @@ class Subscriber(Decisions):
 
 
 class File(Decisions):
-    """What stands in an output file, read when asked."""
+    """The decisions in an output file."""
 
     def __init__(self, path):
         super().__init__()
@@ -166,9 +169,9 @@ class File(Decisions):
 
 
 class Sensor:
-    """Sends numbered samples at RATE until stopped; the broker keeps what it took.
+    """Sends numbered samples at RATE until it is stopped.
 
-    It ends with the last sample of a decision, so that whoever has that decision knows that every sample is in.
+    It stops after the last sample of a decision, so that whoever receives that decision knows that all samples arrived.
     """
 
     BATCH = 10
@@ -212,7 +215,7 @@ def framed(numbers):
 
 
 def publisher(broker):
-    """Sends to the broker, and sees to it that each message got there, in order, whatever becomes of the broker."""
+    """Return a client that delivers each message to the broker, in order, however often the broker fails."""
     import paho.mqtt.client as paho
 
     client = paho.Client(paho.CallbackAPIVersion.VERSION2, "sensor", protocol=paho.MQTTv311, clean_session=False)
