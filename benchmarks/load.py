@@ -315,10 +315,9 @@ def shares(seconds: float, expected: list[str]) -> list[dict[str, Any]]:
             for rate in RATES:
                 result = trial("tcp-listen", engine, frames, rate, seconds, expected)
                 row = {"engine": engine, "samples_a_send": frames, "rate": rate, "cpu_share": result.cpu_share}
-                print(
-                    f"{engine}, {frames} a send, {rate} Hz: {100 * result.cpu_share:.1f} %; {result.problem() or 'held'}"
-                )
-                rows.append(row | {"against": result.problem(), "trial": asdict(result)})
+                problem = result.problem()
+                print(f"{engine}, {frames} a send, {rate} Hz: {100 * result.cpu_share:.1f} %; {problem or 'sustained'}")
+                rows.append(row | {"against": problem, "trial": asdict(result)})
     return rows
 
 

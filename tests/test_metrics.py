@@ -37,20 +37,20 @@ DASHBOARD = Path(__file__).parent.parent / "docs" / "grafana.json"
 def scrape(live):
     """{(name, sorted labels): value} of one scrape, and its text."""
     text = Metrics(live).text().decode()
-    found = {}
+    values = {}
     for family in text_string_to_metric_families(text):
         for sample in family.samples:
-            found[sample.name, tuple(sorted(sample.labels.items()))] = sample.value
-    return found, text
+            values[sample.name, tuple(sorted(sample.labels.items()))] = sample.value
+    return values, text
 
 
-def checked(text):
-    """What promtool has against it."""
+def promtool_check(text):
+    """Return exit status and output of ``promtool check metrics``."""
     promtool = shutil.which("promtool")
     if promtool is None:
         pytest.skip("promtool is missing: apt-get install --no-install-recommends prometheus")
-    done = subprocess.run([promtool, "check", "metrics"], input=text, capture_output=True, text=True, timeout=60)
-    return done.returncode, done.stdout + done.stderr
+    process = subprocess.run([promtool, "check", "metrics"], input=text, capture_output=True, text=True, timeout=60)
+    return process.returncode, process.stdout + process.stderr
 
 
 @pytest.fixture
@@ -63,57 +63,57 @@ def gappy():
         yield run
 
 
-def test_a_scrape_says_what_the_account_says(gappy):
-    found, _ = scrape(gappy.publisher)
+def test_a_scrape_shows_the_counters(gappy):
+    values, _ = scrape(gappy.publisher)
     counters, status = gappy.counters, gappy.publisher.status()
-    assert found["edge_ssm_samples_total", ()] == counters.samples
-    assert found["edge_ssm_gaps_total", (("reason", "missing"),)] == counters.gaps["missing"] > 0
-    assert found["edge_ssm_gaps_total", (("reason", "out_of_range"),)] == 0
-    by_label = {key[1][0][1]: n for key, n in found.items() if key[0] == "edge_ssm_decisions_total"}
+    assert values["edge_ssm_samples_total", ()] == counters.samples
+    assert values["edge_ssm_gaps_total", (("reason", "missing"),)] == counters.gaps["missing"] > 0
+    assert values["edge_ssm_gaps_total", (("reason", "out_of_range"),)] == 0
+    by_label = {key[1][0][1]: n for key, n in values.items() if key[0] == "edge_ssm_decisions_total"}
     assert by_label == status.labels
     assert sum(by_label.values()) == counters.decisions
     for name in ("deadline_misses", "resets", "undecided", "reconnects", "reloads", "moves"):
-        assert found[f"edge_ssm_{name}_total", ()] == getattr(counters, name)
-    assert found["edge_ssm_source_up", ()] == 1
-    assert found["edge_ssm_ready", ()] == 1
-    assert found["edge_ssm_sample_rate_hertz", ()] == 50
+        assert values[f"edge_ssm_{name}_total", ()] == getattr(counters, name)
+    assert values["edge_ssm_source_up", ()] == 1
+    assert values["edge_ssm_ready", ()] == 1
+    assert values["edge_ssm_sample_rate_hertz", ()] == 50
     info = (("digest", "5eed"), ("engine", "reference"), ("model", "demo.safetensors"), ("profile", ""))
-    assert found["edge_ssm_model_info", info] == 1
-    assert found["process_resident_memory_bytes", ()] > 0
+    assert values["edge_ssm_model_info", info] == 1
+    assert values["process_resident_memory_bytes", ()] > 0
 
 
-def test_the_step_histogram_is_the_loops_own(gappy):
-    found, _ = scrape(gappy.publisher)
+def test_the_step_histogram_is_that_of_the_pipeline(gappy):
+    values, _ = scrape(gappy.publisher)
     latency = gappy.counters.latency
-    assert found["edge_ssm_step_seconds_count", ()] == latency.count > 0
-    assert found["edge_ssm_step_seconds_sum", ()] == pytest.approx(latency.sum_ns / 1e9)
-    counts = [n for key, n in found.items() if key[0] == "edge_ssm_step_seconds_bucket"]
+    assert values["edge_ssm_step_seconds_count", ()] == latency.count > 0
+    assert values["edge_ssm_step_seconds_sum", ()] == pytest.approx(latency.sum_ns / 1e9)
+    counts = [n for key, n in values.items() if key[0] == "edge_ssm_step_seconds_bucket"]
     assert len(counts) == len(EDGES_NS) + 1
     assert counts == sorted(counts)
     assert counts[-1] == latency.count
 
 
-def test_what_was_not_measured_is_absent_and_what_was_is_there(gappy):
+def test_only_measured_values_are_present(gappy):
     gappy.info.power_w = gappy.info.snapshot_at = None
-    found, text = scrape(gappy.publisher)
+    values, text = scrape(gappy.publisher)
     assert "edge_ssm_power_watts" not in text
     assert "edge_ssm_snapshot_age_seconds" not in text
     gappy.info.power_w, gappy.info.snapshot_at = 4.25, time.monotonic() - 3
-    found, _ = scrape(gappy.publisher)
-    assert found["edge_ssm_power_watts", ()] == 4.25
-    assert 3 <= found["edge_ssm_snapshot_age_seconds", ()] < 60
+    values, _ = scrape(gappy.publisher)
+    assert values["edge_ssm_power_watts", ()] == 4.25
+    assert 3 <= values["edge_ssm_snapshot_age_seconds", ()] < 60
 
 
 @pytest.mark.parametrize("state", ["waiting", "stale", "lost"])
-def test_a_source_from_which_nothing_comes_is_not_up(gappy, state):
+def test_a_silent_source_is_not_up(gappy, state):
     gappy.info.source_state = state
     assert scrape(gappy.publisher)[0]["edge_ssm_source_up", ()] == 0
 
 
-def test_promtool_has_nothing_against_a_scrape(gappy):
+def test_promtool_accepts_a_scrape(gappy):
     gappy.info.power_w, gappy.info.snapshot_at = 4.25, time.monotonic()
     gappy.info.profile = "orin-nano-8gb-15w"
-    assert checked(scrape(gappy.publisher)[1]) == (0, "")
+    assert promtool_check(scrape(gappy.publisher)[1]) == (0, "")
 
 
 def test_names_from_a_hostile_model_stay_within_their_labels():
@@ -122,36 +122,36 @@ def test_names_from_a_hostile_model_stay_within_their_labels():
     object.__setattr__(network, "labels", names)
     with Watched(network, rows(network), model='m"\n.safetensors\udcff') as run:
         run.until(60)
-        found, text = scrape(run.publisher)
+        values, text = scrape(run.publisher)
     assert not re.search("^edge_ssm_fake_total", text, re.M)
-    told = {key[1][0][1] for key in found if key[0] == "edge_ssm_decisions_total"}
-    assert told
-    assert told <= {name.encode("utf-8", "replace").decode() for name in names}
-    assert checked(text) == (0, "")
+    labels = {key[1][0][1] for key in values if key[0] == "edge_ssm_decisions_total"}
+    assert labels
+    assert labels <= {name.encode("utf-8", "replace").decode() for name in names}
+    assert promtool_check(text) == (0, "")
 
 
 def test_a_regression_has_decisions_without_labels():
     network = random_network(window=5, task="regression")
     with Watched(network, rows(network)) as run:
         run.until(10)
-        found, _ = scrape(run.publisher)
-    assert found["edge_ssm_decisions_total", (("label", ""),)] >= 10
+        values, _ = scrape(run.publisher)
+    assert values["edge_ssm_decisions_total", (("label", ""),)] >= 10
 
 
-def test_scrapes_while_the_loop_runs_only_grow():
+def test_counters_never_decrease_between_scrapes():
     network = random_network(window=5)
     with Watched(network, rows(network), hop=1) as run:
         last = {}
         for _ in range(40):
-            found, _ = scrape(run.publisher)
+            values, _ = scrape(run.publisher)
             for key, n in last.items():
-                assert found[key] >= n, key
+                assert values[key] >= n, key
             last = {
-                k: n for k, n in found.items() if k[0].startswith("edge_ssm_") and k[0].endswith(("_total", "_count"))
+                k: n for k, n in values.items() if k[0].startswith("edge_ssm_") and k[0].endswith(("_total", "_count"))
             }
-            buckets = [n for key, n in found.items() if key[0] == "edge_ssm_step_seconds_bucket"]
+            buckets = [n for key, n in values.items() if key[0] == "edge_ssm_step_seconds_bucket"]
             assert buckets == sorted(buckets)
-            assert buckets[-1] == found["edge_ssm_step_seconds_count", ()]
+            assert buckets[-1] == values["edge_ssm_step_seconds_count", ()]
 
 
 @given(
@@ -170,7 +170,7 @@ def test_counts_at_the_edges_are_exact(durations):
     assert one.sum_ns == many.sum_ns == sum(durations)
 
 
-def test_the_dashboard_asks_only_for_metrics_that_there_are():
+def test_the_dashboard_uses_only_metrics_that_exist():
     with demo() as run:
         run.until(2)
         run.info.power_w, run.info.snapshot_at = 5.0, time.monotonic()
@@ -182,13 +182,13 @@ def test_the_dashboard_asks_only_for_metrics_that_there_are():
     ids = [panel["id"] for panel in dashboard["panels"]]
     assert len(set(ids)) == len(ids)
     assert all(panel["gridPos"]["x"] + panel["gridPos"]["w"] <= 24 for panel in dashboard["panels"])
-    asked = {name for query in targets for name in re.findall(r"\b(?:edge_ssm|process)_[a-z0-9_]+", query)}
-    assert asked - names == set()
-    ours = {name for name in names if name.startswith("edge_ssm_")} - {
+    queried = {name for query in targets for name in re.findall(r"\b(?:edge_ssm|process)_[a-z0-9_]+", query)}
+    assert queried - names == set()
+    own = {name for name in names if name.startswith("edge_ssm_")} - {
         "edge_ssm_step_seconds_count",
         "edge_ssm_step_seconds_sum",
     }
-    assert ours - asked == set(), "metrics that no panel shows"
+    assert own - queried == set(), "metrics that no panel shows"
 
 
 def test_a_real_prometheus_scrapes_and_answers_the_dashboard(tmp_path):
@@ -259,11 +259,11 @@ logging.getLogger("edge_ssm.x").warning("source %s", "lost", extra={"fields": {"
 """
 
 
-def test_lines_for_the_journal_have_a_priority_and_others_a_name(tmp_path):
+def test_a_line_has_a_priority_in_the_journal_and_a_name_elsewhere(tmp_path):
     path = tmp_path / "journal"
     with path.open("w") as file:
-        found = os.fstat(file.fileno())
-        for stream in (f"{found.st_dev}:{found.st_ino}", f"{found.st_dev}:{found.st_ino + 1}", "nonsense", ""):
+        values = os.fstat(file.fileno())
+        for stream in (f"{values.st_dev}:{values.st_ino}", f"{values.st_dev}:{values.st_ino + 1}", "nonsense", ""):
             environment = os.environ | {"JOURNAL_STREAM": stream}
             subprocess.run([sys.executable, "-c", LOG], stderr=file, env=environment, check=True, timeout=60)
     plain = 'edge-ssm: source lost name="tty 1" tries=3'
@@ -272,12 +272,12 @@ def test_lines_for_the_journal_have_a_priority_and_others_a_name(tmp_path):
 
 @given(st.text(), st.text())
 def test_a_peers_text_is_one_line_of_the_journal(message, value):
-    with contextlib.redirect_stderr(io.StringIO()) as told:
+    with contextlib.redirect_stderr(io.StringIO()) as labels:
         log.configure()
         logging.getLogger("edge_ssm.x").info(message, extra={"fields": {"key": value}})
-    assert told.getvalue().endswith("\n")
-    assert told.getvalue()[:-1].isprintable()
-    assert len(told.getvalue()) <= log.MAX_LINE + 20
+    assert labels.getvalue().endswith("\n")
+    assert labels.getvalue()[:-1].isprintable()
+    assert len(labels.getvalue()) <= log.MAX_LINE + 20
 
 
 def test_a_closed_standard_error_ends_nothing():

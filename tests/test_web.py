@@ -1,4 +1,4 @@
-"""The status server as its clients meet it: browsers, probes, and those who mean harm."""
+"""The status server as its clients see it: browsers, probes, and attackers."""
 
 import contextlib
 import http.client
@@ -55,7 +55,7 @@ def ask(server, path, method="GET", **headers):
 
 
 def raw(server, data, timeout=20.0):
-    """All that comes back for these bytes."""
+    """Send bytes; return everything that comes back."""
     host, _, port = server.address.rpartition(":")
     with socket.create_connection((host, int(port)), timeout=timeout) as connection:
         with contextlib.suppress(OSError):  # It may have been hung up on already.
@@ -68,7 +68,7 @@ def raw(server, data, timeout=20.0):
         return received
 
 
-def test_the_page_is_whole_in_itself_and_runs_nothing_else(server):
+def test_the_page_is_self_contained_and_runs_nothing_else(server):
     status, headers, body = ask(server, "/")
     assert status == 200
     assert headers["Content-Type"] == "text/html; charset=utf-8"
@@ -83,7 +83,7 @@ def test_the_page_is_whole_in_itself_and_runs_nothing_else(server):
 
 
 @pytest.mark.parametrize("path", ["/", "/status.json", "/metrics", "/healthz", "/readyz", "/nowhere"])
-def test_every_answer_is_guarded_and_kept_by_nobody(server, path):
+def test_every_response_has_security_headers_and_is_not_cached(server, path):
     status, headers, body = ask(server, path)
     assert headers["X-Content-Type-Options"] == "nosniff"
     assert headers["Cache-Control"] == "no-store"
@@ -95,22 +95,22 @@ def test_every_answer_is_guarded_and_kept_by_nobody(server, path):
     assert int(headers["Content-Length"]) == len(body)
 
 
-def test_the_status_is_what_the_run_knows(run, server):
+def test_the_status_describes_the_run(run, server):
     run.publisher.event(Event("reset", 17, {"reason": "gap"}))
-    found = json.loads(ask(server, "/status.json")[2])
-    assert found["status"]["model_digest"] == run.info.model_digest
-    assert found["unhealthy"] == found["unready"] == ""
-    assert 0 < found["status"]["samples"] <= run.counters.samples
-    assert [d["index"] for d in found["decisions"]] == sorted(d["index"] for d in found["decisions"])
-    last = found["decisions"][-1]
+    document = json.loads(ask(server, "/status.json")[2])
+    assert document["status"]["model_digest"] == run.info.model_digest
+    assert document["unhealthy"] == document["unready"] == ""
+    assert 0 < document["status"]["samples"] <= run.counters.samples
+    assert [d["index"] for d in document["decisions"]] == sorted(d["index"] for d in document["decisions"])
+    last = document["decisions"][-1]
     assert last["end"] - last["start"] == 200
-    assert last["label"] in found["status"]["labels"]
+    assert last["label"] in document["status"]["labels"]
     assert 0 <= last["score"] <= 1
-    assert found["events"][-1][1] == "sample 17: reset (reason gap)"
-    assert sum(n for _, n in found["latency"]["buckets"]) <= run.counters.latency.count
+    assert document["events"][-1][1] == "sample 17: reset (reason gap)"
+    assert sum(n for _, n in document["latency"]["buckets"]) <= run.counters.latency.count
 
 
-def test_history_is_asked_for_once(run, server):
+def test_history_can_be_requested_from_a_time_on(run, server):
     end = time.monotonic() + 20
     while len(run.publisher.history()) < 3:
         assert time.monotonic() < end
@@ -154,7 +154,7 @@ def test_metrics_are_off_unless_asked_for(run, server):
     )
 
 
-def test_a_loop_that_stands_still_is_unhealthy():
+def test_a_stuck_pipeline_is_unhealthy():
     with demo(hz=500) as run, serving(run, stuck_after_s=0.5) as server:
         run.until(1)
         assert ask(server, "/healthz")[::2] == (200, b"ok\n")
@@ -167,7 +167,7 @@ def test_a_loop_that_stands_still_is_unhealthy():
         assert re.fullmatch(problem, json.loads(ask(server, "/status.json")[2])["unhealthy"])
 
 
-def test_ready_means_that_decisions_are_to_be_expected():
+def test_ready_means_that_decisions_can_be_expected():
     network = random_network(window=5)
     run = Watched(network, rows(network))
     with serving(run) as server:
@@ -206,7 +206,7 @@ def test_on_loopback_only_its_own_names_are_answered(server, host, expected):
     assert ask(server, "/status.json", Host=host)[0] == expected
 
 
-def test_elsewhere_any_name_is_answered(run):
+def test_on_other_addresses_any_host_name_is_answered(run):
     with serving(run, "0.0.0.0:0") as server:
         assert ask(server, "/healthz", Host="device.example")[0] == 200
 
@@ -246,7 +246,7 @@ def test_ipv6(run):
         "a\0:1",
     ],
 )
-def test_an_address_that_is_none_is_refused_in_one_line(listen):
+def test_an_invalid_address_is_refused_in_one_line(listen):
     with pytest.raises(UsageError, match=r"listen .*: expected HOST:PORT") as refused:
         parse_listen(listen)
     assert "\n" not in str(refused.value)
@@ -308,7 +308,7 @@ STRANGE = [
 
 @pytest.fixture(scope="module")
 def hurried():
-    """Fuzzing is not to take as long as fifty requests a second would."""
+    """Let fuzzing send more than fifty requests per second."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(telemetry_http, "PER_SECOND", 5000)
         yield
@@ -327,7 +327,7 @@ def hurried():
         ),
     )
 )
-def test_whatever_comes_is_answered_or_hung_up_on(server, hurried, data):
+def test_any_bytes_are_answered_or_hung_up_on(server, hurried, data):
     received = raw(server, data)
     assert b"Traceback" not in received
     assert b"Internal Server Error" not in received
@@ -342,7 +342,7 @@ def test_strange_requests_are_answered_or_hung_up_on(server, data):
     assert ask(server, "/healthz")[0] == 200
 
 
-def test_a_request_that_is_too_long_is_refused_with_words(server):
+def test_a_request_that_is_too_long_gets_an_error_response(server):
     received = raw(server, b"GET / HTTP/1.1\r\nA: " + b"b" * (telemetry_http.MAX_HEAD_BYTES - 19))
     assert received.startswith(b"HTTP/1.1 431 ")
 
@@ -383,7 +383,7 @@ def test_a_client_that_never_takes_its_answer_is_hung_up_on(run, monkeypatch):
                 time.sleep(0.05)
 
 
-def test_two_hundred_idle_connections_keep_nobody_out_and_cost_nothing(run):
+def test_two_hundred_idle_connections_neither_block_others_nor_cost_memory(run):
     with serving(run) as server, contextlib.ExitStack() as stack:
         host, _, port = server.address.rpartition(":")
         ask(server, "/status.json")
@@ -420,7 +420,7 @@ while True:
 
 
 def test_a_flood_of_requests_does_not_stop_the_loop():
-    """Samples are taken in at their rate while others ask as fast as they can; they get what they are allowed."""
+    """The pipeline keeps its rate while clients send as many requests as they can; they get what the limit allows."""
     with demo(hz=500, hop=50, engine="cpu") as run, serving(run) as server:
         run.until(1)
         lengths, close = [], server._server.shutdown_request
@@ -441,7 +441,7 @@ def test_a_flood_of_requests_does_not_stop_the_loop():
                 client.wait()
 
 
-def test_answers_do_not_grow_memory(run):
+def test_responses_do_not_leak_memory(run):
     with serving(run, prometheus=True) as server, pytest.MonkeyPatch.context() as patch:
         patch.setattr(telemetry_http, "PER_SECOND", 5000)
         grown = []
@@ -452,16 +452,16 @@ def test_answers_do_not_grow_memory(run):
     assert grown[-1] - grown[1] < 2 << 20
 
 
-def test_a_fault_of_the_server_is_told_of_and_shows_no_traceback(run, capfd):
+def test_an_error_in_the_server_is_logged_and_shows_no_traceback(run, capfd):
     log.configure()
     with serving(run) as server:
-        # A run whose account can't be read: the real answer fails.
+        # Without a publisher, the real handler fails.
         server._server.publisher = None
         for _ in range(2 * telemetry_http.MAX_FAULTS):
             assert ask(server, "/healthz")[::2] == (500, b"Internal Server Error\n")
-    told = capfd.readouterr().err.splitlines()
-    assert len(told) == telemetry_http.MAX_FAULTS
-    assert all(line.startswith("edge-ssm: the status server failed error=") for line in told)
+    lines = capfd.readouterr().err.splitlines()
+    assert len(lines) == telemetry_http.MAX_FAULTS
+    assert all(line.startswith("edge-ssm: the status server failed error=") for line in lines)
 
 
 def cells(page, table):

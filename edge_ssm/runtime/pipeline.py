@@ -142,9 +142,8 @@ class Pipeline:
         if frame.sequence is not None:
             if not self._take_number(frame.sequence):
                 return
-        elif self._time_stamps is not None and isinstance(frame.time, (int, float)):
-            if missing := self._time_stamps.advance(frame.time):
-                self.fill_gap(missing, "lost")
+        elif self._time_stamps is not None:
+            self._take_time_stamp(self._time_stamps, frame.time)
         self.counters.samples += 1
         if self._range.takes(frame.values):
             self._gap.close(frame.values)
@@ -168,6 +167,12 @@ class Pipeline:
             self.counters.dropped[arrival.kind] += 1
             return False
         return True
+
+    def _take_time_stamp(self, time_stamps: TimeStamps, time: float | str | None) -> None:
+        """Fill what a frame's time stamp skips, if it is a number."""
+        missing = time_stamps.advance(time) if isinstance(time, (int, float)) else 0
+        if missing:
+            self.fill_gap(missing, "lost")
 
     def fill_gap(self, samples: int, reason: str) -> None:
         """Process samples that were taken and never arrived."""
