@@ -28,6 +28,11 @@ class EdgeSSMError(Exception):
     exit_status = 1
     """Exit status of the command line when this error ends it."""
 
+    def __init__(self, *arguments: object, setting: str = "") -> None:
+        super().__init__(*arguments)
+        self.setting = setting
+        """Name of the setting (``service.settings``) that the error is about, if it is about one."""
+
 
 class UsageError(EdgeSSMError):
     """Wrong use: an option, an argument, a configuration file, or a package that has to be installed."""

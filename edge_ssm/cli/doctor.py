@@ -1,11 +1,12 @@
-"""What this machine has for edge-ssm, what is missing, and the command that adds it.
+"""``edge-ssm doctor``: examine what this machine has for edge-ssm, and what is missing.
 
-Imports nothing heavy and probes nothing that could hang: packages are looked up, not imported, and devices are read
-from /dev and /sys.
+The examination imports nothing heavy and touches nothing that could hang: packages are looked up but not imported, and
+devices are read from /dev and /sys.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import sys
@@ -15,6 +16,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import click
 import psutil
 
 import edge_ssm
@@ -27,11 +29,13 @@ OLDEST, NEWEST = (3, 10), (3, 12)
 
 @dataclass(frozen=True)
 class Finding:
+    """What the examination found out about one part of the machine."""
+
     name: str
     ok: bool
     found: str
     add: str = ""
-    """What adds it, where it is missing; empty where nothing does."""
+    """Command that adds a missing part; empty if there is none."""
 
 
 def _package(name: str) -> str | None:
@@ -43,15 +47,15 @@ def _package(name: str) -> str | None:
 
 def _first_package(label: str, names: tuple[str, ...], add: str) -> Finding:
     for name in names:
-        if found := _package(name):
-            return Finding(label, True, f"{name} {found}")
+        if installed := _package(name):
+            return Finding(label, True, f"{name} {installed}")
     return Finding(label, False, "not installed", add)
 
 
 def _python() -> Finding:
-    found = platform.python_version()
+    running = platform.python_version()
     ok = OLDEST <= sys.version_info[:2] <= NEWEST
-    return Finding("python", ok, f"{found} on {platform.machine()}", "" if ok else "use Python 3.10, 3.11 or 3.12")
+    return Finding("python", ok, f"{running} on {platform.machine()}", "" if ok else "use Python 3.10, 3.11 or 3.12")
 
 
 def _board() -> Finding:
@@ -63,9 +67,9 @@ def _board() -> Finding:
 
 
 def _kernel() -> Finding:
-    kept = kernel_cache.best()
-    if kept is not None:
-        return Finding("engine cpu", True, f"kernel compiled for {kept.header.target}, in {kernel_cache.folder()}")
+    kernel = kernel_cache.best()
+    if kernel is not None:
+        return Finding("engine cpu", True, f"kernel compiled for {kernel.header.target}, in {kernel_cache.folder()}")
     return Finding("engine cpu", False, f"no compiled kernel in {kernel_cache.folder()} yet", "edge-ssm compile")
 
 
@@ -79,21 +83,21 @@ def _onnx_runtime() -> Finding:
     name = "onnx runtime"
     plain, gpu = _package("onnxruntime"), _package("onnxruntime-gpu")
     if plain and gpu:
-        found = f"onnxruntime {plain} and onnxruntime-gpu {gpu}, which overwrite each other"
-        return Finding(name, False, found, "pip uninstall both, then pip install one of them")
+        both = f"onnxruntime {plain} and onnxruntime-gpu {gpu}, which overwrite each other"
+        return Finding(name, False, both, "pip uninstall both, then pip install one of them")
     if not plain and not gpu:
         return Finding(name, False, "not installed", ENGINES["onnx"].hint)
-    found = f"onnxruntime-gpu {gpu}" if gpu else f"onnxruntime {plain}"
+    package = f"onnxruntime-gpu {gpu}" if gpu else f"onnxruntime {plain}"
     if gpu and not any(os.path.exists(node) for node in GPU_NODES):
-        found += "; no GPU here, so the engine onnx runs on the CPU"
-    return Finding(name, True, f"{found}; {_makes_graphs('onnx')}")
+        package += "; no GPU here, so the engine onnx runs on the CPU"
+    return Finding(name, True, f"{package}; {_graph_writer('onnx')}")
 
 
 def _litert() -> Finding:
     name = "litert"
     current, older = _package("ai-edge-litert"), _package("tflite-runtime")
     if current:
-        return Finding(name, True, f"ai-edge-litert {current}; {_makes_graphs('flatbuffers')}")
+        return Finding(name, True, f"ai-edge-litert {current}; {_graph_writer('flatbuffers')}")
     if not older:
         return Finding(name, False, "not installed", ENGINES["tflite"].hint)
     numpy = _package("numpy") or "0"
@@ -102,24 +106,24 @@ def _litert() -> Finding:
     return Finding(name, True, f"tflite-runtime {older}; only exported files run")
 
 
-def _makes_graphs(package: str) -> str:
-    found = _package(package)
-    if found:
-        return f"artifacts run too ({package} {found})"
+def _graph_writer(package: str) -> str:
+    installed = _package(package)
+    if installed:
+        return f"artifacts run too ({package} {installed})"
     return f"only exported files run; artifacts too after pip install {package}"
 
 
 def _power_sensors() -> Finding:
-    found = []
+    sensors = []
     for path in sorted(Path("/sys/class/hwmon").glob("hwmon*/name")):
         if _read(path).startswith("ina3221"):
-            found.append(f"INA3221 ({path.parent.name})")
+            sensors.append(f"INA3221 ({path.parent.name})")
     for path in sorted(Path("/sys/class/powercap").glob("intel-rapl:?")):
         readable = os.access(path / "energy_uj", os.R_OK)
-        found.append(f"RAPL {_read(path / 'name')}{'' if readable else ' (not readable: needs root)'}")
+        sensors.append(f"RAPL {_read(path / 'name')}{'' if readable else ' (not readable: needs root)'}")
     for path in sorted(Path("/sys/class/power_supply").glob("*/power_now")):
-        found.append(f"battery {path.parent.name}")
-    return Finding("power sensors", bool(found), ", ".join(found) or "none: power can't be measured here")
+        sensors.append(f"battery {path.parent.name}")
+    return Finding("power sensors", bool(sensors), ", ".join(sensors) or "none: power cannot be measured here")
 
 
 def _read(path: Path) -> str:
@@ -164,17 +168,28 @@ _CHECKS: tuple[Callable[[], Finding], ...] = (
 
 
 def examine() -> list[Finding]:
+    """Return a finding for each part, edge-ssm itself first."""
     return [Finding("edge-ssm", True, edge_ssm.__version__), *(check() for check in _CHECKS)]
 
 
 def as_json(findings: list[Finding]) -> dict[str, Any]:
+    """Return the findings as a JSON document."""
     return {"version": 1, "findings": [asdict(finding) for finding in findings]}
 
 
 def render(findings: list[Finding]) -> str:
-    width = max(len(f.name) for f in findings)
+    """Return the findings as lines of text."""
+    width = max(len(finding.name) for finding in findings)
     lines = []
-    for f in findings:
-        add = f"\n{'':>{width + 6}}add: {f.add}" if f.add else ""
-        lines.append(f"{'ok' if f.ok else '--':>3} {f.name:<{width}}  {f.found}{add}")
+    for finding in findings:
+        remedy = f"\n{'':>{width + 6}}add: {finding.add}" if finding.add else ""
+        lines.append(f"{'ok' if finding.ok else '--':>3} {finding.name:<{width}}  {finding.found}{remedy}")
     return "\n".join(lines)
+
+
+@click.command("doctor")
+@click.option("--json", "is_json", is_flag=True, help="Print JSON, for programs.")
+def doctor(is_json: bool) -> None:
+    """Show what this machine has for edge-ssm, what is missing, and the command that adds it."""
+    findings = examine()
+    click.echo(json.dumps(as_json(findings), indent=1) if is_json else render(findings))

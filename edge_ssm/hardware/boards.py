@@ -153,7 +153,7 @@ def load(name: str) -> NamedProfile:
     for path in folder().glob("*.toml"):
         if path.stem == name:
             return decode(path, path.read_bytes())
-    raise UsageError(f"profile {name!r}: unknown; edge-ssm profiles list shows them")
+    raise UsageError(f"profile {name!r}: unknown; edge-ssm boards list shows them")
 
 
 def board_name(device_tree: Path = Path("/proc/device-tree")) -> str | None:
@@ -222,7 +222,7 @@ def select(name: str) -> tuple[NamedProfile | None, str]:
     board, mode = board_name(), power_mode()
     if name == "auto":
         if detected is None and board is not None:
-            return None, f"no profile fits this machine ({board}, power mode {mode or 'unknown'}); give --profile"
+            return None, f"no profile fits this machine ({board}, power mode {mode or 'unknown'}); give --board"
         return detected, ""
     entry = load(name)
     if detected is not None and detected.name == entry.name:

@@ -1,375 +1,316 @@
-"""A run, from its settings to its account: everything is opened, joined, run and closed here."""
+"""Execute the plan of a run: open what it names, connect the parts, run the pipeline, close everything."""
 
 from __future__ import annotations
 
 import gc
 import logging
-import math
 import os
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal
 
-from edge_ssm.engines.registry import Engine, EngineOptions, create
+from edge_ssm.engines.base import Engine
+from edge_ssm.engines.options import EngineOptions
+from edge_ssm.engines.registry import create
 from edge_ssm.errors import ArtifactError, EngineUnavailable, RunFailed, SinkClosed, SnapshotError, UsageError
-from edge_ssm.formats import loading
-from edge_ssm.hardware import boards
 from edge_ssm.io.codecs import registry as codecs
+from edge_ssm.io.codecs.base import FrameDecoder
 from edge_ssm.io.shutdown import ShutdownSignal
 from edge_ssm.io.sinks import formats
 from edge_ssm.io.sinks.base import Sink
-from edge_ssm.io.sinks.file import FileOptions
-from edge_ssm.io.sinks.queue import Overflow
 from edge_ssm.io.sinks.registry import open_sink
 from edge_ssm.io.sources.base import Source
 from edge_ssm.io.sources.registry import open_source
 from edge_ssm.log import NOTICE
 from edge_ssm.model.network import Network
+from edge_ssm.runtime import batching
 from edge_ssm.runtime.counters import Counters
 from edge_ssm.runtime.driver import Driver
 from edge_ssm.runtime.pipeline import Pipeline, PipelineOptions
-from edge_ssm.runtime.windows import Windows
-from edge_ssm.service import feedback
 from edge_ssm.service import models as service_models
-from edge_ssm.service.adaptation import Adaptation, AdaptationPolicy, Limits
+from edge_ssm.service.adaptation import Adaptation, AdaptationPolicy
 from edge_ssm.service.checkpointer import Checkpointer
-from edge_ssm.service.models import LoadedModel
+from edge_ssm.service.models import LoadedModel, Reloader
+from edge_ssm.service.plan import PlannedModel, RunPlan, resolve
 from edge_ssm.service.settings import Settings
 from edge_ssm.service.supervisor import Supervisor
 from edge_ssm.service.systemd.notify import Notifier
 from edge_ssm.telemetry.publisher import RunInfo, StatusPublisher
 
 logger = logging.getLogger(__name__)
+LONGEST_SKIP = 1 << 40
+"""Most samples that a gap by the clock may have: a clock can be set by years."""
 
 
 @dataclass(frozen=True)
 class Outcome:
+    """What became of a run."""
+
     account: Counters
     network: Network
-    """That ran last."""
+    """The network that ran last."""
     engine: str
-    """Its name, with the reason where "auto" chose it."""
+    """The engine's name, with the measurements where "auto" selected it."""
     chunk: int
+    """Samples per call of the engine."""
     source: str
     format: str
     failure: str
-    """What ended it before its time, or what it could not deliver; empty if all is well."""
+    """What ended the run early, or what it could not deliver; empty if nothing went wrong."""
 
 
-def run(settings: Settings) -> Outcome:
-    """Run until the source ends or a signal comes; log what a user should know.
+def run(settings: Settings, config: str | None = None) -> Outcome:
+    """Run until the source ends or a signal arrives.
 
-    Raises EdgeSSMError.
+    Parameters
+    ----------
+    settings
+        What to run.
+    config
+        Path of the file that the settings come from; decisions must not overwrite it.
+
+    Raises
+    ------
+    EdgeSSMError
+        The run cannot start. What goes wrong later is part of the outcome.
     """
     with ExitStack() as stack:
-        return _run(settings, stack)
+        # Entered first and left last: a signal ends whatever waits in here in good order, with a summary.
+        shutdown = stack.enter_context(ShutdownSignal(hangups=settings.reload))
+        return execute(resolve(settings, config), shutdown, stack)
 
 
-def _run(settings: Settings, stack: ExitStack) -> Outcome:
-    # The first to come and the last to go: a signal ends whatever waits here in good order, with an account.
-    stop = stack.enter_context(ShutdownSignal(hangups=settings.reload))
-    feedback.check(settings)
-    model, network = service_models.load(settings.model, settings.sample_rate, settings.require_signature)
-    pace = network.input.sample_rate_hz
-    check_rate(settings, network)
-
-    def make_windows(of: Network) -> Windows:
-        return Windows(of, settings.hop, settings.carry)
-
-    windows = make_windows(network)
-    source = open_source(settings.input, network.input, settings.follow, settings.pace)
+def execute(plan: RunPlan, shutdown: ShutdownSignal, stack: ExitStack) -> Outcome:
+    """Run a plan, as ``run`` does. ``stack`` closes what is opened."""
+    for warning in plan.warnings:
+        if warning.setting == "board":
+            logger.warning("warning: %s", warning.text)
+    source = open_source(plan.settings.input, plan.model.network.input, plan.settings.follow, plan.settings.pace)
     stack.callback(source.close)
-    codec = settings.format or codecs.guess_format(settings.input)
-    decoder = source.decoder or codecs.decoder(codec, network.input, scale_factors(settings.scale))
-    named = firmware_profile(settings.profile)
-    keep_to(settings.affinity, named)
-    running = candidate(settings, settings.model, model, network, windows.lanes, named)
-    engine = running.engine
-    if model.exported is not None:
-        service_models.check_outputs(running, lambda: stop.requested)
-    chunk = _chunk(settings, str(named.profile.runtime.chunk) if named else "1", engine, windows)
-    adaptive = _adaptive(settings, running, windows, named)
-    if settings.listen is not None:
-        from edge_ssm.telemetry import http
-
-        http.parse_listen(settings.listen)
-    # What is there is emptied only once nothing can be wrong with what was asked for.
-    overflow: Overflow = settings.overflow or ("drop-oldest" if source.live else "wait")
+    decoder = source.decoder or codecs.decoder(plan.codec, plan.model.network.input, plan.scale)
+    if plan.cores:
+        os.sched_setaffinity(0, plan.cores)
+    model = _load_verified(plan, shutdown)
+    chunk = _chunk(plan, model.engine)
+    adaptation = _adaptation(plan, model)
+    # An existing file is emptied only once nothing can be wrong with the settings.
     notifier = Notifier()
-    sink = open_sink(settings.output, _file_options(settings), settings.queue, overflow, lambda: _waits(notifier, stop))
-    formatter = formats.make(_sink_format(settings), sink or formats.stdout(), network, settings.logits, settings.truth)
-    info = RunInfo(settings.model, model.digest, engine.name, pace, named.name if named else None, source.name)
+    sink = _open_sink(plan, notifier, shutdown)
     counters = Counters()
-    measures_power = settings.listen is not None or adaptive is not None
-    publisher = StatusPublisher(formatter, info, counters, _power() if measures_power else lambda: None)
-    closing = stack.enter_context(ExitStack())
-    closing.callback(publisher.close)
-    periods = settings.deadline or (named.profile.runtime.deadline_periods if named else 1.0)
-    options = PipelineOptions(
+    info = _run_info(plan, model, source)
+    publisher = _publisher(plan, info, counters, sink, adaptation is not None)
+    publishing = stack.enter_context(ExitStack())
+    publishing.callback(publisher.close)
+    pipeline = Pipeline(
+        model.engine, plan.make_windows(model.network), publisher, _pipeline_options(plan, source, chunk), counters
+    )
+    checkpointer = _checkpointer(plan, pipeline, source, decoder, sink, model)
+    stack.callback(checkpointer.close)
+    reloader = _reloader(plan, pipeline) if plan.settings.reload else None
+    supervisor = Supervisor(
+        pipeline, publisher, shutdown, checkpointer, notifier, model, plan.make_windows, reloader, adaptation
+    )
+    _resume(pipeline, checkpointer, source, supervisor)
+    publisher.start()
+    _serve_status(plan, publisher, stack)
+    if plan.settings.fifo is not None:
+        _set_real_time_priority(plan.settings.fifo)
+    gc.collect()
+    gc.freeze()  # What exists now stays: no later collection has to look through it.
+    info.ready = True
+    notifier.ready(f"runs {model.path} on {model.engine.name}")
+    pace = plan.sample_rate_hz if plan.settings.pace else None
+    failure = _drive(Driver(pipeline, source, decoder, shutdown, supervisor, pace), counters, notifier, checkpointer)
+    publishing.close()
+    undelivered = _undelivered(counters, sink)
+    return Outcome(
+        account=counters,
+        network=pipeline.engine.network,
+        engine=_engine_in_words(pipeline, supervisor),
+        chunk=chunk,
+        source=source.name,
+        format=plan.codec,
+        failure=failure or undelivered,
+    )
+
+
+def _open_sink(plan: RunPlan, notifier: Notifier, shutdown: ShutdownSignal) -> Sink | None:
+    """Open the output; None for standard output."""
+
+    def keep_waiting() -> bool:
+        notifier.alive()  # A pipeline that waits for a reader of its output is not stuck.
+        return not shutdown.requested
+
+    return open_sink(plan.settings.output, plan.file_options, plan.settings.queue, plan.overflow, keep_waiting)
+
+
+def _load_verified(plan: RunPlan, shutdown: ShutdownSignal) -> LoadedModel:
+    """Load the engine of the plan's model; an exported file's outputs are verified first."""
+    model = load_engine(plan, plan.model)
+    if plan.model.model.exported is not None:
+        service_models.check_outputs(model, lambda: shutdown.requested)
+    return model
+
+
+def load_engine(plan: RunPlan, planned: PlannedModel) -> LoadedModel:
+    """Return a model of the plan with its engine.
+
+    Raises EngineUnavailable if the engine does not load, ArtifactError if the model does not fit it.
+    """
+    from edge_ssm.engines import selection
+    from edge_ssm.engines.cpu import cache as kernel_cache
+
+    runtime = plan.board.profile.runtime if plan.board else None
+    model, network = planned.model, planned.network
+    lanes = plan.make_windows(network).lanes
+    options = EngineOptions(lanes, runtime.gpu_waits if runtime else "spin", model.graph, plan.settings.threads)
+    if planned.engine in ("auto", "cpu", "cpu-float32"):
+        with suppress(EngineUnavailable):  # Raised again by what follows, unless another engine takes its place.
+            kernel_cache.load(lambda: logger.log(NOTICE, "compiling for this processor, once; takes some seconds"))
+    if planned.engine == "auto":
+        engine, trial = selection.select_engine(network, options, runtime.engines if runtime else None)
+        reason = f"{engine.name} (by trial: {trial.why()})"
+    else:
+        try:
+            engine = create(planned.engine, network, options)
+        except ArtifactError as error:
+            raise ArtifactError(f"{planned.path}: {error}") from None
+        if engine.warning:
+            logger.warning("warning: %s", engine.warning)
+        reason = f"{planned.engine} ({engine.where})" if engine.where else planned.engine
+    max_error = model.exported.document.measured.max_error if model.exported else 0.0
+    return LoadedModel(planned.path, model.digest, model.artifact.digest, network, engine, reason, max_error)
+
+
+def _chunk(plan: RunPlan, engine: Engine) -> int:
+    """Return the samples per call of the engine, measured if the plan leaves it open."""
+    if plan.chunk is not None:
+        return plan.chunk
+    assert plan.latency_budget_s is not None
+    network, rate = engine.network, plan.sample_rate_hz
+    if network.pooling == "none":  # Every sample has an output, which waits for the others of its chunk.
+        assert rate is not None
+        return batching.largest_chunk(engine, batching.MAX_CHUNK, plan.latency_budget_s, 1 / rate)
+    return batching.largest_chunk(engine, plan.windows.hop, plan.latency_budget_s, 0.0)
+
+
+def _adaptation(plan: RunPlan, model: LoadedModel) -> Adaptation | None:
+    """Load the smaller models, if there are any."""
+    if not plan.members:
+        return None
+    members = [model]
+    for planned in plan.members:
+        member = load_engine(plan, planned)
+        service_models.check_replacement(member, model.network)
+        members.append(member)
+    return Adaptation(AdaptationPolicy(len(members), plan.limits, time.monotonic()), members)
+
+
+def _run_info(plan: RunPlan, model: LoadedModel, source: Source) -> RunInfo:
+    board = plan.board.name if plan.board else None
+    return RunInfo(model.path, model.digest, model.engine.name, plan.sample_rate_hz, board, source.name)
+
+
+def _publisher(
+    plan: RunPlan, info: RunInfo, counters: Counters, sink: Sink | None, is_adaptive: bool
+) -> StatusPublisher:
+    settings, network = plan.settings, plan.model.network
+    formatter = formats.make(plan.output_format, sink or formats.stdout(), network, settings.logits, settings.truth)
+    read_power = _power_reader() if plan.listen is not None or is_adaptive else lambda: None
+    return StatusPublisher(formatter, info, counters, read_power)
+
+
+def _pipeline_options(plan: RunPlan, source: Source, chunk: int) -> PipelineOptions:
+    settings, rate = plan.settings, plan.sample_rate_hz
+    has_deadline = rate is not None and (plan.is_live or settings.pace)
+    return PipelineOptions(
         gap_policy=settings.gap,
         max_gap=settings.max_gap,
         strict=settings.strict,
         chunk=chunk,
-        deadline_s=periods / pace if pace and (source.live or settings.pace) else None,
+        deadline_s=plan.deadline_periods / rate if rate is not None and has_deadline else None,
         stale_after_s=settings.stale_after,
-        time_stamp_hz=pace if settings.time_gaps else None,
+        time_stamp_hz=rate if settings.time_gaps else None,
         source=source.name,
         reorder=source.reorder,
         reorder_wait_s=source.reorder_wait_s,
     )
-    pipeline = Pipeline(engine, windows, publisher, options, counters)
-    checkpointer = Checkpointer(
-        _state_folder(settings),
-        settings.snapshot_interval,
-        pipeline,
-        source,
-        decoder,
-        sink,
-        running.artifact_digest,
-    )
-    stack.callback(checkpointer.close)
-    supervisor = Supervisor(
-        pipeline,
-        publisher,
-        stop,
-        checkpointer,
-        notifier,
-        running,
-        make_windows,
-        _reloader(settings, pipeline, make_windows, named) if settings.reload else None,
-        adaptive,
-    )
-    _resume(pipeline, checkpointer, source, supervisor)
-    publisher.start()
-    if settings.listen is not None:
-        page = http.serve(publisher, settings.listen, settings.prometheus)
-        stack.callback(page.close)
-        logger.log(NOTICE, "status page at http://%s/", page.address)
-    if settings.fifo is not None:
-        _real_time(settings.fifo)
-    gc.collect()
-    gc.freeze()  # What is there now stays: no later collection looks through it.
-    info.ready = True
-    notifier.ready(f"runs {settings.model} on {engine.name}")
-    failure = ""
-    driver = Driver(pipeline, source, decoder, stop, supervisor, pace if settings.pace else None)
-    try:
-        driver.run()
-    except RunFailed as error:
-        counters.ended_by, failure = "failure", str(error)
-    notifier.stopping()
-    try:
-        if problem := checkpointer.finish(driver.is_consistent):
-            logger.warning(problem)
-    except (SinkClosed, RunFailed) as error:  # of what waited for its chunk
-        failure = failure or str(error)
-    closing.close()
-    failure = failure or _undelivered(counters, sink)
-    engine = pipeline.engine
-    why = supervisor.running.engine_description
-    if engine.lost:
-        why += f", lost in mid-stream ({engine.lost}); {engine.name} took over"
-    return Outcome(counters, engine.network, why, chunk, source.name, codec, failure)
 
 
-def _undelivered(account: Counters, sink: Sink | None) -> str:
-    """Put what the outlet dropped into the account; what is wrong with that, if it was not as asked for. Who stops a
-    run while its reader is dead knows what he does."""
-    if sink is None:
-        return ""
-    account.dropped.update({f"output_{reason}": n for reason, n in sink.dropped.items()})
-    unsent = sink.dropped["unsent"]
-    if not unsent or account.ended_by == "signal":
-        return ""
-    return f"{sink.problem or sink.name}; {unsent} decisions and events did not get there"
+def _checkpointer(
+    plan: RunPlan, pipeline: Pipeline, source: Source, decoder: FrameDecoder, sink: Sink | None, model: LoadedModel
+) -> Checkpointer:
+    """Create the folder of snapshots, if there is one, and what writes them. Raise UsageError if that is impossible."""
+    folder = plan.state
+    if folder is not None:
+        try:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if not os.access(folder, os.W_OK | os.X_OK):
+                raise PermissionError(13, "no permission to write there")
+        except OSError as error:
+            raise UsageError(f"{folder}: snapshots cannot be kept there ({error.strerror}); see --state") from None
+    interval_s = plan.settings.snapshot_interval
+    return Checkpointer(folder, interval_s, pipeline, source, decoder, sink, model.artifact_digest)
 
 
-def _waits(notifier: Notifier, stop: ShutdownSignal) -> bool:
-    """A loop that waits for its reader, as it was told to, is not stuck. False: it shall end."""
-    notifier.alive()
-    return not stop.requested
+def _reloader(plan: RunPlan, pipeline: Pipeline) -> Reloader:
+    """Return what loads the model's file again, in the background."""
 
+    def prepare() -> LoadedModel:
+        path, settings = plan.settings.model, plan.settings
+        model, network = service_models.load(path, settings.sample_rate, settings.require_signature)
+        loaded = load_engine(plan, PlannedModel(path, model, network, model.resolve_engine(settings.engine)))
+        service_models.check_replacement(loaded, pipeline.engine.network)
+        return loaded
 
-def check_rate(settings: Settings, network: Network) -> None:
-    """Raises UsageError where a setting needs the sample rate and nobody states it."""
-    for name, wanted in (("--pace", settings.pace), ("--time-gaps", settings.time_gaps)):
-        if wanted and network.input.sample_rate_hz is None:
-            raise UsageError(f"{name}: the model states no sample rate; give --sample-rate")
-
-
-def _sink_format(settings: Settings) -> str:
-    if settings.output_format:
-        return settings.output_format
-    if settings.output == "-":
-        return formats.stdout_format()
-    return "csv" if settings.output.endswith(".csv") else "ndjson"
-
-
-def _file_options(settings: Settings) -> FileOptions:
-    append = settings.append or settings.state is not None or settings.rotate_bytes > 0
-    torn: Literal["cut", "end"] = "cut" if settings.state is not None else "end"
-    return FileOptions(append, torn, settings.rotate_bytes, settings.rotate_keep)
-
-
-def _state_folder(settings: Settings) -> Path | None:
-    if settings.state is None:
-        return None
-    folder = Path(settings.state)
-    try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if not os.access(folder, os.W_OK | os.X_OK):
-            raise PermissionError(13, "no permission to write there")
-    except OSError as error:
-        raise UsageError(f"{folder}: snapshots can't be kept there ({error.strerror}); see --state") from None
-    return folder
+    return Reloader(plan.settings.model, prepare)
 
 
 def _resume(pipeline: Pipeline, checkpointer: Checkpointer, source: Source, supervisor: Supervisor) -> None:
-    """Go on where the last snapshot was taken, and say how many samples were missed since."""
+    """Continue from the last snapshot, and report how many samples were missed since."""
     try:
-        found = checkpointer.resume(supervisor.run_artifact)
+        snapshot = checkpointer.resume(supervisor.run_artifact)
     except SnapshotError as error:
         logger.warning(str(error))
         pipeline.emit_event("snapshot_refused", reason=str(error))
         return
-    if found is None:
+    if snapshot is None:
         return
-    age_s = max(0.0, time.time() - found.saved_at)
+    age_s = max(0.0, time.time() - snapshot.saved_at)
     rate = pipeline.engine.network.input.sample_rate_hz
     skipped: int | None = None
+    in_words = "known with the next sequence number"
     if checkpointer.has_resumed_exactly:
-        skipped = 0
+        skipped, in_words = 0, "0"
     elif source.position():
+        in_words = "unknown"
         pipeline.emit_event("replaced", source=source.name)
         logger.warning(
             "%s: not the file that was read before, or cut short; it is read from its beginning", source.name
         )
     elif not pipeline.is_numbered and rate is not None and source.live:
-        # Nobody counted them: by the clock, which may have been set meanwhile.
+        # Without sequence numbers, by the clock, which may have been set meanwhile.
         skipped = round(age_s * rate)
-        pipeline.fill_gap(min(skipped, 1 << 40), "stopped")
-    told = {None: "unknown" if source.position() else "known with the next sequence number", 0: "0"}.get(
-        skipped, f"about {skipped}"
-    )
+        in_words = f"about {skipped}"
+        pipeline.fill_gap(min(skipped, LONGEST_SKIP), "stopped")
     pipeline.emit_event("resumed", age_s=round(age_s, 3), skipped=skipped)
-    logger.log(
-        NOTICE,
-        "resumed at sample %d, %.1f s after the snapshot; samples skipped: %s",
-        pipeline.windows.sample,
-        age_s,
-        told,
-    )
+    message = "resumed at sample %d, %.1f s after the snapshot; samples skipped: %s"
+    logger.log(NOTICE, message, pipeline.windows.sample, age_s, in_words)
 
 
-def candidate(
-    settings: Settings,
-    path: str,
-    model: loading.Model,
-    network: Network,
-    lanes: int,
-    named: boards.NamedProfile | None,
-) -> LoadedModel:
-    """A model on its engine; ``network`` is the model's, or that at another sample rate.
+def _serve_status(plan: RunPlan, publisher: StatusPublisher, stack: ExitStack) -> None:
+    """Serve the status page, health and metrics over HTTP, if the plan says so."""
+    if plan.settings.listen is not None:
+        from edge_ssm.telemetry import http  # loads an HTTP server
 
-    Raises EngineUnavailable, UsageError.
-    """
-    from edge_ssm.engines import selection
-    from edge_ssm.engines.cpu import cache as kernel_cache
-
-    runtime = named.profile.runtime if named else None
-    engine_options = EngineOptions(lanes, runtime.gpu_waits if runtime else "spin", model.graph, settings.threads)
-    name = model.resolve_engine(settings.engine)
-    off_by = model.exported.document.measured.max_error if model.exported else 0.0
-    if name in ("auto", "cpu", "cpu-float32"):
-        with suppress(EngineUnavailable):  # said again, or gone around, by what follows
-            kernel_cache.load(lambda: logger.log(NOTICE, "compiling for this processor, once; takes some seconds"))
-    if name != "auto" or settings.threads is not None:
-        try:
-            engine = create(name, network, engine_options)
-        except ArtifactError as error:
-            raise ArtifactError(f"{path}: {error}") from None
-        if engine.warning:
-            logger.warning("warning: %s", engine.warning)
-        why = f"{name} ({engine.where})" if engine.where else name
-        return LoadedModel(path, model.digest, model.artifact.digest, network, engine, why, off_by)
-    engine, trial = selection.select_engine(network, engine_options, runtime.engines if runtime else None)
-    why = f"{engine.name} (by trial: {trial.why()})"
-    return LoadedModel(path, model.digest, model.artifact.digest, network, engine, why)
+        page = http.serve(publisher, plan.settings.listen, plan.settings.prometheus)
+        stack.callback(page.close)
+        logger.log(NOTICE, "status page at http://%s/", page.address)
 
 
-def firmware_profile(name: str) -> boards.NamedProfile | None:
-    """The one asked for; a mismatch is a warning."""
-    if name == "none":
-        return None
-    named, warning = boards.select(name)
-    if warning:
-        logger.warning("warning: %s", warning)
-    return named
-
-
-def keep_to(affinity: list[int] | None, named: boards.NamedProfile | None) -> None:
-    """Stay on these cores, or on those of the profile. Raises UsageError where none of those given is there."""
-    cores = affinity if affinity is not None else named.profile.runtime.affinity if named else []
-    there = set(cores) & os.sched_getaffinity(0)
-    if affinity and not there:
-        raise UsageError(f"--affinity {affinity}: no such core, expected of {sorted(os.sched_getaffinity(0))}")
-    if there:
-        os.sched_setaffinity(0, there)
-
-
-def _real_time(priority: int) -> None:
-    """The loop's thread comes before all ordinary ones."""
-    try:
-        os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(priority))
-    except OSError as error:
-        logger.warning("warning: no real-time priority (%s); a service needs LimitRTPRIO=%d", error.strerror, priority)
-
-
-def _adaptive(
-    settings: Settings, running: LoadedModel, windows: Windows, named: boards.NamedProfile | None
-) -> Adaptation | None:
-    if not settings.member:
-        return None
-    members = [running]
-    for path in settings.member:
-        model, network = service_models.load(path, settings.sample_rate, settings.require_signature)
-        if not service_models.same_windows(network, running.network):
-            raise UsageError(f"--member {path}: its windows or labels are not those of {running.path}")
-        if model.digest in {member.digest for member in members}:
-            raise UsageError(f"--member {path}: is {running.path}, or there twice; expected a smaller model")
-        member = candidate(settings, path, model, network, windows.lanes, named)
-        service_models.check_replacement(member, running.network)
-        members.append(member)
-    runtime = named.profile.runtime if named else None
-    limits = Limits(
-        settings.max_misses,
-        settings.max_power or (runtime.max_power_w if runtime else None),
-        settings.max_temperature or (runtime.max_temperature_c if runtime else None),
-        settings.settle,
-    )
-    return Adaptation(AdaptationPolicy(len(members), limits, time.monotonic()), members)
-
-
-def _reloader(
-    settings: Settings,
-    pipeline: Pipeline,
-    make_windows: Callable[[Network], Windows],
-    named: boards.NamedProfile | None,
-) -> service_models.Reloader:
-    def prepare() -> LoadedModel:
-        model, network = service_models.load(settings.model, settings.sample_rate, settings.require_signature)
-        made = candidate(settings, settings.model, model, network, make_windows(network).lanes, named)
-        service_models.check_replacement(made, pipeline.engine.network)
-        return made
-
-    return service_models.Reloader(settings.model, prepare)
-
-
-def _power() -> Callable[[], float | None]:
-    """Watts now, by the first meter that is read from files; None where there is none."""
+def _power_reader() -> Callable[[], float | None]:
+    """Return a function that reads the power in watts from the first meter that is read from files."""
     from edge_ssm.errors import MeterLost
     from edge_ssm.hardware.meters.registry import open_file_meter
 
@@ -387,41 +328,44 @@ def _power() -> Callable[[], float | None]:
     return read
 
 
-def chunk_asked(settings: Settings, default: str) -> int | None:
-    """Samples a call; None: as many as the budget allows, by a trial. Raises UsageError."""
-    from edge_ssm.runtime import batching
-
-    text, budget_ms = str(settings.chunk or default), settings.latency_budget
-    if text != "auto":
-        if budget_ms is not None:
-            raise UsageError("--latency-budget: only with --chunk auto")
-        size = int(text) if text.isascii() and text.isdigit() and len(text) < 10 else 0
-        if not 1 <= size <= batching.MAX_CHUNK:
-            raise UsageError(f"--chunk {text!r}: expected auto, or 1 to {batching.MAX_CHUNK} samples")
-        return size
-    if budget_ms is None or not math.isfinite(budget_ms):
-        raise UsageError("--chunk auto: needs --latency-budget, in milliseconds")
-    return None
-
-
-def _chunk(settings: Settings, default: str, engine: Engine, windows: Windows) -> int:
-    from edge_ssm.runtime import batching
-
-    asked, budget_ms = chunk_asked(settings, default), settings.latency_budget
-    if asked is not None or budget_ms is None:
-        return asked or 1
-    network = engine.network
-    wait = 0.0
-    if network.pooling == "none":
-        if network.input.sample_rate_hz is None:
-            raise UsageError("--chunk auto: the model states no sample rate; give --sample-rate")
-        wait = 1 / network.input.sample_rate_hz
-    return batching.largest_chunk(engine, windows.hop if wait == 0 else batching.MAX_CHUNK, budget_ms / 1e3, wait)
-
-
-def scale_factors(text: str) -> list[float]:
-    """Raises UsageError."""
+def _set_real_time_priority(priority: int) -> None:
+    """Let this thread run before all ordinary ones."""
     try:
-        return [float(part) for part in text.split(",")]
-    except ValueError:
-        raise UsageError(f"--scale {text!r}: expected numbers separated by commas") from None
+        os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(priority))
+    except OSError as error:
+        logger.warning("warning: no real-time priority (%s); a service needs LimitRTPRIO=%d", error.strerror, priority)
+
+
+def _drive(driver: Driver, counters: Counters, notifier: Notifier, checkpointer: Checkpointer) -> str:
+    """Run the pipeline to its end and write the last snapshot. Return why the run failed, or ""."""
+    failure = ""
+    try:
+        driver.run()
+    except RunFailed as error:
+        counters.ended_by, failure = "failure", str(error)
+    notifier.stopping()
+    try:
+        if problem := checkpointer.finish(driver.is_consistent):
+            logger.warning(problem)
+    except (SinkClosed, RunFailed) as error:  # Decisions that waited for their chunk could not be written.
+        failure = failure or str(error)
+    return failure
+
+
+def _undelivered(account: Counters, sink: Sink | None) -> str:
+    """Count what the sink dropped. Return a description if decisions were lost against the user's wish, or "".
+
+    Who stops a run while its reader is gone knows that the rest is not delivered.
+    """
+    if sink is None:
+        return ""
+    account.dropped.update({f"output_{reason}": n for reason, n in sink.dropped.items()})
+    unsent = sink.dropped["unsent"]
+    if not unsent or account.ended_by == "signal":
+        return ""
+    return f"{sink.problem or sink.name}; {unsent} decisions and events were not delivered"
+
+
+def _engine_in_words(pipeline: Pipeline, supervisor: Supervisor) -> str:
+    engine, reason = pipeline.engine, supervisor.running.engine_description
+    return f"{reason}, lost in mid-stream ({engine.lost}); {engine.name} took over" if engine.lost else reason

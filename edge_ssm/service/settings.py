@@ -1,272 +1,415 @@
-"""What a run is told: the keys of a service's TOML file, each of which is also a flag of ``edge-ssm run``.
+"""The settings of a run. Each is declared once: as an annotated field of ``Settings``.
 
-``Settings`` has a field a flag; ``SECTIONS`` says where the field stands in the file. docs/service.md lists them.
+From a declaration follow the option of ``edge-ssm run`` (``edge_ssm.cli.run``), the key of the TOML file
+(``edge_ssm.service.settings_file``), ``systemd/example.toml`` and the table in docs/service.md
+(``python -m edge_ssm.service.settings_reference``), and the settings that ``edge-ssm service check`` prints.
 """
 
 from __future__ import annotations
 
-import re
-import sys
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
 import msgspec
 
-from edge_ssm import files
-from edge_ssm.errors import InputRefused, UsageError
+from edge_ssm.engines.registry import ENGINES
+from edge_ssm.errors import UsageError
+from edge_ssm.io.codecs.registry import FORMATS
 from edge_ssm.io.sinks.queue import Overflow
 from edge_ssm.runtime.gaps import GapPolicy
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib  # its older name, with the same content
-
-LARGEST = 1 << 20
+from edge_ssm.service.declaration import Setting, declarations, sections
 
 Positive = Annotated[float, msgspec.Meta(gt=0, lt=1e12)]
 Count = Annotated[int, msgspec.Meta(ge=1, lt=1 << 40)]
 CountOrNone = Annotated[int, msgspec.Meta(ge=0, lt=1 << 40)]
 Text = Annotated[str, msgspec.Meta(min_length=1, max_length=4096)]
-Format = Literal["csv", "ndjson", "f32le", "i16le", "framed"]
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
-    """Times in seconds unless a field says otherwise; None: what the model, the profile or the source suggest."""
+    """Everything that a user can choose about a run.
 
-    model: Text
-    reload: bool = False
-    input: Text = "-"
-    format: Format | None = None
-    scale: Text = "1"
-    follow: bool = False
-    strict: bool = False
-    pace: bool = False
-    stale_after: Positive | None = None
-    time_gaps: bool = False
-    hop: int | None = None
-    carry: bool = False
-    sample_rate: float | None = None
-    gap: GapPolicy = "hold"
-    max_gap: CountOrNone | None = None
-    engine: Text = "auto"
-    threads: Annotated[int, msgspec.Meta(ge=1, le=256)] | None = None
-    profile: Text = "auto"
-    chunk: Text | Count | None = None
-    latency_budget: Positive | None = None
-    """Milliseconds."""
-    deadline: Positive | None = None
-    """Sample periods."""
-    fifo: Annotated[int, msgspec.Meta(ge=1, le=98)] | None = None
-    affinity: list[CountOrNone] | None = None
-    output: Text = "-"
-    output_format: Literal["ndjson", "csv", "text"] | None = None
-    logits: bool = False
-    truth: bool = False
-    append: bool = False
-    rotate_bytes: CountOrNone = 0
-    rotate_keep: Annotated[int, msgspec.Meta(ge=0, le=1000)] = 5
-    queue: Annotated[int, msgspec.Meta(ge=1, le=1 << 20)] = 1024
-    overflow: Overflow | None = None
-    state: Text | None = None
-    snapshot_interval: Positive = 10.0
-    member: list[Text] = []
-    max_misses: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.01
-    max_power: Positive | None = None
-    max_temperature: Positive | None = None
-    settle: Positive = 30.0
-    listen: Text | None = None
-    prometheus: bool = False
-    require_signature: list[Text] = []
+    None stands for a value that follows from the model, the board or the source (``RunPlan`` has the result).
+    """
+
+    model: Annotated[
+        Text,
+        Setting(
+            "model.path",
+            "Model to run: an artifact of edge-ssm-build, or a .onnx or .tflite file exported from one.",
+            example="model.safetensors",
+            is_path=True,
+        ),
+    ]
+    reload: Annotated[
+        bool,
+        Setting(
+            "model.reload",
+            "Switch to a new model without a restart, on SIGHUP or when the model's file changes.",
+            details="Always on in a service.",
+        ),
+    ] = False
+
+    input: Annotated[
+        Text,
+        Setting(
+            "source.input",
+            "Source of the samples: a file, - for standard input, or an address: serial:///dev/ttyUSB0?baud=115200, "
+            "tcp://HOST:PORT, tcp-listen://HOST:PORT, udp://HOST:PORT, unix:///PATH, unix-listen:///PATH, "
+            "mqtt://HOST/TOPIC, mqtts://HOST/TOPIC or iio://NAME.",
+            metavar="FILE|-|ADDRESS",
+            link="[addresses](#addresses)",
+        ),
+    ] = "-"
+    format: Annotated[
+        str | None,
+        Setting(
+            "source.format",
+            "Input format.",
+            unset="by the suffix of the file's name, else csv",
+            example="csv",
+            choices=FORMATS,
+            link="[framed](framing.md)",
+        ),
+    ] = None
+    scale: Annotated[
+        Text,
+        Setting(
+            "source.scale",
+            "Factor from raw numbers to the model's units, one for all channels or one for each; for the formats "
+            "i16le, f32le and framed.",
+            metavar="S[,S...]",
+        ),
+    ] = "1"
+    follow: Annotated[
+        bool,
+        Setting(
+            "source.follow",
+            "Continue at the end of a file as it grows or is replaced; for a named pipe, wait for the next writer.",
+            excludes=(("pace", "a file that grows sets the pace itself"),),
+        ),
+    ] = False
+    strict: Annotated[bool, Setting("source.strict", "Stop at the first malformed row.")] = False
+    pace: Annotated[
+        bool, Setting("source.pace", "Replay a recording, from a file or standard input, at its sample rate.")
+    ] = False
+    stale_after: Annotated[
+        Positive | None,
+        Setting(
+            "source.stale_after",
+            "Report a sensor that has been silent for this time, in {unit}.",
+            unit="seconds",
+            unset="never",
+            example=5.0,
+            metavar="S",
+        ),
+    ] = None
+    time_gaps: Annotated[
+        bool,
+        Setting(
+            "source.time_gaps",
+            "Treat time stamps that skip samples as a gap.",
+            details="Time stamps are in seconds: a column time, timestamp or t, or a member time.",
+        ),
+    ] = False
+
+    hop: Annotated[
+        int | None,
+        Setting(
+            "window.hop",
+            "Number of samples between two decisions; a hop shorter than the window makes windows overlap.",
+            unset="the window",
+            example=50,
+            metavar="N",
+        ),
+    ] = None
+    carry: Annotated[
+        bool, Setting("window.carry", "Keep the state across windows instead of starting each window from zero.")
+    ] = False
+    sample_rate: Annotated[
+        float | None,
+        Setting(
+            "window.sample_rate",
+            "Sample rate of the stream in {unit}, where it differs from the rate of training; the step size is "
+            "rescaled.",
+            unit="hertz",
+            unset="the rate of training",
+            example=50.0,
+            metavar="HZ",
+        ),
+    ] = None
+
+    gap: Annotated[
+        GapPolicy,
+        Setting(
+            "gap.policy",
+            "Handling of missing samples: hold repeats the last sample, skip lets the state decay, reset discards "
+            "the open window.",
+        ),
+    ] = "hold"
+    max_gap: Annotated[
+        CountOrNone | None,
+        Setting(
+            "gap.max",
+            "Longest gap in {unit} to which the policy applies; a longer one resets.",
+            unit="samples",
+            unset="the window; 100 without pooling",
+            example=100,
+            metavar="N",
+        ),
+    ] = None
+
+    engine: Annotated[
+        Text,
+        Setting(
+            "engine.name",
+            f"Engine: auto for the fastest by measurement, or one of {', '.join(ENGINES)}.",
+            details="For a .onnx or .tflite file, auto is its own engine.",
+            metavar="NAME",
+        ),
+    ] = "auto"
+    threads: Annotated[
+        Annotated[int, msgspec.Meta(ge=1, le=256)] | None,
+        Setting(
+            "engine.threads", "Number of threads of the engines onnx and tflite.", unset="1", example=1, metavar="N"
+        ),
+    ] = None
+    board: Annotated[
+        Text,
+        Setting(
+            "engine.profile",
+            "Board and power mode (edge-ssm boards list), auto to detect them, or none. They determine the cores to "
+            "run on, the engines for auto, how the CPU waits for a GPU, and limits.",
+            metavar="NAME|auto|none",
+            hidden_flags=("--profile",),
+        ),
+    ] = "auto"
+    chunk: Annotated[
+        Text | Count | None,
+        Setting(
+            "engine.chunk",
+            "Number of samples per call of the engine, never across the end of a window; auto for as many as the "
+            "latency budget allows.",
+            unset="the board's; 1",
+            example=1,
+            metavar="N|auto",
+        ),
+    ] = None
+    latency_budget: Annotated[
+        Positive | None,
+        Setting(
+            "engine.latency_budget",
+            "Time in {unit} that the engine may take from the last sample of a chunk to its outputs; requires the "
+            "chunk auto.",
+            unit="milliseconds",
+            unset="none",
+            example=5.0,
+            metavar="MS",
+        ),
+    ] = None
+    deadline: Annotated[
+        Positive | None,
+        Setting(
+            "engine.deadline",
+            "Time in {unit} after which a decision counts as late.",
+            unit="sample periods",
+            unset="the board's; 1",
+            example=1.0,
+            metavar="PERIODS",
+        ),
+    ] = None
+    fifo: Annotated[
+        Annotated[int, msgspec.Meta(ge=1, le=98)] | None,
+        Setting(
+            "engine.fifo",
+            "Real-time priority (SCHED_FIFO) of the thread that runs the pipeline, from 1 to 98.",
+            unset="none",
+            example=50,
+            metavar="PRIORITY",
+        ),
+    ] = None
+    affinity: Annotated[
+        list[CountOrNone] | None,
+        Setting("engine.affinity", "CPU cores to run on.", unset="the board's; any", example=[5], metavar="CORE"),
+    ] = None
+
+    output: Annotated[
+        Text,
+        Setting(
+            "sink.output",
+            "Destination of the decisions: a file, - for standard output, or an address: tcp://HOST:PORT, "
+            "udp://HOST:PORT, unix:///PATH, mqtt://HOST/TOPIC, mqtts://HOST/TOPIC, http://HOST/PATH or "
+            "https://HOST/PATH.",
+            details="A service may write files below /var/lib/edge-ssm/NAME only; its standard output is the journal.",
+            metavar="FILE|-|ADDRESS",
+            link="[addresses](#addresses)",
+        ),
+    ] = "-"
+    output_format: Annotated[
+        Literal["ndjson", "csv", "text"] | None,
+        Setting(
+            "sink.format",
+            "Output format.",
+            unset="csv for *.csv, text on a terminal, else ndjson",
+            example="ndjson",
+        ),
+    ] = None
+    logits: Annotated[bool, Setting("sink.logits", "Add the logits to every decision.")] = False
+    truth: Annotated[
+        bool,
+        Setting(
+            "sink.truth",
+            "Add the recording's own label, from the column label, to every decision; the format text always does.",
+        ),
+    ] = False
+    append: Annotated[
+        bool,
+        Setting(
+            "sink.append",
+            "Append to the output file instead of replacing it.",
+            details="Always on where snapshots are kept; there, an unfinished last line that a power cut left is "
+            "removed, and its decision is made again.",
+        ),
+    ] = False
+    rotate_bytes: Annotated[
+        CountOrNone,
+        Setting(
+            "sink.rotate_bytes",
+            "Size in {unit} at which a new output file is started; 0 for no limit.",
+            unit="bytes",
+            metavar="N",
+        ),
+    ] = 0
+    rotate_keep: Annotated[
+        Annotated[int, msgspec.Meta(ge=0, le=1000)],
+        Setting("sink.rotate_keep", "Number of earlier output files to keep.", metavar="N"),
+    ] = 5
+    queue: Annotated[
+        Annotated[int, msgspec.Meta(ge=1, le=1 << 20)],
+        Setting("sink.queue", "Number of decisions that may wait for a slow reader.", metavar="N"),
+    ] = 1024
+    overflow: Annotated[
+        Overflow | None,
+        Setting(
+            "sink.overflow",
+            "Behaviour of a full queue: drop the oldest decision, drop the newest, or wait for the reader.",
+            unset="wait for samples from a file or standard input, else drop-oldest",
+            example="drop-oldest",
+        ),
+    ] = None
+
+    state: Annotated[
+        Text | None,
+        Setting(
+            "state.folder",
+            "Folder for snapshots, from the last of which the next run resumes.",
+            unset="none; a service has /var/lib/edge-ssm/NAME",
+            example="/var/lib/edge-ssm/NAME",
+            metavar="DIR",
+        ),
+    ] = None
+    snapshot_interval: Annotated[
+        Positive,
+        Setting("state.interval", "Time between two snapshots, in {unit}.", unit="seconds", metavar="S"),
+    ] = 10.0
+
+    member: Annotated[
+        list[Text],
+        Setting(
+            "adaptive.members",
+            "Smaller models of the same family to switch to under pressure, the largest first.",
+            metavar="FILE",
+            is_path=True,
+        ),
+    ] = []
+    max_misses: Annotated[
+        Annotated[float, msgspec.Meta(ge=0, le=1)],
+        Setting(
+            "adaptive.max_misses", "Share of late decisions above which a smaller model takes over.", metavar="SHARE"
+        ),
+    ] = 0.01
+    max_power: Annotated[
+        Positive | None,
+        Setting(
+            "adaptive.max_power",
+            "Power in {unit} above which a smaller model takes over.",
+            unit="watts",
+            unset="the board's",
+            example=12.0,
+            metavar="W",
+        ),
+    ] = None
+    max_temperature: Annotated[
+        Positive | None,
+        Setting(
+            "adaptive.max_temperature",
+            "Temperature in {unit} above which a smaller model takes over.",
+            unit="degrees Celsius",
+            unset="the board's",
+            example=85.0,
+            metavar="C",
+        ),
+    ] = None
+    settle: Annotated[
+        Positive,
+        Setting("adaptive.settle", "Shortest time between two switches, in {unit}.", unit="seconds", metavar="S"),
+    ] = 30.0
+
+    listen: Annotated[
+        Text | None,
+        Setting(
+            "metrics.listen",
+            "Address of the status page, /healthz and /readyz; :PORT listens on loopback only.",
+            unset="none",
+            example="127.0.0.1:9464",
+            metavar="HOST:PORT",
+            link="[observing](observing.md)",
+        ),
+    ] = None
+    prometheus: Annotated[
+        bool, Setting("metrics.prometheus", "Serve metrics for Prometheus at /metrics as well.", requires=("listen",))
+    ] = False
+
+    require_signature: Annotated[
+        list[Text],
+        Setting(
+            "security.require_signature",
+            "Files with public Ed25519 keys; only models that one of them signed are accepted.",
+            metavar="KEYFILE",
+            is_path=True,
+            link="[signing](signing.md)",
+        ),
+    ] = []
 
 
-SECTIONS: dict[str, dict[str, str]] = {
-    "model": {"path": "model", "reload": "reload"},
-    "source": {
-        "input": "input",
-        "format": "format",
-        "scale": "scale",
-        "follow": "follow",
-        "strict": "strict",
-        "pace": "pace",
-        "stale_after": "stale_after",
-        "time_gaps": "time_gaps",
-    },
-    "window": {"hop": "hop", "carry": "carry", "sample_rate": "sample_rate"},
-    "gap": {"policy": "gap", "max": "max_gap"},
-    "engine": {
-        "name": "engine",
-        "threads": "threads",
-        "profile": "profile",
-        "chunk": "chunk",
-        "latency_budget": "latency_budget",
-        "deadline": "deadline",
-        "fifo": "fifo",
-        "affinity": "affinity",
-    },
-    "sink": {
-        "output": "output",
-        "format": "output_format",
-        "logits": "logits",
-        "truth": "truth",
-        "append": "append",
-        "rotate_bytes": "rotate_bytes",
-        "rotate_keep": "rotate_keep",
-        "queue": "queue",
-        "overflow": "overflow",
-    },
-    "state": {"folder": "state", "interval": "snapshot_interval"},
-    "adaptive": {
-        "members": "member",
-        "max_misses": "max_misses",
-        "max_power": "max_power",
-        "max_temperature": "max_temperature",
-        "settle": "settle",
-    },
-    "metrics": {"listen": "listen", "prometheus": "prometheus"},
-    "security": {"require_signature": "require_signature"},
-}
-FILES = ("model", "member", "require_signature")
-"""Fields whose relative paths start at the configuration file's folder."""
-_TYPES = get_type_hints(Settings, include_extras=True)
+SETTINGS = declarations(Settings)
+"""The declaration of every setting, by the name of its field."""
+SECTIONS = sections(SETTINGS)
 
 
-def flag(field: str) -> str:
-    return "MODEL" if field == "model" else f"--{field.replace('_', '-')}"
+def merge(file_values: Mapping[str, Any], option_values: Mapping[str, Any]) -> Settings:
+    """Return the settings of a configuration file and of the command line, which takes precedence.
 
-
-@dataclass(frozen=True)
-class _File:
-    path: str
-    text: str
-
-    def line(self, section: str, key: str | None = None) -> str:
-        """``path, line n`` of a section's header, or of a key in it; the path alone where it is written otherwise."""
-        here, inside = "", ""
-        for number, line in enumerate(self.text.split("\n"), 1):
-            # What stands within a string of several lines is neither header nor key.
-            begun = inside
-            for quotes in re.findall(r"\"\"\"|\'\'\'", line):
-                inside = "" if inside == quotes else inside or quotes
-            if begun:
-                continue
-            if header := re.match(r"\s*\[\s*\"?([^\]\"]*?)\"?\s*\]", line):
-                here = header[1]
-                if key is None and here == section:
-                    return f"{self.path}, line {number}"
-                continue
-            # A key of the section, or, before any header, the section written as section.key or as a table in a line.
-            name = key if key is not None and here == section else section if not here else None
-            if name is not None and re.match(rf"\s*\"?{re.escape(name)}\"?\s*[.=]", line):
-                return f"{self.path}, line {number}"
-        return self.path
-
-
-def where(path: str, field: str) -> str:
-    """``path, line n: section.key`` of a field, for messages; the section's line where the key is not given."""
-    section, key = next((s, k) for s, keys in SECTIONS.items() for k, name in keys.items() if name == field)
-    try:
-        file = _File(path, files.read_regular_file(path, LARGEST).decode(errors="replace"))
-    except InputRefused:
-        return f"{path}: {section}.{key}"
-    place = file.line(section, key)
-    return f"{place if place != path else file.line(section)}: {section}.{key}"
-
-
-def read(path: str) -> dict[str, Any]:
-    """A configuration file's values by field. Raises UsageError, naming file, line and key."""
-    content = files.read_regular_file(path, LARGEST, error=UsageError, remedy="expected a configuration file")
-    return parse(content, path)
-
-
-def parse(content: bytes, path: str) -> dict[str, Any]:
-    """The same from the file's bytes."""
-    if len(content) > LARGEST:
-        raise UsageError(f"{path}: longer than {LARGEST} bytes; expected a configuration file")
-    try:
-        text = content.decode()
-        document = tomllib.loads(text)
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{path}, byte {error.start}: not UTF-8 text; expected TOML") from None
-    except (tomllib.TOMLDecodeError, RecursionError, ValueError) as error:
-        found = re.search(r"\(at line (\d+), column (\d+)\)", str(error))
-        where = f"{path}, line {found[1]}" if found else path
-        reason = re.sub(r" \(at .*", "", str(error))
-        raise UsageError(f"{where}: not TOML ({' '.join(reason.split())[:120]})") from None
-    file, values = _File(path, text), {}
-    for section, keys in document.items():
-        if section not in SECTIONS:
-            raise UsageError(f"{file.line(section)}: {section!r} is unknown; expected a section {_listed(SECTIONS)}")
-        if not isinstance(keys, dict):
-            raise UsageError(f"{file.line(section)}: {section!r} is a section; expected [{section}]")
-        for key, value in keys.items():
-            if key not in SECTIONS[section]:
-                raise UsageError(
-                    f"{file.line(section, key)}: {section}.{key} is unknown; expected {_listed(SECTIONS[section])}"
-                )
-            field = SECTIONS[section][key]
-            values[field] = _converted(field, value, f"{file.line(section, key)}: {section}.{key}")
-    if "model" not in values:
-        raise UsageError(f'{file.line("model")}: model.path is missing; expected [model] with path = "FILE"')
-    folder = Path(path).parent
-    for field in FILES:
-        if field in values:
-            found_paths = values[field]
-            values[field] = (
-                str(folder / found_paths) if isinstance(found_paths, str) else [str(folder / p) for p in found_paths]
-            )
-    return values
-
-
-def _listed(names: Any) -> str:
-    return ", ".join(names)
-
-
-def _converted(field: str, value: Any, where: str) -> Any:
-    if isinstance(value, float) and value != value:
-        raise UsageError(f"{where}: nan; expected a number")
-    try:
-        converted = msgspec.convert(value, _TYPES[field], strict=True)
-    except msgspec.ValidationError as error:
-        allowed = _choices(_TYPES[field])
-        said = " ".join(str(error).split()).replace("Expected", "expected").replace("`", "")
-        expected = f"expected {', '.join(allowed)}" if allowed else said
-        raise UsageError(f"{where}: {str(value)[:60]!r}, {expected}") from None
-    # TOML can write one, and the system would end a path there.
-    for text in converted if isinstance(converted, list) else [converted]:
-        if isinstance(text, str) and "\0" in text:
-            raise UsageError(f"{where}: {text[:60]!r}: has a zero byte; expected a text without one")
-    return converted
-
-
-def _choices(kind: Any) -> list[str]:
-    """The words that a field may be, where it may only be one of some words."""
-    found = [part for inner in get_args(kind) for part in ([inner] if isinstance(inner, str) else _choices(inner))]
-    return found if get_origin(kind) is Literal or type(None) in get_args(kind) else []
-
-
-def settings(config: str | None, flags: dict[str, Any]) -> Settings:
-    """Of a configuration file, if there is one, and the flags that were given, which come first. Raises UsageError."""
-    values = read(config) if config is not None else {}
-    for field, value in flags.items():
-        values[field] = _converted(field, value, flag(field))
+    Raises UsageError for a value that is not allowed, or for settings that contradict each other.
+    """
+    values = dict(file_values)
+    for name, value in option_values.items():
+        values[name] = SETTINGS[name].convert(value, SETTINGS[name].flag)
     if "model" not in values:
         raise UsageError("MODEL: missing; give an artifact, or --config FILE")
-    made = Settings(**values)
-    check(made)
-    return made
+    settings = Settings(**values)
+    check_combinations(settings)
+    return settings
 
 
-def check(made: Settings) -> None:
-    """What no key says alone. Raises UsageError."""
-    if made.prometheus and made.listen is None:
-        raise UsageError("metrics.prometheus (--prometheus): needs metrics.listen (--listen HOST:PORT)")
-    if made.follow and made.pace:
-        raise UsageError("source.follow and source.pace (--follow, --pace): a file that grows sets the pace itself")
-    if made.pace and "://" in made.input:
-        raise UsageError(
-            f"source.pace (--pace): only for a recording, {made.input.partition('://')[0]}:// sets its own"
-        )
-    if made.rotate_bytes and made.output == "-":
-        raise UsageError("sink.rotate_bytes (--rotate-bytes): only for a file, see --output")
+def check_combinations(settings: Settings) -> None:
+    """Raise UsageError if a setting lacks one that it requires, or contradicts another."""
+    for setting in SETTINGS.values():
+        if getattr(settings, setting.name) in (setting.default, None):
+            continue
+        for other in (SETTINGS[name] for name in setting.requires):
+            if getattr(settings, other.name) is None:
+                needed = f"{other.key} ({other.flag} {other.metavar})"
+                raise UsageError(f"{setting.flag}: needs {needed}", setting=setting.name)
+        for other, reason in ((SETTINGS[name], reason) for name, reason in setting.excludes):
+            if getattr(settings, other.name) not in (other.default, None):
+                raise UsageError(f"{setting.flag}: not with {other.key} ({other.flag}), {reason}", setting=setting.name)

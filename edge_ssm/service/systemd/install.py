@@ -1,5 +1,6 @@
-"""Instances of edge-ssm@.service on this machine, or below a folder that becomes a machine's root: put there, taken
-away. Everything is checked before the first file is written, and what was written is taken back if a later one fails.
+"""Install and remove instances of edge-ssm@.service, on this machine or below a folder that becomes a machine's root.
+
+Everything is checked before the first file is written, and what was written is undone if a later file fails.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import re
 import shutil
 import subprocess
 import sysconfig
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,322 +19,352 @@ from typing import Any
 from edge_ssm import files as edge_ssm_files
 from edge_ssm.errors import RunFailed, UsageError
 from edge_ssm.io.address import Endpoint
-from edge_ssm.service import plan as service_plan
-from edge_ssm.service import settings as service_settings
+from edge_ssm.service import check, settings_file
+from edge_ssm.service.plan import RunPlan, is_loopback
 
-_SHIPPED = Path(__file__).parents[2] / "systemd"
+_PACKAGED = Path(__file__).parents[2] / "systemd"
 _CHECKOUT = Path(__file__).parents[3] / "systemd"
 
 NAME = r"[a-z][a-z0-9_-]{0,21}"
-"""Part of the name of the user that the unit runs as, which has at most 31 characters."""
+"""Pattern of an instance's name: part of the name of the unit's user, which has at most 31 characters."""
 GROUP = "edge-ssm"
 CONFIGURATION = Path("etc/edge-ssm")
 UNITS = Path("etc/systemd/system")
-OPENINGS = ("loopback", "network", "serial", "iio", "gpu")
-"""Drop-ins, each of which opens the unit's sandbox for one thing."""
+PERMISSIONS = ("loopback", "network", "serial", "iio", "gpu")
+"""What a drop-in can permit: each opens the unit's sandbox for one requirement of a plan."""
+LISTENING = ("tcp-listen", "unix-listen", "udp")
+"""Schemes of the sources whose socket systemd may open in their place."""
 HIDDEN = ("/home", "/root", "/run/user", "/tmp", "/var/tmp")
-"""What the unit's sandbox hides (ProtectHome, PrivateTmp)."""
-_GENERAL = {
+"""Folders that the unit's sandbox hides (ProtectHome, PrivateTmp)."""
+_SHARED_FILES = {
     "edge-ssm@.service": UNITS / "edge-ssm@.service",
     "edge-ssm-compile.service": UNITS / "edge-ssm-compile.service",
     "edge-ssm@.socket": UNITS / "edge-ssm@.socket",
     "edge-ssm.sysusers": Path("etc/sysusers.d/edge-ssm.conf"),
     "edge-ssm.tmpfiles": Path("etc/tmpfiles.d/edge-ssm.conf"),
 }
-_ANYWHERE = "/usr/bin/env edge-ssm"
-"""How the shipped units name the command."""
+"""Files that all instances share: name of the shipped file, and path below the root."""
+_ANY_COMMAND = "/usr/bin/env edge-ssm"
+"""How the shipped units call the command."""
 
-Say = Callable[[str], None]
+Log = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class Request:
+    """What ``install`` was asked to do."""
+
     name: str
     config: str
-    openings: tuple[str, ...] = ()
-    """Of OPENINGS."""
+    permissions: tuple[str, ...] = ()
+    """Some of PERMISSIONS."""
     socket: bool = False
-    """systemd opens the socket that the source listens on."""
+    """Whether systemd opens the socket on which the source listens."""
     root: Path = Path("/")
     start: bool = True
     force: bool = False
-    """Replace a configuration, model or key that is there and differs."""
+    """Whether to replace an existing configuration, model or key that differs."""
 
 
 @dataclass(frozen=True)
 class _File:
     path: Path
-    """Below the root."""
+    """Path below the root."""
     content: bytes
-    guarded: bool = False
-    """For the service's group only: it may hold a password. Never replaced by another content unasked."""
+    is_guarded: bool = False
+    """True for a file that only the service's group may read, because it may hold a password. Without ``force`` it
+    never replaces a file that differs."""
 
 
 def folder() -> Path:
-    """Where the units lie: inside the installed package, or at the top of a checkout."""
-    return _SHIPPED if _SHIPPED.is_dir() else _CHECKOUT
+    """Return the folder of the shipped units: inside the installed package, or at the top of a checkout."""
+    return _PACKAGED if _PACKAGED.is_dir() else _CHECKOUT
 
 
 def unit(name: str, kind: str = "service") -> str:
-    """Raises UsageError for what can't be an instance."""
+    """Return the name of an instance's unit. Raise UsageError for a name that an instance cannot have."""
     if not re.fullmatch(NAME, name):
         raise UsageError(f"{name[:60]!r}: expected a name of at most 22 of a-z, 0-9, - and _, a letter first")
     return f"edge-ssm@{name}.{kind}"
 
 
-def install(request: Request, say: Say) -> None:
-    """Raises UsageError before anything is changed, RunFailed where a change could not be made."""
+def install(request: Request, log: Log) -> None:
+    """Install an instance, and start it unless the request says otherwise. ``log`` is called with lines for the user.
+
+    Raises
+    ------
+    UsageError
+        The configuration cannot run as a service. Nothing was changed.
+    RunFailed
+        A file could not be written, or systemd refused.
+    """
     unit(request.name)
     if not request.root.is_dir():
         raise UsageError(f"--root {request.root}: no such folder; expected the root of a system")
-    plan = service_plan.check(request.config)
-    _check_openings(request, plan)
-    _check_visible(request, plan)
-    files = [*_units(request, plan, say), *_own_files(request)]
-    for file in files:
-        there = request.root / file.path
-        if file.guarded and not request.force and there.exists() and there.read_bytes() != file.content:
-            raise UsageError(f"{there}: is there and differs from the new one; --force replaces it")
-    _need_root("install")
-    for warning in plan.warnings:
-        say(f"warning: {warning}")
-    _put(request.root, files)
+    plan = check.check(request.config)
+    _check_permissions(request, plan)
+    _check_paths(request, plan)
+    files = [*_unit_files(request, plan, log), *_own_files(request)]
+    _check_replaced(request, files)
+    _check_root("install")
+    for warning in check.warnings(request.config, plan):
+        log(f"warning: {warning}")
+    _write(request.root, files)
     enabled = [unit(request.name), *([unit(request.name, "socket")] if request.socket else [])]
-    on_root = [] if request.root == Path("/") else [f"--root={request.root}"]
-    _systemctl(*on_root, "enable", "--quiet", *enabled)
-    say(f"{request.root / CONFIGURATION / request.name}.toml: {unit(request.name)} runs it")
-    if on_root:
+    other_root = [] if request.root == Path("/") else [f"--root={request.root}"]
+    _systemctl(*other_root, "enable", "--quiet", *enabled)
+    log(f"{request.root / CONFIGURATION / request.name}.toml: {unit(request.name)} runs it")
+    if other_root:
         return
     _systemctl("daemon-reload")
     if request.start:
         if request.socket:
             _systemctl("restart", unit(request.name, "socket"))
         _systemctl("restart", unit(request.name))
-        say(f"{unit(request.name)}: started; edge-ssm service status {request.name}")
+        log(f"{unit(request.name)}: started; edge-ssm service status {request.name}")
 
 
-def uninstall(name: str, purge: bool, root: Path, say: Say) -> None:
-    """Stop an instance and take it away; ``purge``: its configuration, snapshots and cache too.
+def uninstall(name: str, purge: bool, root: Path, log: Log) -> None:
+    """Stop an instance and remove it; with ``purge`` its configuration, snapshots and cache as well.
 
-    Raises UsageError where there is none, RunFailed.
+    Raises UsageError if there is no such instance, RunFailed if a file cannot be removed.
     """
     service, socket = unit(name), unit(name, "socket")
-    configured = root / CONFIGURATION / f"{name}.toml"
-    drop_ins = [root / UNITS / f"{of}.d" for of in (service, socket)]
+    configuration = root / CONFIGURATION / f"{name}.toml"
+    drop_ins = [root / UNITS / f"{owner}.d" for owner in (service, socket)]
     enabled = _enabled(root)
-    if name not in enabled and not configured.exists() and not any(map(Path.exists, drop_ins)):
-        raise UsageError(f"{service}: not installed; edge-ssm service status shows what is")
+    if name not in enabled and not configuration.exists() and not any(map(Path.exists, drop_ins)):
+        raise UsageError(f"{service}: not installed; edge-ssm service status shows the instances")
     others = (enabled | {path.stem for path in (root / CONFIGURATION).glob("*.toml")}) - {name}
-    _need_root("uninstall")
-    on_root = [] if root == Path("/") else [f"--root={root}"]
+    _check_root("uninstall")
+    other_root = [] if root == Path("/") else [f"--root={root}"]
     if (root / UNITS / "edge-ssm@.service").exists():
-        _systemctl(*on_root, "disable", "--quiet", *([] if on_root else ["--now"]), socket, service)
+        _systemctl(*other_root, "disable", "--quiet", *([] if other_root else ["--now"]), socket, service)
     try:
-        for place in drop_ins:
-            shutil.rmtree(place, ignore_errors=True)
+        for path in drop_ins:
+            shutil.rmtree(path, ignore_errors=True)
         if purge:
-            for place in [configured, *_its_alone(root, name)]:
-                place.unlink(missing_ok=True)
-            for kind in ("lib", "cache"):
-                (root / f"var/{kind}/edge-ssm/{name}").unlink(missing_ok=True)
-                shutil.rmtree(root / f"var/{kind}/private/edge-ssm/{name}", ignore_errors=True)
+            _purge(root, name)
         if not others:
-            for place in _GENERAL.values():
-                (root / place).unlink(missing_ok=True)
+            for path in _SHARED_FILES.values():
+                (root / path).unlink(missing_ok=True)
     except OSError as error:
-        raise RunFailed(f"{error.filename}: can't be removed ({error.strerror})") from None
-    if not on_root:
+        raise RunFailed(f"{error.filename}: cannot be removed ({error.strerror})") from None
+    if not other_root:
         _systemctl("daemon-reload")
-    left = "" if purge else f"; its configuration {configured} and its state stay, see --purge"
-    say(f"{service}: removed{left}")
+    remainder = "" if purge else f"; its configuration {configuration} and its state stay, see --purge"
+    log(f"{service}: removed{remainder}")
+
+
+def _purge(root: Path, name: str) -> None:
+    for path in [root / CONFIGURATION / f"{name}.toml", *_exclusive_files(root, name)]:
+        path.unlink(missing_ok=True)
+    for kind in ("lib", "cache"):
+        (root / f"var/{kind}/edge-ssm/{name}").unlink(missing_ok=True)
+        shutil.rmtree(root / f"var/{kind}/private/edge-ssm/{name}", ignore_errors=True)
 
 
 def _enabled(root: Path) -> set[str]:
+    """Return the names of the instances that start at boot."""
     links = (root / UNITS).glob("*.wants/edge-ssm@*.service")
     return {link.name.removeprefix("edge-ssm@").removesuffix(".service") for link in links}
 
 
-def _its_alone(root: Path, name: str) -> list[Path]:
-    """Models and keys beside the configurations that only this instance's names."""
-    named = {}
+def _exclusive_files(root: Path, name: str) -> list[Path]:
+    """Return the models and keys beside the configurations that only this instance's configuration names."""
+    users = {}
     for path in (root / CONFIGURATION).glob("*.toml"):
-        with suppress(UsageError, OSError):  # One that can't be read keeps nothing.
-            named[path.stem] = set(_beside(service_settings.parse(path.read_bytes(), path.name)))
-    mine = named.pop(name, set()).difference(*named.values())
-    return [root / CONFIGURATION / place for path in mine for place in (path, f"{path}.sig")]
+        with suppress(UsageError, OSError):  # A configuration that cannot be read keeps nothing.
+            users[path.stem] = set(_relative_paths(settings_file.parse(path.read_bytes(), path.name)))
+    exclusive = users.pop(name, set()).difference(*users.values())
+    return [root / CONFIGURATION / part for path in exclusive for part in (path, f"{path}.sig")]
 
 
-def _beside(values: dict[str, Any]) -> list[str]:
-    """The relative paths among a configuration's."""
-    found = [values.get(field, []) for field in service_settings.FILES]
-    paths = [path for one in found for path in ([one] if isinstance(one, str) else one)]
+def _paths(values: Mapping[str, Any], setting: str) -> list[str]:
+    """Return the paths that a configuration has for a setting: none, one or several."""
+    value = values.get(setting, [])
+    return [value] if isinstance(value, str) else list(value)
+
+
+def _relative_paths(values: Mapping[str, Any]) -> list[str]:
+    """Return the paths below the configuration's folder that a configuration names."""
+    paths = [path for setting in settings_file.paths() for path in _paths(values, setting)]
     return [path for path in paths if not os.path.isabs(path) and ".." not in Path(path).parts]
 
 
-def _need_root(command: str) -> None:
+def _check_root(command: str) -> None:
     if os.geteuid() != 0:
         raise UsageError(f"service {command}: needs root; run it with sudo")
 
 
-def _check_openings(request: Request, plan: service_plan.Plan) -> None:
-    """Whether the sandbox lets through what the configuration names. Raises UsageError."""
-    given = {*request.openings, *(["loopback"] if "network" in request.openings else [])}
-    if request.socket and plan.source.scheme not in service_plan.LISTENING:
-        key = service_settings.where(request.config, "input")
-        raise UsageError(f"{key}: does not listen; --socket is for {', '.join(service_plan.LISTENING)}")
-    for opening, field in plan.needs.items():
-        if opening in given or (field == "input" and request.socket):
-            continue
-        raise UsageError(
-            f"{service_settings.where(request.config, field)}: the service can't reach it; add --{opening}"
-        )
+def _check_permissions(request: Request, plan: RunPlan) -> None:
+    """Raise UsageError if the sandbox would not permit what the configuration requires."""
+    permitted = {*request.permissions, *(["loopback"] if "network" in request.permissions else [])}
+    if request.socket and plan.source.scheme not in LISTENING:
+        key = settings_file.locate(request.config, "input")
+        raise UsageError(f"{key}: does not listen; --socket is for {', '.join(LISTENING)}")
+    for requirement, setting in plan.requirements.items():
+        if requirement not in permitted and not (setting == "input" and request.socket):
+            key = settings_file.locate(request.config, setting)
+            raise UsageError(f"{key}: the service cannot reach it; add --{requirement}")
 
 
-def _check_visible(request: Request, plan: service_plan.Plan) -> None:
-    """Whether files lie where the service can read and write them. Raises UsageError."""
+def _check_paths(request: Request, plan: RunPlan) -> None:
+    """Raise UsageError if the service could not read or write a file where it is."""
     settings, state = plan.settings, f"/var/lib/edge-ssm/{request.name}"
-    for field, found in (("input", plan.source), ("output", plan.sink)):
-        if found.scheme == "file" or found.scheme.startswith("unix"):
-            _check_path(request, field, found, state)
+    for setting, endpoint in (("input", plan.source), ("output", plan.sink)):
+        if endpoint.scheme == "file" or endpoint.scheme.startswith("unix"):
+            _check_path(request, setting, endpoint, state)
     if settings.state is not None and os.path.normpath(settings.state) != state:
-        key = service_settings.where(request.config, "state")
+        key = settings_file.locate(request.config, "state")
         raise UsageError(f"{key}: {settings.state!r}; the service keeps its state in {state}, leave it out")
 
 
-def _check_path(request: Request, field: str, found: Endpoint, state: str) -> None:
-    path, key = os.path.normpath(found.path), service_settings.where(request.config, field)
+def _check_path(request: Request, setting: str, endpoint: Endpoint, state: str) -> None:
+    path, key = os.path.normpath(endpoint.path), settings_file.locate(request.config, setting)
     if not os.path.isabs(path):
-        raise UsageError(f"{key}: {path!r}; a service has no folder that it starts in, give the whole path")
-    if _below(path, HIDDEN):
+        raise UsageError(f"{key}: {path!r}; a service has no working folder, give the absolute path")
+    if _is_below(path, HIDDEN):
         raise UsageError(f"{key}: {path!r}; hidden from the service, put it elsewhere (such as below /srv or /run)")
-    if field == "output" and found.scheme == "file" and not _below(path, (state, "/dev")):
+    if setting == "output" and endpoint.scheme == "file" and not _is_below(path, (state, "/dev")):
         raise UsageError(f"{key}: {path!r}; the service may write below {state} only")
 
 
-def _below(path: str, folders: Sequence[str]) -> bool:
+def _is_below(path: str, folders: Sequence[str]) -> bool:
     return any(path == folder or path.startswith(f"{folder}/") for folder in folders)
 
 
-def _command(root: Path, say: Say) -> str:
-    """The command's path, as the units of ``root`` shall name it. Raises UsageError."""
+def _check_replaced(request: Request, files: Sequence[_File]) -> None:
+    """Raise UsageError if a configuration, model or key would be replaced by a different one without ``force``."""
+    for file in files:
+        existing = request.root / file.path
+        if file.is_guarded and not request.force and existing.exists() and existing.read_bytes() != file.content:
+            raise UsageError(f"{existing}: exists and differs from the new one; --force replaces it")
+
+
+def _command(root: Path, log: Log) -> str:
+    """Return the path of the command, for the units below ``root``. Raise UsageError if a service cannot run it."""
     path = os.path.join(sysconfig.get_path("scripts"), "edge-ssm")
     if not os.path.exists(path):
         path = shutil.which("edge-ssm") or path
     if not os.path.exists(root / path.lstrip("/")):
-        say(f"{root}: has no {path}; its units look for edge-ssm in the usual folders")
-        return _ANYWHERE
-    if _below(os.path.normpath(path), HIDDEN):
+        log(f"{root}: has no {path}; its units look for edge-ssm in the usual folders")
+        return _ANY_COMMAND
+    if _is_below(os.path.normpath(path), HIDDEN):
         raise UsageError(
             f"{path}: hidden from the service; install edge-ssm in an environment such as /opt/edge-ssm "
-            "(python3 -m venv /opt/edge-ssm), and run this with that one"
+            "(python3 -m venv /opt/edge-ssm), and run this command from there"
         )
     return path
 
 
-def _units(request: Request, plan: service_plan.Plan, say: Say) -> list[_File]:
-    command, files = _command(request.root, say), []
-    for name, place in _GENERAL.items():
+def _unit_files(request: Request, plan: RunPlan, log: Log) -> list[_File]:
+    """Return the units with the path of the command, and the instance's drop-ins."""
+    command, files = _command(request.root, log), []
+    for name, path in _SHARED_FILES.items():
         text = (folder() / name).read_text()
-        files.append(_File(place, text.replace(_ANYWHERE, command).encode()))
+        files.append(_File(path, text.replace(_ANY_COMMAND, command).encode()))
     drop_ins = UNITS / f"{unit(request.name)}.d"
-    for opening in request.openings:
-        name = f"edge-ssm-{opening}.conf"
+    for permission in request.permissions:
+        name = f"edge-ssm-{permission}.conf"
         files.append(_File(drop_ins / name, (folder() / name).read_bytes()))
     if request.socket:
-        files.append(_File(UNITS / f"{unit(request.name, 'socket')}.d" / "address.conf", _listening(plan.source)))
+        path = UNITS / f"{unit(request.name, 'socket')}.d" / "address.conf"
+        files.append(_File(path, _socket_drop_in(plan.source)))
     return files
 
 
-def _listening(source: Endpoint) -> bytes:
-    """The drop-in of the socket unit that has the source's address."""
+def _socket_drop_in(source: Endpoint) -> bytes:
+    """Return the drop-in of the socket unit with the source's address."""
     kind = "ListenDatagram" if source.scheme == "udp" else "ListenStream"
     if source.scheme == "unix-listen":
         return f"[Socket]\nListenStream=\n{kind}={source.socket_path()}\n".encode()
     host, port = source.host_and_port()
     address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-    allowed = "IPAddressAllow=localhost" if service_plan.loopback(host) else "IPAddressDeny="
-    return f"[Socket]\nListenStream=\n{kind}={address}\n{allowed}\n".encode()
+    permitted = "IPAddressAllow=localhost" if is_loopback(host) else "IPAddressDeny="
+    return f"[Socket]\nListenStream=\n{kind}={address}\n{permitted}\n".encode()
 
 
 def _own_files(request: Request) -> list[_File]:
-    """The configuration, and what it names by relative paths, which lies beside it. Raises UsageError."""
+    """Return the configuration and the files beside it that it names. Raise UsageError for a path elsewhere."""
     config = Path(request.config)
     content = config.read_bytes()
-    files = [_File(CONFIGURATION / f"{request.name}.toml", content, guarded=True)]
-    named = service_settings.parse(content, config.name)
-    for field in service_settings.FILES:
-        found = named.get(field, [])
-        for path in [found] if isinstance(found, str) else found:
-            key = service_settings.where(request.config, field)
+    files = [_File(CONFIGURATION / f"{request.name}.toml", content, is_guarded=True)]
+    values = settings_file.parse(content, config.name)
+    for setting in settings_file.paths():
+        for path in _paths(values, setting):
+            key = settings_file.locate(request.config, setting)
             if os.path.isabs(path):
-                _check_public(request.root, path, key)
+                check_public(request.root, path, key)
                 continue
             if ".." in Path(path).parts:
-                raise UsageError(f"{key}: {path!r}; expected a path below the configuration's folder, or a whole one")
-            for beside in (path, f"{path}.sig"):
-                if beside == path or (config.parent / beside).exists():
-                    content = (config.parent / beside).read_bytes()
-                    files.append(_File(CONFIGURATION / beside, content, guarded=True))
+                raise UsageError(f"{key}: {path!r}; expected a path below the configuration's folder, or absolute")
+            for part in (path, f"{path}.sig"):
+                if part == path or (config.parent / part).exists():
+                    files.append(_File(CONFIGURATION / part, (config.parent / part).read_bytes(), is_guarded=True))
     return files
 
 
-def _check_public(root: Path, path: str, key: str) -> None:
-    """A file that stays where it is must be one that the service's user can read."""
-    if _below(os.path.normpath(path), HIDDEN):
+def check_public(root: Path, path: str, key: str) -> None:
+    """Raise UsageError if the service's user could not read a file that stays where it is; ``key`` names it."""
+    if _is_below(os.path.normpath(path), HIDDEN):
         raise UsageError(f"{key}: {path!r}; hidden from the service, put it beside the configuration, or below /opt")
-    there = root / path.lstrip("/")
-    if not there.exists() or there.is_relative_to(root / CONFIGURATION):
-        return  # It comes later, or lies where the service's group may read.
-    folders = [place for place in there.parents if place != root and place.is_relative_to(root)]
-    if not there.stat().st_mode & 0o004 or not all(place.stat().st_mode & 0o001 for place in folders):
-        raise UsageError(f"{key}: {path!r}; the service's user can't read it, see chmod o+r (and o+x of its folders)")
+    file = root / path.lstrip("/")
+    if not file.exists() or file.is_relative_to(root / CONFIGURATION):
+        return  # It will be copied later, or lies where the service's group may read.
+    parents = [parent for parent in file.parents if parent != root and parent.is_relative_to(root)]
+    if not file.stat().st_mode & 0o004 or not all(parent.stat().st_mode & 0o001 for parent in parents):
+        raise UsageError(f"{key}: {path!r}; the service's user cannot read it, see chmod o+r (and o+x of its folders)")
 
 
-def _put(root: Path, files: list[_File]) -> None:
-    """All of them or none. Raises RunFailed."""
-    before: list[tuple[Path, bytes | None]] = []
+def _write(root: Path, files: list[_File]) -> None:
+    """Write all files, or none. Raise RunFailed if one cannot be written."""
+    previous: list[tuple[Path, bytes | None]] = []
     try:
-        users = next(file for file in files if file.path == _GENERAL["edge-ssm.sysusers"])
+        # The group of the other files comes from this one.
+        users = next(file for file in files if file.path == _SHARED_FILES["edge-ssm.sysusers"])
         for file in [users, *(file for file in files if file is not users)]:
             path = root / file.path
             if file.path.parent.parts[:2] == CONFIGURATION.parts:
-                _guarded_folder(root, path.parent)
+                _make_guarded_folder(root, path.parent)
             else:
                 path.parent.mkdir(parents=True, exist_ok=True)
-            before.append((path, path.read_bytes() if path.exists() else None))
+            previous.append((path, path.read_bytes() if path.exists() else None))
             edge_ssm_files.write(path, file.content)
             if file is users:
                 _call("systemd-sysusers", f"--root={root}", str(root / file.path))
-            if file.guarded:
+            if file.is_guarded:
                 os.chown(path, 0, _group(root))
                 path.chmod(0o640)
-        _call("systemd-tmpfiles", f"--root={root}", "--create", str(root / _GENERAL["edge-ssm.tmpfiles"]))
+        _call("systemd-tmpfiles", f"--root={root}", "--create", str(root / _SHARED_FILES["edge-ssm.tmpfiles"]))
     except (OSError, RunFailed) as error:
-        for path, content in reversed(before):
+        for path, content in reversed(previous):
             if content is None:
                 path.unlink(missing_ok=True)
             else:
                 edge_ssm_files.write(path, content)
         if isinstance(error, RunFailed):
             raise
-        raise RunFailed(f"{error.filename}: can't be written ({error.strerror}); nothing was changed") from None
+        raise RunFailed(f"{error.filename}: cannot be written ({error.strerror}); nothing was changed") from None
 
 
-def _guarded_folder(root: Path, path: Path) -> None:
-    for place in [path, *path.parents]:
-        if place == root / CONFIGURATION.parent:
+def _make_guarded_folder(root: Path, path: Path) -> None:
+    """Create a folder for the service's group, and those above it, below /etc."""
+    for folder in [path, *path.parents]:
+        if folder == root / CONFIGURATION.parent:
             break
-        if not place.is_dir():
-            place.mkdir(mode=0o750, parents=True)
-            os.chown(place, 0, _group(root))
+        if not folder.is_dir():
+            folder.mkdir(mode=0o750, parents=True)
+            os.chown(folder, 0, _group(root))
 
 
 def _group(root: Path) -> int:
+    """Return the number of the service's group in the system below ``root``."""
     for line in (root / "etc/group").read_text().splitlines():
         name, _, number, *_ = line.split(":")
         if name == GROUP:
             return int(number)
-    raise RunFailed(f"{root / 'etc/group'}: no group {GROUP}; systemd-sysusers did not make it")
+    raise RunFailed(f"{root / 'etc/group'}: no group {GROUP}; systemd-sysusers did not create it")
 
 
 def _systemctl(*arguments: str) -> None:
@@ -341,10 +372,11 @@ def _systemctl(*arguments: str) -> None:
 
 
 def _call(*command: str) -> None:
+    """Run a command. Raise RunFailed, with what it printed, if it fails."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+        process = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     except OSError as error:
-        raise RunFailed(f"{command[0]}: can't be run ({error.strerror}); is this a system with systemd?") from None
-    if done.returncode:
-        reason = " ".join((done.stderr or done.stdout).split()) or f"status {done.returncode}"
+        raise RunFailed(f"{command[0]}: cannot be run ({error.strerror}); is this a system with systemd?") from None
+    if process.returncode:
+        reason = " ".join((process.stderr or process.stdout).split()) or f"status {process.returncode}"
         raise RunFailed(f"{' '.join(command)}: {reason[:300]}")

@@ -1,4 +1,4 @@
-"""What systemd says of the instances of edge-ssm@.service, in words, beside what they tell of themselves."""
+"""Describe the instances of edge-ssm@.service: what systemd knows of them, and what they report themselves."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import subprocess
 
 from edge_ssm.errors import RunFailed, UsageError
 from edge_ssm.service.systemd.install import unit
-from edge_ssm.telemetry import status, status_files
+from edge_ssm.telemetry import status_files
+from edge_ssm.telemetry.status import Status
 from edge_ssm.text import sanitize
 
 _PROPERTIES = (
@@ -23,7 +24,7 @@ _PROPERTIES = (
     "ActiveEnterTimestamp",
 )
 _RESULTS = {
-    "watchdog": "its loop stood still",
+    "watchdog": "its loop did not respond",
     "exit-code": "it ended with status {status}",
     "signal": "it was killed by signal {status}",
     "core-dump": "it was killed by signal {status}",
@@ -31,74 +32,87 @@ _RESULTS = {
     "start-limit-hit": "it failed too often, and was given up: systemctl reset-failed {unit}",
     "timeout": "it did not start or stop in time",
 }
+"""What the values of systemd's property Result mean."""
 
 
 def describe(name: str | None) -> str:
-    """Of one instance, or all that systemd knows. Raises UsageError, RunFailed."""
-    names = [unit(name)] if name is not None else _all()
-    told = {status.pid: status for status in status_files.running()}
+    """Return the status of an instance in words, or of all instances.
+
+    Raises UsageError if there is no such instance, RunFailed if systemd cannot be asked.
+    """
+    names = [unit(name)] if name is not None else _instances()
+    statuses = {status.pid: status for status in status_files.running()}
     parts = []
-    for of in names:
-        found = _show(of)
-        idle = found.get("ActiveState") == "inactive" and found.get("UnitFileState") != "enabled"
-        if name is not None and (idle or found.get("LoadState") == "not-found"):
-            raise UsageError(f"{of}: neither enabled nor running; see edge-ssm service install")
-        parts.append(in_words(found, told.get(int(found.get("MainPID") or 0))))
+    for instance in names:
+        properties = _properties(instance)
+        is_idle = properties.get("ActiveState") == "inactive" and properties.get("UnitFileState") != "enabled"
+        if name is not None and (is_idle or properties.get("LoadState") == "not-found"):
+            raise UsageError(f"{instance}: neither enabled nor running; see edge-ssm service install")
+        parts.append(in_words(properties, statuses.get(int(properties.get("MainPID") or 0))))
     return "\n\n".join(parts) or "no instance is installed; see edge-ssm service install"
 
 
-def in_words(found: dict[str, str], told: status.Status | None) -> str:
-    """``found``: systemd's properties. ``told``: what the run says itself, where it runs."""
-    active, pid = found.get("ActiveState", "unknown"), found.get("MainPID", "0")
-    state = f"{active} ({found.get('SubState', '')})"
-    if active == "active":
-        state += f", process {pid}, since {found.get('ActiveEnterTimestamp', '')}"
-    lines = [
-        f"{found.get('Id', '')}: {state}",
-        f"  at boot   {'started' if found.get('UnitFileState') == 'enabled' else 'not started'}",
-        f"  restarts  {found.get('NRestarts', '0')}",
-    ]
-    if (words := _RESULTS.get(found.get("Result", ""))) is not None:
-        status = found.get("ExecMainStatus", "")
-        lines.append(f"  last end  {words.format(status=status, unit=found.get('Id', ''))}")
-        if status == "2" and found.get("Result") == "exit-code":
-            lines.append(f"  why       journalctl -u {found.get('Id', '')}; it is not tried again until it is started")
-    if found.get("StatusText"):
-        lines.append(f"  says      {found['StatusText']}")
-    if told is not None:
-        dropped = ", ".join(f"{n} {reason}" for reason, n in sorted(told.dropped.items())) or "none"
-        lines += [
-            f"  model     {told.model}, digest {told.model_digest[:12]}, engine {told.engine}",
-            f"  source    {told.source}, {told.source_state}; {told.samples} samples, {told.samples_per_s:.0f} per s",
-            f"  decided   {told.decisions}, last {told.last or '-'}; late {told.deadline_misses}; dropped {dropped}",
-            f"  step      p50 {told.step_p50_us:.1f} us, p99 {told.step_p99_us:.1f} us; {told.resident_mb:.0f} MB",
-        ]
-        if told.snapshot_age_s is not None:
-            lines.append(f"  snapshot  {told.snapshot_age_s:.0f} s old")
-        if told.output_problem:
-            lines.append(f"  output    {told.output_problem}")
-        lines += [f"  event     {event}" for event in told.events[-3:]]
-    # What a run tells holds names from files and addresses, which are other people's text.
+def in_words(properties: dict[str, str], status: Status | None) -> str:
+    """Return the status of an instance, a line for each fact, from systemd's properties and the run's own status."""
+    lines = [*_unit_lines(properties), *(_run_lines(status) if status is not None else [])]
+    # The status holds names of files and addresses, which are foreign text.
     return "\n".join(sanitize(line) for line in lines)
 
 
-def _all() -> list[str]:
-    listed = _systemctl("list-units", "--all", "--plain", "--no-legend", "--no-pager", "edge-ssm@*.service")
+def _unit_lines(properties: dict[str, str]) -> list[str]:
+    name, active, result = (properties.get(key, "") for key in ("Id", "ActiveState", "Result"))
+    state = f"{active or 'unknown'} ({properties.get('SubState', '')})"
+    if active == "active":
+        state += f", process {properties.get('MainPID', '0')}, since {properties.get('ActiveEnterTimestamp', '')}"
+    lines = [
+        f"{name}: {state}",
+        f"  at boot   {'started' if properties.get('UnitFileState') == 'enabled' else 'not started'}",
+        f"  restarts  {properties.get('NRestarts', '0')}",
+    ]
+    if result in _RESULTS:
+        status = properties.get("ExecMainStatus", "")
+        lines.append(f"  last end  {_RESULTS[result].format(status=status, unit=name)}")
+        if status == "2" and result == "exit-code":
+            lines.append(f"  why       journalctl -u {name}; it is not tried again until it is started")
+    if properties.get("StatusText"):
+        lines.append(f"  says      {properties['StatusText']}")
+    return lines
+
+
+def _run_lines(status: Status) -> list[str]:
+    dropped = ", ".join(f"{n} {reason}" for reason, n in sorted(status.dropped.items())) or "none"
+    late, read = f"late {status.deadline_misses}", f"{status.samples} samples, {status.samples_per_s:.0f} per s"
+    lines = [
+        f"  model     {status.model}, digest {status.model_digest[:12]}, engine {status.engine}",
+        f"  source    {status.source}, {status.source_state}; {read}",
+        f"  decided   {status.decisions}, last {status.last or '-'}; {late}; dropped {dropped}",
+        f"  step      p50 {status.step_p50_us:.1f} us, p99 {status.step_p99_us:.1f} us; {status.resident_mb:.0f} MB",
+    ]
+    if status.snapshot_age_s is not None:
+        lines.append(f"  snapshot  {status.snapshot_age_s:.0f} s old")
+    if status.output_problem:
+        lines.append(f"  output    {status.output_problem}")
+    return [*lines, *(f"  event     {event}" for event in status.events[-3:])]
+
+
+def _instances() -> list[str]:
+    """Return the names of all instances that systemd knows, running or not."""
+    loaded = _systemctl("list-units", "--all", "--plain", "--no-legend", "--no-pager", "edge-ssm@*.service")
     files = _systemctl("list-unit-files", "--no-legend", "--no-pager", "edge-ssm@*.service")
-    names = {line.split()[0] for line in [*listed.splitlines(), *files.splitlines()] if line.strip()}
+    names = {line.split()[0] for line in [*loaded.splitlines(), *files.splitlines()] if line.strip()}
     return sorted(names - {"edge-ssm@.service"})
 
 
-def _show(of: str) -> dict[str, str]:
-    pairs = (line.partition("=") for line in _systemctl("show", of, f"--property={','.join(_PROPERTIES)}").splitlines())
-    return {key: value for key, _, value in pairs}
+def _properties(instance: str) -> dict[str, str]:
+    output = _systemctl("show", instance, f"--property={','.join(_PROPERTIES)}")
+    return {key: value for key, _, value in (line.partition("=") for line in output.splitlines())}
 
 
 def _systemctl(*arguments: str) -> str:
     try:
-        done = subprocess.run(["systemctl", *arguments], capture_output=True, text=True, stdin=subprocess.DEVNULL)
+        process = subprocess.run(["systemctl", *arguments], capture_output=True, text=True, stdin=subprocess.DEVNULL)
     except OSError as error:
-        raise RunFailed(f"systemctl: can't be run ({error.strerror}); is this a system with systemd?") from None
-    if done.returncode:
-        raise RunFailed(f"systemctl {arguments[0]}: {' '.join(done.stderr.split())[:300]}")
-    return done.stdout
+        raise RunFailed(f"systemctl: cannot be run ({error.strerror}); is this a system with systemd?") from None
+    if process.returncode:
+        raise RunFailed(f"systemctl {arguments[0]}: {' '.join(process.stderr.split())[:300]}")
+    return process.stdout

@@ -16,7 +16,8 @@ import click
 
 import edge_ssm
 from edge_ssm import files
-from edge_ssm.cli.app import run_command, verify_signature
+from edge_ssm.cli.app import run_command
+from edge_ssm.cli.models import verify_signature
 from edge_ssm.cli.options import Finite
 from edge_ssm.errors import RunFailed, UsageError
 from edge_ssm.formats import artifact, loading, signatures
