@@ -54,14 +54,14 @@ def test_a_full_output_is_reported_in_one_line_with_status_1(arguments):
     with open("/dev/full", "wb") as full:
         command = [*COMMAND, *map(str, arguments)]
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=120)
-    assert done.stderr == "edge-ssm: error: output: can't be written (No space left on device)\n"
+    assert done.stderr == "edge-ssm: error: output: cannot be written (No space left on device)\n"
     assert done.returncode == 1
 
 
 def test_a_full_output_of_the_build_command_is_reported_in_one_line():
     with open("/dev/full", "wb") as full:
         done = subprocess.run([*BUILD, "--help"], stdout=full, stderr=subprocess.PIPE, text=True, timeout=60)
-    assert done.stderr == "edge-ssm-build: error: output: can't be written (No space left on device)\n"
+    assert done.stderr == "edge-ssm-build: error: output: cannot be written (No space left on device)\n"
     assert done.returncode == 1
 
 

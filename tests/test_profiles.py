@@ -88,7 +88,7 @@ def test_a_profile_of_another_machine_causes_a_warning_that_names_both(jetson):
     assert named.name == "orin-nano-8gb-super-15w"
     assert "orin-nano-8gb-super-15w (15W)" in warning
     assert "orin-nano-8gb-super-25w (p3767-0005, power mode 25W)" in warning
-    with pytest.raises(UsageError, match="'orin': unknown; edge-ssm profiles list"):
+    with pytest.raises(UsageError, match="'orin': unknown; edge-ssm boards list"):
         boards.select("orin")
     jetson[0].write_text(CONF.replace("25W", "33W"))
     named, warning = boards.select("auto")

@@ -32,7 +32,7 @@ def until(condition, what, limit_s=30.0):
 
 
 @analyze
-@pytest.mark.parametrize("openings", list(chain.from_iterable(combinations(install.OPENINGS, n) for n in range(6))))
+@pytest.mark.parametrize("openings", list(chain.from_iterable(combinations(install.PERMISSIONS, n) for n in range(6))))
 def test_exposure(openings, tmp_path):
     """1.5 or less, with the GPU 2.5 or less, whatever the configuration needs."""
     drop_ins = tmp_path / "edge-ssm@.service.d"
@@ -242,7 +242,7 @@ def test_a_configuration_that_differs_is_not_overwritten(wrist, manager):
     again = ("service", "install", "wrist", "--config", "/srv/wrist/a.toml", "--no-start")
     refused = manager.edge_ssm(*again, check=False)
     assert refused.returncode == 2
-    assert "/etc/edge-ssm/wrist.toml: is there and differs from the new one; --force" in refused.stderr
+    assert "/etc/edge-ssm/wrist.toml: exists and differs from the new one; --force" in refused.stderr
     manager.edge_ssm(*again, "--force")
     assert "skip" in manager.path("/etc/edge-ssm/wrist.toml").read_text()
 

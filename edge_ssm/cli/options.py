@@ -67,7 +67,7 @@ def setting_option(setting: Setting) -> click.Option:
         [setting.flag, setting.name],
         setting.hidden_flags,
         type=None if is_flag else choices or setting.value_type,
-        is_flag=is_flag,
+        is_flag=is_flag or None,  # False would make the value optional
         multiple=setting.is_list,
         metavar=setting.metavar or None,
         help=f"{setting.description}{repeated}{default}",

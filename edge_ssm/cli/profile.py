@@ -218,7 +218,7 @@ def _engines(text: str) -> list[str]:
 
 def _check_distinct(option: str, text: str, values: Sequence[object]) -> None:
     if repeated := [value for i, value in enumerate(values) if value in values[:i]]:
-        raise UsageError(f"{option} {text!r}: {repeated[0]} is there twice")
+        raise UsageError(f"{option} {text!r}: {repeated[0]} appears twice")
 
 
 def _counts(option: str, text: str) -> tuple[int, ...]:
