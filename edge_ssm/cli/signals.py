@@ -1,7 +1,7 @@
-"""Ctrl-C and SIGTERM for a command: one line or none, an exit status, and no temporary folder left.
+"""End a command cleanly on Ctrl-C and SIGTERM: at most one line, an exit status, and no temporary folder left behind.
 
-The command lines import this before all else, and importing it is enough, so that a Ctrl-C while the rest loads gives
-no traceback.
+The command lines import this module before all others. The import alone has an effect: a Ctrl-C while the rest is
+imported prints no traceback.
 """
 
 from __future__ import annotations
@@ -18,16 +18,17 @@ INTERRUPTED, TERMINATED = 130, 143
 
 
 class Terminated(BaseException):
-    """SIGTERM or SIGHUP, as an exception, so that whatever holds a folder or a process lets go of it.
+    """SIGTERM or SIGHUP as an exception, so that ``finally`` clauses remove folders and end processes.
 
-    Not an ``Exception``: nothing that handles errors may take it for one."""
+    It is not an ``Exception``, so that no handler of errors catches it.
+    """
 
 
 @contextmanager
 def termination_raises() -> Iterator[None]:
-    """Raises Terminated within; a second signal ends the process at once. For the main thread only."""
+    """Raise Terminated within; a second signal ends the process at once. For the main thread only."""
     numbers = (signal.SIGTERM, signal.SIGHUP)
-    # A signal that is ignored, as SIGHUP is under nohup, stays so.
+    # A signal that is ignored, as SIGHUP is under nohup, stays ignored.
     previous = {n: signal.getsignal(n) for n in numbers if signal.getsignal(n) == signal.SIG_DFL}
 
     def on_signal(number: int, frame: FrameType | None) -> None:
@@ -45,7 +46,7 @@ def termination_raises() -> Iterator[None]:
 
 
 def _quiet_interrupts() -> None:
-    """A Ctrl-C that nothing handles becomes one line; the process still ends by the signal."""
+    """Print one line for a Ctrl-C that nothing handles; the process still ends by the signal."""
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         if not issubclass(kind, KeyboardInterrupt):
@@ -55,7 +56,7 @@ def _quiet_interrupts() -> None:
             with suppress(OSError):
                 print(f"{name if name.startswith('edge-ssm') else 'edge-ssm'}: error: interrupted", file=sys.stderr)
 
-    if sys.excepthook is sys.__excepthook__:  # A host program's own stays.
+    if sys.excepthook is sys.__excepthook__:  # A host program's own hook stays.
         sys.excepthook = hook
 
 

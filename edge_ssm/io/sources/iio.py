@@ -11,6 +11,7 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from edge_ssm.errors import RunFailed, UsageError
 from edge_ssm.io.address import Endpoint
@@ -167,6 +168,16 @@ def _write(path: Path, value: object) -> None:
 
 def open_endpoint(endpoint: Endpoint, options: SourceOptions) -> IioSource:
     """Open the device of ``iio://NAME?OPTIONS`` or ``iio:///dev/iio:device0``. Raises UsageError."""
+    return IioSource(endpoint.host or endpoint.path, options.spec, **_device_options(endpoint))
+
+
+def validate_endpoint(endpoint: Endpoint) -> None:
+    """Raise UsageError for an option that is unknown or not valid, or an address without a device."""
+    _device_options(endpoint)
+
+
+def _device_options(endpoint: Endpoint) -> dict[str, Any]:
+    """Return the arguments of IioSource that the address states."""
     values = endpoint.known_options(*OPTIONS)
     if not endpoint.host and len(endpoint.path) < 2:
         raise UsageError(f"{endpoint.redacted}: expected iio://NAME or iio:///dev/iio:device0")
@@ -175,18 +186,11 @@ def open_endpoint(endpoint: Endpoint, options: SourceOptions) -> IioSource:
         hertz = None if frequency is None else float(frequency)
     except ValueError:
         raise UsageError(f"{endpoint.redacted}: sampling_frequency {frequency!r}, expected hertz") from None
-    return IioSource(
-        endpoint.host or endpoint.path,
-        options.spec,
-        elements=values["elements"].split(",") if "elements" in values else None,
-        length=endpoint.positive_int("length", 1024),
-        watermark=endpoint.positive_int("watermark", 1) if "watermark" in values else None,
-        trigger=values.get("trigger"),
-        sampling_frequency=hertz,
-        raw="raw" in values,
-    )
-
-
-def validate_endpoint(endpoint: Endpoint) -> None:
-    """Raise UsageError for an unknown option."""
-    endpoint.known_options(*OPTIONS)
+    return {
+        "elements": values["elements"].split(",") if "elements" in values else None,
+        "length": endpoint.positive_int("length", 1024),
+        "watermark": endpoint.positive_int("watermark", 1) if "watermark" in values else None,
+        "trigger": values.get("trigger"),
+        "sampling_frequency": hertz,
+        "raw": "raw" in values,
+    }
