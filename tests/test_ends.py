@@ -90,7 +90,7 @@ def test_ctrl_c_while_modules_load_is_reported_in_one_line(module):
     for arguments in (LONG, ["top", "--once"]):
         command = [sys.executable, "-c", ON_IMPORT.format(module=module) + MAIN, *arguments]
         done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-        if module == "edge_ssm.profiler.run" and arguments[0] == "top":  # is not loaded by it
+        if module.endswith("profiler.run") and arguments[0] == "top":  # is not loaded by it
             assert done.returncode == 0
             continue
         assert done.stderr == "edge-ssm: error: interrupted\n"

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -574,12 +575,19 @@ def test_a_dead_reader_s_decisions_are_made_again_where_state_is_kept(small, tmp
     assert [d["index"] for d in decisions(tmp_path / "out")[0]] == list(range(2000))
 
 
+def catches(pid, number):
+    """Whether a process has a handler for a signal (proc_pid_status(5))."""
+    caught = re.search(r"(?m)^SigCgt:\t(\w+)", Path(f"/proc/{pid}/status").read_text())
+    return bool(int(caught[1], 16) >> (number - 1) & 1)
+
+
 @pytest.mark.parametrize("kind", ["input", "output"])
 def test_a_signal_ends_the_wait_for_a_pipe(small, tmp_path, kind):
     os.mkfifo(tmp_path / "fifo")
     other = ["--input", small / "s.csv"] if kind == "output" else ["--output", tmp_path / "out"]
     run = start(small / "m.safetensors", *other, f"--{kind}", tmp_path / "fifo")
-    time.sleep(1.5)
+    until(lambda: catches(run.pid, signal.SIGTERM))
+    time.sleep(0.5)
     assert run.poll() is None
     run.send_signal(signal.SIGTERM)
     _, said = run.communicate(timeout=30)
