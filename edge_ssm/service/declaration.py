@@ -138,18 +138,18 @@ class Setting:
 
 def declarations(settings: type[msgspec.Struct]) -> dict[str, Setting]:
     """Return the declarations of ``Settings``, or of a subclass, by the names of their fields."""
-    found = {}
+    by_name = {}
     for field in fields(settings):
         (declared,) = (part for part in get_args(field.type) if isinstance(part, Setting))
         default = field.default_factory() if field.default_factory is not NODEFAULT else field.default
         choices = declared.choices or tuple(_choices(field.type))
-        found[field.name] = replace(declared, name=field.name, type=field.type, default=default, choices=choices)
-    return found
+        by_name[field.name] = replace(declared, name=field.name, type=field.type, default=default, choices=choices)
+    return by_name
 
 
 def sections(declared: Mapping[str, Setting]) -> dict[str, dict[str, Setting]]:
     """Return the declarations by section and key of the TOML file."""
-    found: dict[str, dict[str, Setting]] = {}
+    by_section: dict[str, dict[str, Setting]] = {}
     for setting in declared.values():
-        found.setdefault(setting.section, {})[setting.key.partition(".")[2]] = setting
-    return found
+        by_section.setdefault(setting.section, {})[setting.key.partition(".")[2]] = setting
+    return by_section

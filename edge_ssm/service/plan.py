@@ -125,9 +125,9 @@ def resolve(settings: Settings, config: str | None = None) -> RunPlan:
 
 
 def usable_cores(affinity: list[int] | None, board: NamedProfile | None) -> frozenset[int]:
-    """Return the cores to run on, those given or else the board's, as far as this process may use them.
+    """Return those cores of ``affinity``, or else of the board, that this process may use; empty for any core.
 
-    Raises UsageError if it may use none of those given. Empty: any core.
+    Raises UsageError if it may use none of ``affinity``.
     """
     wanted = affinity if affinity is not None else board.profile.runtime.affinity if board else []
     permitted = os.sched_getaffinity(0)
