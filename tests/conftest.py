@@ -1,6 +1,9 @@
 """Fixtures build the real thing; hypothesis is derandomised, so that a failure here fails everywhere."""
 
+import os
+import shutil
 import signal
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -16,6 +19,14 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).parent.parent
+
+
+def pytest_configure(config):
+    """Compile each kernel once: all tests, and the processes that they start, keep compiled kernels in one folder."""
+    if "EDGE_SSM_CACHE" not in os.environ:
+        os.environ["EDGE_SSM_CACHE"] = folder = tempfile.mkdtemp(prefix="edge-ssm-kernels-")
+        config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
+        config.add_cleanup(lambda: os.environ.pop("EDGE_SSM_CACHE"))
 
 
 @pytest.fixture(scope="session")

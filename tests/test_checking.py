@@ -4,12 +4,12 @@ import os
 import re
 import shutil
 import socket
-import subprocess
 import sys
 from contextlib import suppress
 
 import pytest
 from networks import random_network
+from support import commands
 
 from edge_ssm.errors import UsageError
 from edge_ssm.formats import artifact
@@ -121,11 +121,11 @@ def test_what_can_not_run_says_where(models, text, problem):
 def test_a_damaged_model_is_refused_as_a_command_would(models):
     path = configured(models, "")
     (models / "b.toml").write_text('[model]\npath = "damaged.safetensors"\n')
-    done = subprocess.run([*COMMAND, "service", "check", models / "b.toml"], capture_output=True, text=True)
+    done = commands.run([*COMMAND, "service", "check", models / "b.toml"], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith(f"edge-ssm: error: {models}/b.toml, line 2: model.path: ")
     assert done.stderr.count("\n") == 1
-    assert subprocess.run([*COMMAND, "service", "check", path], capture_output=True).returncode == 0
+    assert commands.run([*COMMAND, "service", "check", path], capture_output=True).returncode == 0
 
 
 def test_what_will_run_and_what_it_needs(models):
@@ -164,7 +164,7 @@ def test_a_named_pipe_for_a_file_does_not_hold_the_check_up(tmp_path, models, ke
     model = "" if name == "path" else f'[model]\npath = "{models}/m.safetensors"\n'
     (tmp_path / "a.toml").write_text(f"{model}[{section}]\n{name} = {value}\n")
     command = [*COMMAND, "service", "check", tmp_path / "a.toml"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    done = commands.run(command, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert re.search(rf"line \d: {key}: .*fifo: not a regular file; expected ", done.stderr)
 
@@ -172,7 +172,7 @@ def test_a_named_pipe_for_a_file_does_not_hold_the_check_up(tmp_path, models, ke
 def on_a_terminal(*arguments):
     """What a terminal gets, where click lets escape sequences through."""
     terminal, end = os.openpty()
-    done = subprocess.Popen([*COMMAND, *arguments], stdin=end, stdout=end, stderr=end)
+    done = commands.Process([*COMMAND, *arguments], stdin=end, stdout=end, stderr=end)
     os.close(end)
     parts = []
     with suppress(OSError):  # EIO: nobody has the other end any more

@@ -13,6 +13,7 @@ import time
 import numpy as np
 import pytest
 from networks import random_network, samples_for
+from support import commands
 
 import edge_ssm
 from edge_ssm.engines.registry import create
@@ -42,13 +43,10 @@ def folder(tmp_path_factory, network):
 
 
 def run(*arguments, stdin=b"", env=None):
-    return subprocess.run(
-        [*COMMAND, *map(str, arguments)],
-        input=stdin,
-        capture_output=True,
-        timeout=120,
-        env={**os.environ, **(env or {})},
-    )
+    command = [*COMMAND, *map(str, arguments)]
+    if env is None:
+        return commands.run(command, input=stdin, capture_output=True, timeout=120)
+    return subprocess.run(command, input=stdin, capture_output=True, timeout=120, env=os.environ | env)
 
 
 def stream(folder, *arguments, **options):

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from networks import random_network, samples_for
+from support import commands
 
 from edge_ssm.engines.registry import create
 from edge_ssm.errors import InputRefused
@@ -27,7 +28,7 @@ SHORT = ["--rounds", "2", "--block-seconds", "0.3", "--meter", "none", "--engine
 
 
 def profile(*arguments):
-    return subprocess.run([*CLI, *map(str, arguments)], capture_output=True, text=True, timeout=120)
+    return commands.run([*CLI, *map(str, arguments)], capture_output=True, text=True, timeout=120)
 
 
 @pytest.fixture(scope="module")

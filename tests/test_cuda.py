@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import scripts
 from networks import random_network, samples_for
+from support import commands
 
 from edge_ssm.engines.cuda import cache as cuda_cache
 from edge_ssm.engines.cuda.driver import Device, Memory
@@ -210,7 +211,7 @@ def test_an_unknown_gpu_is_refused():
 def test_without_a_gpu_one_line_says_what_is_missing(tmp_path):
     artifact.save(tmp_path / "m.safetensors", random_network(), {})
     arguments = ["run", str(tmp_path / "m.safetensors"), "--stream", "--engine", "cuda", "--input", "/dev/null"]
-    done = subprocess.run([*CLI, *arguments], capture_output=True, text=True, timeout=60)
+    done = commands.run([*CLI, *arguments], capture_output=True, text=True, timeout=60)
     assert done.returncode == 1
     assert re.fullmatch(r"edge-ssm: error: engine 'cuda': [^\n]+\n", done.stderr)
 

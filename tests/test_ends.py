@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from support import commands
 
 ROOT = Path(__file__).parent.parent
 DEMO = ROOT / "examples" / "demo.safetensors"
@@ -155,7 +156,7 @@ def test_a_signal_while_a_kernel_is_compiled_leaves_no_folder_behind(tmp_path):
     ],
 )
 def test_nan_is_in_no_range(command, said):
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=60, stdin=subprocess.DEVNULL)
+    done = commands.run(list(map(str, command)), capture_output=True, text=True, timeout=60, stdin=subprocess.DEVNULL)
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
     assert said in line

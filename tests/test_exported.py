@@ -12,6 +12,7 @@ import msgspec
 import numpy as np
 import pytest
 from networks import random_network, samples_for
+from support import commands
 
 from edge_ssm.engines import registry
 from edge_ssm.engines.registry import ENGINES, EngineOptions, create
@@ -38,7 +39,7 @@ def sealed(network, kind, weights="float32", reach=(), chunk=1):
 
 
 def call(*arguments):
-    return subprocess.run([*RUN, *map(str, arguments)], capture_output=True, text=True, timeout=120)
+    return commands.run([*RUN, *map(str, arguments)], capture_output=True, text=True, timeout=120)
 
 
 @cache
@@ -407,7 +408,7 @@ def test_the_runtimes_are_imported_only_when_they_are_used(demo_model):
 
 def streams(*arguments):
     command = [sys.executable, "-c", "from edge_ssm.cli.app import main; main()", "run", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+    return commands.run(command, capture_output=True, text=True, timeout=120)
 
 
 @pytest.fixture(scope="module")
@@ -416,7 +417,7 @@ def demo_files(tmp_path_factory, demo_model):
     for kind in ("onnx", "tflite"):
         code = "from edge_ssm_build.cli.app import main; main()"
         command = [sys.executable, "-c", code, "export", demo_model, "--to", kind, "--output", folder / f"m.{kind}"]
-        subprocess.run(command, check=True, capture_output=True, timeout=120)
+        commands.run(command, check=True, capture_output=True, timeout=120)
     (folder / "m.safetensors").write_bytes(demo_model.read_bytes())
     return folder
 
@@ -466,7 +467,7 @@ def test_a_graph_that_was_exchanged_is_refused(demo_files, demo_stream, tmp_path
     ]
     path = tmp_path / "x.onnx"
     command = [*build, "--to", "onnx", "--weights", weights, "--output", path]
-    subprocess.run(command, check=True, capture_output=True, timeout=120)
+    commands.run(command, check=True, capture_output=True, timeout=120)
     assert streams(path, "--input", demo_stream).returncode == 0
     model = onnx.load(path)
     tensors = [t for t in model.graph.initializer if numpy_helper.to_array(t).dtype == np.float32]
@@ -509,10 +510,10 @@ def test_an_exported_file_is_recognised_by_its_content_and_can_be_signed(demo_fi
     odd = tmp_path / "model.bin"
     odd.write_bytes((demo_files / f"m.{kind}").read_bytes())
     build = [sys.executable, "-c", "from edge_ssm_build.cli.app import main; main()"]
-    subprocess.run([*build, "keygen", "--output", tmp_path / "k"], check=True, capture_output=True, timeout=60)
+    commands.run([*build, "keygen", "--output", tmp_path / "k"], check=True, capture_output=True, timeout=60)
     private = next(p for p in tmp_path.iterdir() if p.name.startswith("k") and "pub" not in p.name)
     public = next(p for p in tmp_path.iterdir() if p.name.startswith("k") and "pub" in p.name)
-    subprocess.run([*build, "sign", odd, "--key", private], check=True, capture_output=True, timeout=60)
+    commands.run([*build, "sign", odd, "--key", private], check=True, capture_output=True, timeout=60)
     done = streams(odd, "--input", demo_stream, "--require-signature", public, "--output", tmp_path / "out")
     assert done.returncode == 0, done.stderr
     assert f"engine {kind}" in done.stderr
@@ -524,7 +525,7 @@ def test_an_exported_file_is_recognised_by_its_content_and_can_be_signed(demo_fi
 def test_a_failed_export_is_explained_in_one_line(demo_files, tmp_path, name, problem):
     build = [sys.executable, "-c", "from edge_ssm_build.cli.app import main; main()"]
     command = [*build, "export", demo_files / name, "--to", "onnx", "--output", tmp_path / "x.onnx"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    done = commands.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
     assert problem in line

@@ -16,6 +16,7 @@ from browser import browse
 from hypothesis import given
 from hypothesis import strategies as st
 from networks import random_network, samples_for
+from support import commands
 
 from edge_ssm.engines.registry import ENGINES, create
 from edge_ssm.errors import InputRefused
@@ -35,7 +36,7 @@ QUICK = ["--quick", "--rounds", "2", "--block-seconds", "0.3", "--meter", "none"
 
 def profile(*arguments):
     command = [*CLI, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+    return commands.run(command, capture_output=True, text=True, timeout=120)
 
 
 @pytest.fixture(scope="module")
@@ -368,7 +369,7 @@ def test_outputs_go_through_links_and_to_standard_output(tmp_path):
     (tmp_path / "link").symlink_to("far.json")
     with open(tmp_path / "out", "wb") as out:
         arguments = [DEMO, *SHORT, "--json", tmp_path / "link", "--html", "/dev/stdout"]
-        done = subprocess.run([*CLI, *map(str, arguments)], stdout=out, stderr=subprocess.PIPE, timeout=120)
+        done = commands.run([*CLI, *map(str, arguments)], stdout=out, stderr=subprocess.PIPE, timeout=120)
     assert (done.returncode, done.stderr) == (0, b"")
     assert (tmp_path / "link").is_symlink()
     assert json.loads((tmp_path / "far.json").read_text())["valid"] is True
@@ -391,13 +392,13 @@ def test_a_full_disk_fails_the_run_but_loses_no_other_output(tmp_path):
 
 def test_profiles_are_listed_and_shown():
     command = [*CLI[:-1], "profiles"]
-    done = subprocess.run([*command, "list"], capture_output=True, text=True, timeout=60)
+    done = commands.run([*command, "list"], capture_output=True, text=True, timeout=60)
     assert len(done.stdout.splitlines()) >= 30
-    done = subprocess.run([*command, "show", "orin-nano-8gb-super-25w"], capture_output=True, text=True, timeout=60)
+    done = commands.run([*command, "show", "orin-nano-8gb-super-25w"], capture_output=True, text=True, timeout=60)
     assert "6 cores at 1344 MHz" in done.stdout
     assert "nvpmodel_p3767_0003_super.conf" in done.stdout
     if os.uname().machine == "x86_64":
-        done = subprocess.run([*command, "detect"], capture_output=True, text=True, timeout=60)
+        done = commands.run([*command, "detect"], capture_output=True, text=True, timeout=60)
         assert done.stdout == "generic-x86-64\n"
 
 
@@ -406,7 +407,7 @@ def running(tmp_path, monkeypatch):
     """A run of the demo that lasts until its input is closed, and its status folder."""
     monkeypatch.setenv("EDGE_SSM_RUN", str(tmp_path / "status"))
     command = [*CLI[:-1], "run", str(DEMO), "--stream", "--engine", "reference", "--output", str(tmp_path / "out")]
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = commands.Process(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE)
     rows = (EXAMPLES / "demo.csv").read_bytes().splitlines(keepends=True)
     process.stdin.write(b"".join(rows[:401]) + b"bad\n" + rows[402])
     process.stdin.flush()
@@ -416,7 +417,7 @@ def running(tmp_path, monkeypatch):
 
 
 def top(*arguments):
-    done = subprocess.run([*CLI[:-1], "top", *arguments], capture_output=True, text=True, timeout=60)
+    done = commands.run([*CLI[:-1], "top", *arguments], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

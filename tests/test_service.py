@@ -17,6 +17,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from networks import networks, random_network, samples_for
+from support import commands
 from test_stream import Stream
 
 from edge_ssm.engines.registry import create
@@ -249,7 +250,7 @@ def test_going_back_too_early_takes_longer_each_time():
 
 
 def start(*arguments, **options):
-    return subprocess.Popen(
+    return commands.Process(
         [*EDGE_SSM, "run", *map(str, arguments)], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, **options
     )
 
@@ -409,7 +410,7 @@ def test_a_new_model_is_taken_over_and_a_bad_one_is_not(small, tmp_path):
     model, fifo, out = tmp_path / "m.safetensors", tmp_path / "fifo", tmp_path / "out"
     model.write_bytes((small / "m.safetensors").read_bytes())
     os.mkfifo(fifo)
-    run = subprocess.Popen(
+    run = commands.Process(
         [*EDGE_SSM, "run", model, "--input", fifo, "--follow", "--output", out, "--reload"],
         stderr=(tmp_path / "log").open("wb"),
     )
@@ -504,7 +505,7 @@ def test_a_reloaded_model_leads_its_family(small, tmp_path):
     model, out = tmp_path / "m.safetensors", tmp_path / "out"
     model.write_bytes((small / "m.safetensors").read_bytes())
     with (tmp_path / "log").open("wb") as log:
-        run = subprocess.Popen(
+        run = commands.Process(
             [
                 *EDGE_SSM,
                 "run",
@@ -553,7 +554,7 @@ def test_what_no_reader_took_stands_in_the_account_and_is_a_failure(small, tmp_p
 
 def test_a_dead_reader_is_told_of_once(small, tmp_path):
     with (tmp_path / "log").open("wb") as log:
-        run = subprocess.Popen(
+        run = commands.Process(
             [*EDGE_SSM, "run", small / "m.safetensors", "--pace", *READS_ALL, "--output", "tcp://127.0.0.1:1"],
             stderr=log,
             cwd=small,
@@ -651,7 +652,7 @@ def test_a_full_disk_ends_with_an_account(small):
 def test_a_name_that_is_no_text_can_be_kept(small, tmp_path):
     odd = os.fsencode(tmp_path) + b"/x\xff.csv"
     Path(os.fsdecode(odd)).write_bytes((small / "s.csv").read_bytes())
-    done = subprocess.run(
+    done = commands.run(
         [*EDGE_SSM, "run", small / "m.safetensors", "--input", odd, "--state", tmp_path / "state"],
         capture_output=True,
         timeout=60,

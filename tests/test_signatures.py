@@ -25,6 +25,7 @@ from hypothesis import strategies as st
 from networks import random_network
 from securesystemslib.dsse import Envelope
 from securesystemslib.signer import SSlibKey
+from support import commands
 
 from edge_ssm.errors import ArtifactError, InputRefused, SignatureRefused, UsageError
 from edge_ssm.formats import artifact, signatures
@@ -456,7 +457,10 @@ def test_any_bytes_are_refused(shared, content):
 def run(program, *arguments, env=None, data=b""):
     module = {"edge-ssm": "edge_ssm.cli.app", "edge-ssm-build": "edge_ssm_build.cli.app"}[program]
     code = f"import sys; sys.argv[0] = {program!r}; from {module} import main; main()"
-    command = [sys.executable, *(["-S"] if env else []), "-c", code, *map(str, arguments)]
+    if env is None:
+        command = [sys.executable, "-c", code, *map(str, arguments)]
+        return commands.run(command, input=data, capture_output=True, timeout=300)
+    command = [sys.executable, "-S", "-c", code, *map(str, arguments)]
     return subprocess.run(command, input=data, capture_output=True, env=env, timeout=300)
 
 

@@ -1,12 +1,12 @@
 """Step times: measurement, table and prediction."""
 
 import json
-import subprocess
 import sys
 
 import numpy as np
 import pytest
 from networks import random_network
+from support import commands
 
 from edge_ssm.engines.registry import create
 from edge_ssm.errors import InputRefused
@@ -19,7 +19,7 @@ def test_a_table_is_written_by_the_command_and_predicts_its_own_rows(tmp_path):
     path = tmp_path / "table.json"
     code = "from edge_ssm.cli.app import main; main()"
     command = [sys.executable, "-c", code, "profile", "--step-table", str(path), "--engine", "cpu"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = commands.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert "80 networks measured" in done.stdout
     table = step_table.load_table(path)

@@ -9,6 +9,7 @@ import time
 import msgspec
 import pytest
 from networks import random_network
+from support import commands
 
 from edge_ssm.io.sinks import formats
 from edge_ssm.io.sinks.file import FileSink
@@ -20,7 +21,7 @@ COMMAND = [sys.executable, "-c", "from edge_ssm.cli.app import main; main()", "t
 
 
 def run_top(*arguments):
-    process = subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, timeout=60)
+    process = commands.run([*COMMAND, *arguments], capture_output=True, text=True, timeout=60)
     assert process.returncode == 0, process.stderr
     return process.stdout
 

@@ -3,11 +3,11 @@
 import json
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from support import commands
 
 from edge_ssm.cli.app import run_command
 from edge_ssm.profiler import step_table
@@ -23,7 +23,7 @@ RUN = [sys.executable, "-c", "from edge_ssm.cli.app import main; main()"]
 
 
 def call(command, *arguments):
-    return subprocess.run([*command, *map(str, arguments)], capture_output=True, text=True, timeout=300)
+    return commands.run([*command, *map(str, arguments)], capture_output=True, text=True, timeout=300)
 
 
 def build(*arguments):

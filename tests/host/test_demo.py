@@ -2,11 +2,11 @@
 
 import json
 import re
-import subprocess
 import sys
 
 import numpy as np
 import pytest
+from support import commands
 
 from edge_ssm import load
 
@@ -25,9 +25,7 @@ def test_the_demo_streams_what_torch_computes(demo_model, demo_stream):
     logits = export_artifact.convolve_windows(convert.to_model(network, torch.float64), network.input, x)
     labels = [network.labels[i] for i in logits.argmax(axis=1)]
     command = [sys.executable, "-c", "from edge_ssm.cli.app import main; main()", "run", str(demo_model), "--stream"]
-    done = subprocess.run(
-        [*command, "--input", str(demo_stream), "--logits"], capture_output=True, text=True, check=True
-    )
+    done = commands.run([*command, "--input", str(demo_stream), "--logits"], capture_output=True, text=True, check=True)
     decisions = [json.loads(line) for line in done.stdout.splitlines()]
     assert [d["label"] for d in decisions] == labels
     assert np.abs(np.array([d["logits"] for d in decisions]) - logits).max() <= 1e-4

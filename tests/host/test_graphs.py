@@ -9,6 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from networks import random_network, samples_for
+from support import commands
 
 from edge_ssm.engines.registry import EngineOptions, create
 from edge_ssm.errors import InputRefused, RunFailed
@@ -27,7 +28,7 @@ BUILD = [sys.executable, "-c", "from edge_ssm_build.cli.app import main; main()"
 
 
 def build(*arguments):
-    return subprocess.run([*BUILD, *map(str, arguments)], capture_output=True, text=True, timeout=300)
+    return commands.run([*BUILD, *map(str, arguments)], capture_output=True, text=True, timeout=300)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -108,7 +109,7 @@ def test_the_same_export_gives_the_same_bytes(demo_model):
 )
 def test_wrong_use_is_one_line(arguments, said, demo_model, tmp_path):
     command = [*BUILD, "export", str(demo_model), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    done = commands.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path)
     assert done.returncode == 2
     assert said in done.stderr
     assert len(done.stderr.splitlines()) == 1
