@@ -1,6 +1,6 @@
 """The commands as processes of their own, forked from a server that has imported them already.
 
-``run`` and ``Process`` take what ``subprocess.run`` and ``subprocess.Popen`` take, but only ``python -c CODE ARGUMENTS``.
+``run`` and ``Process`` take what ``subprocess.run`` and ``subprocess.Popen`` take, for ``python -c CODE ARGUMENTS``.
 What they start has its own standard streams, environment, folder, signals and exit status, and ends as any interpreter
 ends; it only saves the seconds that the imports take. Tests of imports, of memory or of variables that Python reads at
 its start need ``subprocess`` itself.
