@@ -124,10 +124,11 @@ class _Grid:
         except Exception as failure:
             self.failure = failure
             thread.block.alive.remove(thread)
-            return self._host.begin()
-        thread.block.alive.remove(thread)
-        self._open(thread.block)
-        self._queue.popleft().begin()
+            self._host.begin()
+        else:
+            thread.block.alive.remove(thread)
+            self._open(thread.block)
+            self._queue.popleft().begin()
 
 
 class _Cuda:
@@ -141,9 +142,9 @@ class _Cuda:
         self.local = SimpleNamespace(array=lambda size, kind: np.full(size, np.nan, dtype=str(kind)))
         self.atomic = SimpleNamespace(add=self._add)
 
-    blockIdx = property(lambda self: self.running[1].block.blockIdx)
-    threadIdx = property(lambda self: self.running[1].threadIdx)
-    blockDim = property(lambda self: self.running[0].blockDim)
+    blockIdx = property(lambda self: self.running[1].block.blockIdx)  # noqa: N815
+    threadIdx = property(lambda self: self.running[1].threadIdx)  # noqa: N815
+    blockDim = property(lambda self: self.running[0].blockDim)  # noqa: N815
 
     def jit(self, **_):
         return lambda function: function
