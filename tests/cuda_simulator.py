@@ -120,7 +120,7 @@ class _Grid:
             cuda.running = self, thread
             kernel(*arguments)
         except _Aborted:
-            return None
+            return
         except Exception as failure:
             self.failure = failure
             thread.block.alive.remove(thread)

@@ -2,6 +2,7 @@
 
 import contextlib
 import getpass
+import re
 import shutil
 import socket
 import subprocess
@@ -34,6 +35,7 @@ class Broker:
             "autosave_interval 1",
             "autosave_on_changes true",
             "max_queued_messages 0",
+            *(f"log_type {kind}" for kind in ("error", "warning", "notice", "information", "subscribe")),
         ]
         self._configuration.write_text("\n".join(lines) + "\n")
 
@@ -59,6 +61,15 @@ class Broker:
             self._process.kill()
             self._process.wait()
             self._process = None
+
+    def subscriptions(self):
+        """Return how often a client has subscribed to a topic so far, with any start of the broker."""
+        return len(re.findall(r"^\d+: \S+ [012] \S+$", self._log.read_text(errors="replace"), re.M))
+
+    def saved_after(self, moment):
+        """Return whether the broker has kept changes made after a time of the clock, and has kept none for a second."""
+        path = self._log.with_name("mosquitto.db")
+        return path.exists() and moment <= path.stat().st_mtime < time.time() - 1
 
     def publish(self, topic, *payloads, **options):
         """Publish each with QoS 1, and return when the broker has acknowledged them."""

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from networks import random_network, samples_for
-from test_stream import Stream, logits
+from support.streams import Stream, logits
 
 from edge_ssm.errors import SnapshotError
 from edge_ssm.io.messages import Frame, Malformed

@@ -91,7 +91,7 @@ def test_ctrl_c_while_modules_load_is_reported_in_one_line(module):
     for arguments in (LONG, ["top", "--once"]):
         command = [sys.executable, "-c", ON_IMPORT.format(module=module) + MAIN, *arguments]
         done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-        if module.endswith("profiler.run") and arguments[0] == "top":  # is not loaded by it
+        if module.startswith("edge_ssm.profiler") and arguments[0] == "top":  # is not loaded by it
             assert done.returncode == 0
             continue
         assert done.stderr == "edge-ssm: error: interrupted\n"

@@ -12,6 +12,7 @@ import time
 
 import pytest
 from mosquitto import Broker
+from support.waiting import until
 
 from edge_ssm.errors import UsageError
 from edge_ssm.io.backoff import Backoff
@@ -41,9 +42,15 @@ def listen(broker, *args, topic="s/+/x", **options):
     return MqttSource(f"{broker.url}/{topic}", *args, backoff=Backoff(0.3), **options)
 
 
-def ready(source, stop, note="connected"):
+def ready(broker, source, stop, note="connected"):
+    before = broker.subscriptions()
     assert source.read(stop, 10) == Discontinuity(note, True)
-    time.sleep(0.2)  # until the topic is subscribed to
+    subscribed(broker, before)
+
+
+def subscribed(broker, before):
+    """Wait for a subscription after the first ``before`` ones; the source says "connected" when it asks for one."""
+    until(lambda: broker.subscriptions() > before)
 
 
 def take(source, stop, count, seconds=10):
@@ -62,7 +69,7 @@ def numbers(found):
 
 def test_unacknowledged_messages_arrive_again(broker, stop):
     source = listen(broker)
-    ready(source, stop)
+    ready(broker, source, stop)
     broker.publish("s/1/x", *range(10))
     first = take(source, stop, 10)
     assert numbers(first) == list(range(10))
@@ -80,7 +87,7 @@ def test_unacknowledged_messages_arrive_again(broker, stop):
 
 def test_the_receive_maximum_limits_unacknowledged_messages(broker, stop):
     source = listen(broker, receive_maximum=7)
-    ready(source, stop)
+    ready(broker, source, stop)
     broker.publish("s/1/x", *range(30))
     found = take(source, stop, 8, 1)
     assert len(found) == source.in_flight == 7
@@ -93,7 +100,7 @@ def test_the_receive_maximum_limits_unacknowledged_messages(broker, stop):
 
 def test_the_receive_maximum_overrides_the_limit_of_the_broker(broker, stop):
     source = listen(broker)
-    ready(source, stop)
+    ready(broker, source, stop)
     broker.publish("s/1/x", *range(500))
     assert numbers(take(source, stop, 500)) == list(range(500))
     assert source.in_flight == 500
@@ -102,11 +109,12 @@ def test_the_receive_maximum_overrides_the_limit_of_the_broker(broker, stop):
 
 def test_a_broker_killed_during_the_stream_loses_nothing(broker, stop):
     source = listen(broker)
-    ready(source, stop)
+    ready(broker, source, stop)
     broker.publish("s/1/x", *range(20))
     before = take(source, stop, 20)
+    acknowledged = time.time()
     source.acknowledge(before[9][1])
-    time.sleep(1.5)  # the broker saves once a second
+    until(lambda: broker.saved_after(acknowledged))
     broker.kill()
     lost = source.read(stop, 10)
     assert isinstance(lost, Discontinuity)
@@ -127,15 +135,16 @@ def test_a_broker_killed_during_the_stream_loses_nothing(broker, stop):
 
 def test_a_session_lost_by_the_broker_is_reported(broker, tmp_path, stop):
     source = listen(broker)
-    ready(source, stop)
+    ready(broker, source, stop)
     broker.kill()
     (tmp_path / "mosquitto.db").unlink(missing_ok=True)
+    before = broker.subscriptions()
     broker.start()
     discontinuities = [source.read(stop, 10) for _ in range(2)]
     while not discontinuities[-1].connected:
         discontinuities.append(source.read(stop, 10))
     assert discontinuities[-1].reason.startswith("connected; the broker has lost the session")
-    time.sleep(0.2)
+    subscribed(broker, before)
     broker.publish("s/1/x", 1)
     assert numbers(take(source, stop, 1)) == [1]
     source.close()
@@ -175,12 +184,13 @@ def test_a_reader_killed_repeatedly_misses_nothing(broker, tmp_path):
 
     command = [sys.executable, "-c", READER, f"{broker.url}/s/1/x", str(kept)]
     reader = subprocess.Popen(command)
-    until(lambda: "as reader" in broker_log(tmp_path))
-    time.sleep(0.3)
+    until(broker.subscriptions)
     sender = threading.Thread(target=send)
     sender.start()
     for k in range(5):
-        time.sleep(0.6 + 0.13 * k)
+        size = kept.stat().st_size
+        until(lambda size=size: kept.stat().st_size > size)
+        time.sleep(0.13 * k)
         reader.send_signal(signal.SIGKILL)
         reader.wait()
         reader = subprocess.Popen(command)
@@ -204,20 +214,13 @@ def broker_log(folder):
     return (folder / "mosquitto.log").read_text(errors="replace")
 
 
-def until(condition, seconds=20):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not happen"
-        time.sleep(0.05)
-
-
 def test_a_broker_that_starts_later_is_waited_for(tmp_path, stop):
     broker = Broker(tmp_path)
     source = listen(broker)
     assert source.read(stop, 5) == Discontinuity("Connection refused", False)
     assert source.read(stop, 0.5) is None
     broker.start()
-    ready(source, stop)
+    ready(broker, source, stop)
     broker.publish("s/1/x", 5)
     assert numbers(take(source, stop, 1)) == [5]
     source.close()
@@ -227,7 +230,7 @@ def test_a_broker_that_starts_later_is_waited_for(tmp_path, stop):
 def test_a_retained_message_is_not_delivered(broker, stop):
     broker.publish("s/1/x", 1, retain=True)
     source = listen(broker)
-    ready(source, stop)
+    ready(broker, source, stop)
     broker.publish("s/1/x", 2)
     assert numbers(take(source, stop, 1)) == [2]
     source.close()
@@ -235,7 +238,7 @@ def test_a_retained_message_is_not_delivered(broker, stop):
 
 def test_an_overlong_message_does_not_stop_the_next(broker, stop):
     source = listen(broker)
-    ready(source, stop)
+    ready(broker, source, stop)
     broker.publish("s/1/x", b"1" * 100_000, b"0" * (1 << 16), 2)
     assert len(source.read(stop, 5).content) == 1 << 16
     assert numbers(take(source, stop, 1)) == [2]
@@ -295,7 +298,7 @@ def test_tls(tmp_path, certificates, stop):
     stranger.close()
     credentials = Credentials(ca_file=str(certificates / "cert.pem"))
     source = MqttSource(url, credentials)
-    ready(source, stop)
+    ready(broker, source, stop)
     transport = MqttTransport(url, credentials)
     transport.connect()
     transport.send([f"{k}\n" for k in range(300)])
@@ -321,13 +324,14 @@ def test_a_shutdown_ends_the_wait_and_close_is_quick(tmp_path):
 
 def test_two_clients_with_one_id_are_reported_and_spare_the_broker(broker, tmp_path, stop):
     sources = [listen(broker, client_id="same") for _ in range(2)]
-    time.sleep(3)
-    discontinuities = [source.read(stop, 0) for source in sources for _ in range(10)]
-    assert any(
-        "does another run use client id same?" in discontinuity.reason
-        for discontinuity in discontinuities
-        if discontinuity
-    )
+    began, discontinuities = time.monotonic(), []
+
+    def told():
+        discontinuities.extend(source.read(stop, 0.1) for source in sources)
+        return any("does another run use client id same?" in each.reason for each in discontinuities if each)
+
+    until(told)
+    time.sleep(max(0.0, 3 - (time.monotonic() - began)))
     assert broker_log(tmp_path).count("as same") < 50  # each waits 0.3 s at most in this test
     for source in sources:
         source.close()
@@ -376,7 +380,7 @@ def test_a_broker_that_never_answers_is_reported(stop):
 
 def test_messages_with_qos_0_arrive_too(broker, stop):
     source = listen(broker, receive_maximum=5)
-    ready(source, stop)
+    ready(broker, source, stop)
     broker.publish("s/1/x", *range(50), qos=0)
     assert numbers(take(source, stop, 50)) == list(range(50))
     assert source.in_flight == 0
@@ -388,7 +392,7 @@ def test_messages_with_qos_0_arrive_too(broker, stop):
 
 def test_lines_are_published_and_acknowledged(broker, stop):
     source = listen(broker, topic="out/#")
-    ready(source, stop)
+    ready(broker, source, stop)
     transport = MqttTransport(f"{broker.url}/out/decisions")
     transport.connect()
     transport.send([f"{k}\n" for k in range(100)])
@@ -410,7 +414,7 @@ def test_a_lost_broker_is_an_error_and_the_same_lines_can_be_sent_again(broker, 
         transport.connect()
     broker.start()
     source = listen(broker, topic="out")
-    ready(source, stop)
+    ready(broker, source, stop)
     transport.connect()
     transport.send(["1\n"])
     assert numbers(take(source, stop, 1)) == [1]

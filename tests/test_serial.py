@@ -9,6 +9,7 @@ import time
 
 import numpy as np
 import pytest
+from support.waiting import until
 
 from edge_ssm.errors import UsageError
 from edge_ssm.io.backoff import Backoff
@@ -46,13 +47,6 @@ class Line:
         os.close(self._fd)
         for end in (self.sensor, self.host):  # A killed socat leaves its links, unlike udev.
             end.unlink(missing_ok=True)
-
-
-def until(condition, seconds=10):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not happen"
-        time.sleep(0.01)
 
 
 @pytest.fixture

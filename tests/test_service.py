@@ -18,7 +18,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from networks import networks, random_network, samples_for
 from support import commands
-from test_stream import Stream
+from support.streams import Stream
+from support.waiting import catches, until
 
 from edge_ssm.engines.registry import create
 from edge_ssm.engines.state_transfer import transfer_state
@@ -258,13 +259,6 @@ def start(*arguments, **options):
 def decisions(path):
     lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     return [line for line in lines if "event" not in line], [line for line in lines if "event" in line]
-
-
-def until(condition, limit_s=30.0):
-    end = time.monotonic() + limit_s
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.01)
 
 
 @pytest.fixture(scope="module")
@@ -623,12 +617,12 @@ def test_the_run_does_not_write_over_its_configuration_and_signatures(small, tmp
         assert path.read_bytes() == content
 
 
-def test_two_runs_share_neither_state_nor_output(small, tmp_path):
+def test_two_runs_share_neither_state_nor_output(small, tmp_path, monkeypatch):
+    monkeypatch.setenv("EDGE_SSM_RUN", str(tmp_path / "run"))
     os.mkfifo(tmp_path / "fifo")
     first = start(small / "m.safetensors", "--input", tmp_path / "fifo", "--follow",
                   "--state", tmp_path / "state", "--output", tmp_path / "out")  # fmt: skip
-    until(lambda: (tmp_path / "state" / "lock").exists() and (tmp_path / "out").exists())
-    time.sleep(0.5)
+    until(lambda: list((tmp_path / "run").glob("*.status")))
     for option, place, problem in (
         ("--state", "state", "another run keeps its snapshots there"),
         ("--output", "out", "another run writes it"),

@@ -8,19 +8,13 @@ import time
 from importlib import import_module
 
 import pytest
+from support.waiting import until
 
 from edge_ssm.errors import UsageError
 from edge_ssm.io.sinks.base import Transport
 from edge_ssm.io.sinks.file import FileOptions, FileSink, StandardSink
 from edge_ssm.io.sinks.queue import QueuedSink
 from edge_ssm.io.sinks.registry import MODULES, open_sink
-
-
-def until(condition, limit_s=10.0):
-    end = time.monotonic() + limit_s
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.005)
 
 
 class Gate(Transport):

@@ -1,7 +1,6 @@
 """The stream's promises: exact windows, stated gaps, and an account in which every sample stands."""
 
 import io
-import json
 import logging
 
 import convolution
@@ -10,51 +9,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from networks import random_network, samples_for
+from support.streams import Stream, logits
 
 from edge_ssm.engines.registry import create
 from edge_ssm.errors import RunFailed, UsageError
 from edge_ssm.histogram import LatencyHistogram
-from edge_ssm.io.messages import Frame, Malformed
-from edge_ssm.io.sinks.formats import CsvFormatter, NdjsonFormatter
+from edge_ssm.io.messages import Malformed
+from edge_ssm.io.sinks.formats import CsvFormatter
 from edge_ssm.runtime.decisions import decide
-from edge_ssm.runtime.pipeline import Pipeline, PipelineOptions
 from edge_ssm.runtime.windows import ClosedWindow, Windows
-
-
-class Stream:
-    """A pipeline over a reference engine, fed item by item, its output as parsed NDJSON."""
-
-    def __init__(self, network, hop=None, carry=False, engine="reference", **options):
-        windows = Windows(network, hop, carry)
-        self.file = io.StringIO()
-        formatter = NdjsonFormatter(self.file, network, logits=True, truth=True)
-        options_ = PipelineOptions(**options)
-        self.pipeline = Pipeline(create(engine, network, lanes=windows.lanes), windows, formatter, options_)
-
-    def feed(self, samples, labels=None):
-        for i, sample in enumerate(samples):
-            self.pipeline.process(Frame(np.array(sample, dtype=float), float(i), labels[i] if labels else None))
-        return self
-
-    @property
-    def lines(self):
-        return [json.loads(line) for line in self.file.getvalue().splitlines()]
-
-    @property
-    def decisions(self):
-        return [line for line in self.lines if "event" not in line]
-
-    @property
-    def events(self):
-        return [line for line in self.lines if "event" in line]
-
-    @property
-    def counters(self):
-        return self.pipeline.counters
-
-
-def logits(decision):
-    return np.array(decision["logits"])
 
 
 @pytest.mark.parametrize("pooling", ["mean", "last"])

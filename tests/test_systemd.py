@@ -12,6 +12,7 @@ from itertools import chain, combinations
 
 import pytest
 import real_systemd
+from support.waiting import until
 
 from edge_ssm.service.systemd import install
 
@@ -21,14 +22,6 @@ UNIT = "edge-ssm@wrist"
 
 analyze = pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd-analyze is not installed")
 booted = pytest.mark.skipif(bool(real_systemd.why_not()), reason=real_systemd.why_not() or "none")
-
-
-def until(condition, what, limit_s=30.0):
-    end = time.monotonic() + limit_s
-    while not (found := condition()):
-        assert time.monotonic() < end, f"not within {limit_s} s: {what}"
-        time.sleep(0.05)
-    return found
 
 
 @analyze
