@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support import jobs
 
 from edge_ssm.errors import InputRefused, RunFailed, UsageError
 from edge_ssm.formats import artifact
@@ -184,22 +185,14 @@ def test_no_scheduler_is_one_clear_line():
         pass
 
 
-def broken(job):
-    os._exit(3)
-
-
-def refuses(job):
-    raise RunFailed("no good")
-
-
 def test_jobs_that_kill_every_worker_end_the_run():
     with executors.local(2) as fresh, pytest.raises(RunFailed, match="died 3 times over the same 1 candidates"):
-        list(executors.run_all(fresh, broken, ["a"]))
+        list(executors.run_all(fresh, jobs.broken, ["a"]))
 
 
 def test_the_first_job_that_fails_ends_the_run():
     with executors.local(2) as fresh, pytest.raises(RunFailed, match="no good"):
-        list(executors.run_all(fresh, refuses, ["a", "b", "c"]))
+        list(executors.run_all(fresh, jobs.refuses, ["a", "b", "c"]))
 
 
 def test_a_failed_candidate_leaves_no_family(start, data, tmp_path):
