@@ -27,6 +27,7 @@ from edge_ssm.errors import EngineUnavailable, InputRefused, UsageError
 from edge_ssm.formats import artifact
 
 HERE = Path(__file__).parent
+SIMULATED = HERE / "simulated_cuda.py"
 CLI = [sys.executable, "-c", "from edge_ssm.cli.app import main; main()"]
 TABLE = HERE.parent / "benchmarks" / "gpu" / "sm_87.json"
 needs_numba_cuda = pytest.mark.skipif(
@@ -50,7 +51,7 @@ needs_gpu = pytest.mark.skipif(bool(NO_GPU), reason=NO_GPU)
 @pytest.mark.slow
 def test_the_kernels_in_the_simulator():
     environment = os.environ | {"NUMBA_ENABLE_CUDASIM": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / "simulated_cuda.py")]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(SIMULATED)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=500, env=environment)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
 

@@ -1,6 +1,7 @@
 """A real run to look at: the demo's model and recording, or a random network, paced, in a thread of its own.
 
-``python tests/watched.py :9464`` serves the demo's status page until it is interrupted (``docs/status-page.png``).
+``python tests/watched.py :9464`` serves the demo's status page until it is interrupted
+(``docs/status-page.png``).
 """
 
 import argparse
