@@ -142,9 +142,10 @@ class _Cuda:
         self.local = SimpleNamespace(array=lambda size, kind: np.full(size, np.nan, dtype=str(kind)))
         self.atomic = SimpleNamespace(add=self._add)
 
-    blockIdx = property(lambda self: self.running[1].block.blockIdx)  # noqa: N815
-    threadIdx = property(lambda self: self.running[1].threadIdx)  # noqa: N815
-    blockDim = property(lambda self: self.running[0].blockDim)  # noqa: N815
+    # The names are Numba's.
+    blockIdx = property(lambda self: self.running[1].block.blockIdx)  # noqa: N815  # noqa: N815
+    threadIdx = property(lambda self: self.running[1].threadIdx)  # noqa: N815  # noqa: N815
+    blockDim = property(lambda self: self.running[0].blockDim)  # noqa: N815  # noqa: N815
 
     def jit(self, **_):
         return lambda function: function

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support import commands
 
 from edge_ssm.engines.cpu import cache as kernel_cache
 from edge_ssm.engines.cpu import elf, kernel_file
@@ -154,6 +155,7 @@ def test_any_bytes_are_refused_or_whole(data):
             kernel_file.decode(content)
 
 
+@pytest.mark.slow
 def test_the_other_processor_s_code_is_vectors_and_stands_alone(tmp_path):
     path, listing = tmp_path / "orin.kernel", tmp_path / "orin.s"
     _, made = kernel_cache.compile_and_keep("aarch64-cortex-a78ae", path, listing)
@@ -185,7 +187,7 @@ MAIN = "from edge_ssm.cli.app import main; main()"
 
 def edge_ssm(*arguments, before=""):
     command = [sys.executable, "-c", before + MAIN, "compile", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+    return commands.run(command, capture_output=True, text=True, timeout=120)
 
 
 @pytest.mark.parametrize(("option", "what"), [("--output", "kernel"), ("--assembly", "assembly")])
@@ -202,6 +204,7 @@ def test_a_kernel_replaces_no_model(option, what, tmp_path):
     assert model.read_bytes() == (ROOT / "examples" / "demo.safetensors").read_bytes()
 
 
+@pytest.mark.slow
 def test_a_kernel_replaces_a_kernel(tmp_path):
     for _ in range(2):
         done = edge_ssm("--target", GENERIC, "--output", tmp_path / "x.kernel", "--assembly", tmp_path / "x.s")

@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -568,12 +567,6 @@ def test_a_dead_reader_s_decisions_are_made_again_where_state_is_kept(small, tmp
     assert start(*common, "--output", "tcp://127.0.0.1:1").wait(60) == 1
     assert start(*common, "--output", tmp_path / "out").wait(60) == 0
     assert [d["index"] for d in decisions(tmp_path / "out")[0]] == list(range(2000))
-
-
-def catches(pid, number):
-    """Whether a process has a handler for a signal (proc_pid_status(5))."""
-    caught = re.search(r"(?m)^SigCgt:\t(\w+)", Path(f"/proc/{pid}/status").read_text())
-    return bool(int(caught[1], 16) >> (number - 1) & 1)
 
 
 @pytest.mark.parametrize("kind", ["input", "output"])

@@ -190,6 +190,7 @@ def test_no_command_writes_over_what_it_reads(tmp_path, recordings, fresh, capsy
     assert not (tmp_path / "new.onnx").exists()
 
 
+@pytest.mark.slow
 def test_a_checkpoint_is_known_by_its_content(tmp_path, fresh):
     for name in ("ck.safetensors", "ck.onnx"):
         checkpoints.save_checkpoint(tmp_path / name, fresh())

@@ -159,6 +159,7 @@ def test_each_channel_takes_the_form_that_float32_holds(made, tmp_path):
 
 @pytest.mark.parametrize("form", ["minimal S4D", "S4Block dplr, N 64"])
 @pytest.mark.parametrize("factor", [0.5, 2.0])
+@pytest.mark.slow
 def test_another_sample_rate_is_the_convolution_discretised_anew(made, form, factor):
     _, path, arch = made(form, sample_rate_hz=50.0)
     network = at_sample_rate(convert.to_network(read(path, arch)), 50.0 * factor)
@@ -296,6 +297,7 @@ def call(monkeypatch, capsys, *arguments):
     return status, captured.out, captured.err
 
 
+@pytest.mark.slow
 def test_import_and_verify_by_hand(made, tmp_path, demo_stream, monkeypatch, capsys):
     _, path, arch = made("S4oP S4", pruned=True)
     model = tmp_path / "m.safetensors"

@@ -30,6 +30,7 @@ def test_a_peer_steps_the_same_network(name, shape):
     assert np.abs(found - create("reference", network).chunk(samples)).max() <= 1e-4
 
 
+@pytest.mark.slow
 def test_the_benchmark_runs(tmp_path):
     pytest.importorskip("torch", reason="a peer to compare with")
     output = tmp_path / "r.json"

@@ -92,6 +92,7 @@ def test_the_family_is_nested_and_its_winners_are_the_best_by_validation(start, 
     assert said[-4].startswith("  rate 0: ")
 
 
+@pytest.mark.slow
 def test_a_killed_search_goes_on_to_the_same_family(start, data, tmp_path, monkeypatch):
     expected = family(start, data, tmp_path / "whole")
     original, left = search.candidate, [3]
@@ -185,6 +186,7 @@ def test_no_scheduler_is_one_clear_line():
         pass
 
 
+@pytest.mark.slow
 def test_jobs_that_kill_every_worker_end_the_run():
     with executors.local(2) as fresh, pytest.raises(RunFailed, match="died 3 times over the same 1 candidates"):
         list(executors.run_all(fresh, jobs.broken, ["a"]))
@@ -216,6 +218,7 @@ def table_of_states(path):
     return step_table.load_table(path)
 
 
+@pytest.mark.slow
 def test_a_latency_target_stops_at_the_first_member_that_meets_it(start, data, tmp_path):
     table = table_of_states(tmp_path / "t.json")
     found = family(start, data, tmp_path / "f", target=search.Target(latency_us=17.0), table=table)
@@ -227,6 +230,7 @@ def test_a_latency_target_stops_at_the_first_member_that_meets_it(start, data, t
     ).read_bytes()
 
 
+@pytest.mark.slow
 def test_an_accuracy_target_takes_the_fastest_within(start, data, tmp_path):
     table = table_of_states(tmp_path / "t.json")
     found = family(start, data, tmp_path / "all", target=search.Target(accuracy_loss=100.0), table=table)
@@ -348,6 +352,7 @@ def test_a_rate_that_fails_ends_the_search_but_costs_none_before_it(start, data,
 # --- report ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_report_holds_every_member_and_is_self_contained(start, data, tmp_path):
     pytest.importorskip("matplotlib")
     table = table_of_states(tmp_path / "t.json")

@@ -169,11 +169,20 @@ class Process:
         return self
 
     def __exit__(self, *_):
+        self._close()
+        self.wait()
+
+    def __del__(self):
+        self._close()
+        if self.returncode is None:
+            with contextlib.suppress(OSError):
+                os.close(self._status)
+
+    def _close(self):
         for file in (self.stdout, self.stderr, self.stdin):
             if file is not None:
                 with contextlib.suppress(BrokenPipeError):
                     file.close()
-        self.wait()
 
 
 def run(args, *, input=None, capture_output=False, check=False, timeout=None, **options):
