@@ -35,7 +35,7 @@ def test_hwmon_reads_every_connected_rail_and_knows_the_input_rail(tmp_path):
     assert [rail.name for rail in meter.rails] == ["VDD_IN", "VDD_CPU_GPU_CV", "VDD_SOC"]
     assert meter.total == ("VDD_IN",)
     assert meter.rails[0].resolution_w == pytest.approx(0.04)
-    (folder / "curr1_input").write_text("1600\n")
+    (hwmon / "curr1_input").write_text("1600\n")
     assert meter.read().watts == pytest.approx((8.0, 2.0, 2.0))
     (hwmon / "shunt1_resistor").write_text("2000\n")  # micro-ohm
     (hwmon / "in2_label").write_text("NC\n")
@@ -45,7 +45,7 @@ def test_hwmon_reads_every_connected_rail_and_knows_the_input_rail(tmp_path):
     assert [rail.name for rail in meter.rails] == ["VDD_IN"]
     assert meter.rails[0].resolution_w == pytest.approx(0.1)
     assert meter.period_s == 0.15
-    (folder / "curr1_input").unlink()
+    (hwmon / "curr1_input").unlink()
     with pytest.raises(MeterLost, match="curr1_input"):
         meter.read()
     with pytest.raises(MeterUnavailable, match="curr1_input"):
