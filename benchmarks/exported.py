@@ -49,7 +49,7 @@ def graph_engine(
     network: Any, kind: exported.GraphKind, weights: Any, calibration: Any, chunk: int = 1
 ) -> tuple[Any, int]:
     """Return an engine, and the size of its graph in bytes."""
-    input_maxima = graphs.reach_of(network, calibration) if weights == "int8" else []
+    input_maxima = graphs.input_ranges(network, calibration) if weights == "int8" else []
     graph = exported.build(kind, network, weights, input_maxima, chunk)
     return create(kind, network, EngineOptions(graph=graph)), len(graph.content)
 
@@ -185,16 +185,16 @@ def demo_labels() -> list[dict[str, Any]]:
     """Return the rows of the table `demo`: whole windows of its recording, as `edge-ssm-build export` counts them."""
     rows = []
     source = ROOT / "examples" / "demo.safetensors"
-    heard = graphs.samples_of(load(source).network, str(ROOT / "examples" / "demo.csv"))
+    heard = graphs.comparison_samples(load(source).network, str(ROOT / "examples" / "demo.csv"))
     for kind in KINDS:
         for weights in MIXING_DTYPES:
-            result = graphs.make(source, kind, weights, heard=heard)
+            result = graphs.export_graph(source, kind, weights, samples=heard)
             row = {"engine": kind, "weights": weights, "windows": result.windows}
             row |= {"samples": result.measured.samples, "max_error": float(f"{result.measured.max_error:.2g}")}
             row |= {"window_error": float(f"{result.window_error:.2g}")}
             row |= {"labels_differing": result.labels_differing, "file_bytes": len(result.content)}
             rows.append(row)
-            print(f"demo, {kind} {result.line()}, {len(result.content):,} bytes")
+            print(f"demo, {kind} {result.summary()}, {len(result.content):,} bytes")
     return rows
 
 

@@ -1,12 +1,11 @@
-"""Imported checkpoints of every form: the stream's logits against the checkpoint's own convolution in float64.
+"""Imported checkpoints of every format: the stream's logits against the checkpoint's own convolution in float64.
 
     python benchmarks/imports.py [--output benchmarks/imports.json]
 
-For each form, N and age (fresh HiPPO initialisation, or trained on the `watch` recordings) a checkpoint is written in
-the layout of its project, imported, and streamed for 1,000 and 20,000 samples of the CPU engine and the reference. Also
-times a step of a rank-one network beside a diagonal one of the same N. Writes the table of docs/import.md between its
-marks.
-Needs the `host` extra; exit status 1 if a logit is off by over 1e-4.
+For each format, N and age (HiPPO initialisation, or trained on the `watch` recordings), a checkpoint is written in the
+layout of its project, imported, and streamed for 1,000 and 20,000 samples through the CPU engine and the reference. The
+step of a rank-one network is timed next to that of a diagonal one with the same N. The table of docs/import.md is
+rewritten between its marks. Needs the `host` extra. The exit status is 1 if a logit is off by more than 1e-4.
 """
 
 from __future__ import annotations
@@ -24,11 +23,12 @@ import torch
 from edge_ssm.engines.registry import create
 from edge_ssm.profiler import step_table
 from edge_ssm_build.data import datasets
-from edge_ssm_build.importers import checkpoints as importers_checkpoints
-from edge_ssm_build.importers import convert, verification
+from edge_ssm_build.importers.checkpoints import read_architecture, read_checkpoint
+from edge_ssm_build.importers.convert import to_network
+from edge_ssm_build.importers.verification import compare_with_checkpoint, random_samples
 from edge_ssm_build.pruning.executors import prepare_process
-from edge_ssm_build.training import checkpoint as checkpoints
-from edge_ssm_build.training import loop
+from edge_ssm_build.training.checkpoint import Checkpoint, Recipe, new_checkpoint
+from edge_ssm_build.training.loop import fit
 from edge_ssm_build.training.network import Config
 
 ROOT = Path(__file__).parent.parent
@@ -48,52 +48,56 @@ FORMS = {
 }
 
 
-def saved_checkpoints(data: datasets.Dataset, n: int, options: dict[str, object]) -> dict[str, checkpoints.Checkpoint]:
+def make_checkpoints(data: datasets.Dataset, n: int, options: dict[str, object]) -> dict[str, Checkpoint]:
+    """Return checkpoints with N = n by age: "fresh" and "trained"."""
     shape = {"d_input": len(data.channels), "d_output": len(data.labels), "d_model": 16, "d_state": n, **options}
-    recipe = checkpoints.Recipe(window=WINDOW, epochs=3)
-    made = {}
-    for age in ("fresh", "trained"):
-        made[age] = checkpoints.new_checkpoint(data, "watch", Config(**shape), recipe)
-    loop.fit(made["trained"], data, recipe)
-    return made
+    recipe = Recipe(window=WINDOW, epochs=3)
+    checkpoints = {age: new_checkpoint(data, "watch", Config(**shape), recipe) for age in ("fresh", "trained")}
+    fit(checkpoints["trained"], data, recipe)
+    return checkpoints
 
 
-def errors(folder: Path, checkpoint: checkpoints.Checkpoint, layout: Any, stated: dict[str, str]) -> dict[str, float]:
+def errors(folder: Path, checkpoint: Checkpoint, layout: Any, stated: dict[str, str]) -> dict[str, float]:
+    """Return the largest error of a logit by engine and number of samples, and the number of rank-one channels."""
     path, arch = folder / "model.pth", folder / "arch.toml"
     torch.save(layout(checkpoint.model), path)
     spec = checkpoint.spec
     fields = {"prenorm": False, "pooling": "mean", "window": WINDOW, "channels": list(spec.channels)}
     arch.write_text(layouts.arch_toml(**fields, mean=spec.mean.tolist(), std=spec.std.tolist(), **stated))
-    read = importers_checkpoints.read(path, "auto", importers_checkpoints.read_arch(arch))
-    network = convert.to_network(read)
-    found = {}
+    imported = read_checkpoint(path, "auto", read_architecture(arch))
+    network = to_network(imported)
+    result = {}
     for steps in (1000, 20_000):
-        x = verification.samples_for(network, steps)
-        for agreement in verification.against_checkpoint(network, read, x):
-            found[f"{agreement.engine} {steps}"] = agreement.error
-    return found | {"rank_one": sum(int(b.ssm.rank_one.sum()) for b in network.blocks)}
+        x = random_samples(network, steps)
+        for deviation in compare_with_checkpoint(network, imported, x):
+            result[f"{deviation.engine} {steps}"] = deviation.error
+    return result | {"rank_one": sum(int(b.ssm.rank_one.sum()) for b in network.blocks)}
 
 
 def step_ratio() -> float:
-    """A rank-one step over a diagonal one, H = 128, N = 64, 4 layers."""
-    engines = [create("cpu", step_table.synthetic(128, 4, 128, 32, 128, "float32", low)) for low in (True, False)]
-    rank_one, diagonal = step_table.measure(engines, np.random.default_rng(0).standard_normal((100, 1)))
-    return rank_one / diagonal
+    """Return the duration of a rank-one step over that of a diagonal one, with H = 128, N = 64 and 4 layers."""
+    engines = [
+        create("cpu", step_table.synthetic(128, 4, 128, 32, 128, "float32", rank_one)) for rank_one in (True, False)
+    ]
+    rank_one_us, diagonal_us = step_table.measure(engines, np.random.default_rng(0).standard_normal((100, 1)))
+    return rank_one_us / diagonal_us
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
+    """Measure every format, write the JSON file and the table, and exit with 1 if a logit is off."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "imports.json")
     arguments = parser.parse_args()
     prepare_process()
     data, rows = datasets.load("watch"), []
     with tempfile.TemporaryDirectory() as folder:
         for n in (16, 32, 64):
-            made: dict[str, dict[str, checkpoints.Checkpoint]] = {}
+            checkpoints: dict[str, dict[str, Checkpoint]] = {}
             for form, (options, layout, stated) in FORMS.items():
                 key = json.dumps(options)
-                made.setdefault(key, saved_checkpoints(data, n, options))
-                for age, checkpoint in made[key].items():
+                if key not in checkpoints:
+                    checkpoints[key] = make_checkpoints(data, n, options)
+                for age, checkpoint in checkpoints[key].items():
                     row = {"form": form, "N": n, "age": age, **errors(Path(folder), checkpoint, layout, stated)}
                     rows.append(row)
                     print(row, flush=True)

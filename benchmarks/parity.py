@@ -1,10 +1,10 @@
-"""The demo through `edge-ssm run --stream` against torch in convolution mode, in float64, on the whole test split.
+"""The demo through `edge-ssm run --stream`, compared with torch in float64 on the whole test split.
 
     python benchmarks/parity.py [--output benchmarks/parity.json]
 
-Records the split as CSV, streams it with each engine, and compares every window's label and logits with torch's on the
-same values. Needs the `host` extra and fetches the `watch` data once. Exit status 1 if a label differs or a
-logit is off by over 1e-4.
+The split is recorded as CSV and streamed with each engine; the label and the logits of every window are compared with
+those of torch in convolution mode. Needs the `host` extra, and downloads the `watch` data once. The exit status is 1 if
+a label differs or a logit is off by more than 1e-4.
 """
 
 from __future__ import annotations
@@ -21,22 +21,24 @@ import torch
 
 from edge_ssm import load
 from edge_ssm_build.data import datasets, recording
-from edge_ssm_build.export import artifact, convert
-from edge_ssm_build.training import scoring
+from edge_ssm_build.export.agreement import compare_logits, convolve_windows
+from edge_ssm_build.export.convert import to_model
+from edge_ssm_build.training.scoring import split_windows
 
 ROOT = Path(__file__).parent.parent
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
+    """Stream the test split with each engine, write the JSON file, and exit with 1 if an engine disagrees."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "parity.json")
     arguments = parser.parse_args()
     model = ROOT / "examples" / "demo.safetensors"
     network = load(model).network
-    torch_network = convert.to_model(network, torch.float64)
+    torch_network = to_model(network, torch.float64)
     data = datasets.load("watch")
-    x, y = scoring.split_windows(data, "test", network.window)
-    expected = artifact.convolve_windows(torch_network, network.input, x)
+    x, y = split_windows(data, "test", network.window)
+    expected = convolve_windows(torch_network, network.input, x)
     rows, failed = [], False
     with tempfile.TemporaryDirectory() as folder:
         stream = Path(folder) / "test.csv"
@@ -46,10 +48,10 @@ def main() -> None:
             command += ["--input", str(stream), "--logits", "--truth", "--engine", engine]
             done = subprocess.run(command, capture_output=True, text=True, check=True)
             decisions = [json.loads(line) for line in done.stdout.splitlines()]
-            found = np.array([d["logits"] for d in decisions])
-            agreement = artifact.agreement_of(expected, found, 1e-4)
-            # The label that is shown is that of the largest logit.
-            assert [d["label"] for d in decisions] == [network.labelled[i] for i in found.argmax(axis=1)]
+            logits = np.array([d["logits"] for d in decisions])
+            agreement = compare_logits(expected, logits, 1e-4)
+            # The label in the output is that of the largest logit.
+            assert [d["label"] for d in decisions] == [network.labelled[i] for i in logits.argmax(axis=1)]
             row = {
                 "engine": engine,
                 "samples": samples,

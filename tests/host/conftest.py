@@ -1,15 +1,14 @@
-"""Real data for the host tool's tests, without a download. Modules here are skipped where torch is missing."""
+"""Real data for the host tool's tests, without a download. Modules here are skipped if torch is missing."""
 
 import numpy as np
 import pytest
 
 from edge_ssm_build.data import datasets
-from edge_ssm_build.training import checkpoint as checkpoints
 
 
 @pytest.fixture(scope="session")
 def recordings(demo_stream, tmp_path_factory):
-    """Real data without a download: the demo's recording, cut by exercise into a user's own .npz."""
+    """The demo's recording, cut by exercise into a user's own .npz."""
     rows = np.genfromtxt(demo_stream, delimiter=",", skip_header=1, dtype=str)
     values, names = rows[:, :-1].astype(float), rows[:, -1]
     labels = sorted(set(names))
@@ -32,7 +31,7 @@ def data(recordings):
 
 @pytest.fixture
 def move_poles():
-    """A function that gives every operator a slow state, as training does: float32 then loses exp(dt A) - 1."""
+    """A function that gives every operator a slow state, as training does: exp(dt A) - 1 then cancels in float32."""
     import torch
 
     def move(model):
@@ -50,12 +49,11 @@ def move_poles():
 def fresh(data, recordings):
     """A function that makes an untrained checkpoint of any form."""
 
+    from edge_ssm_build.training.checkpoint import Recipe, new_checkpoint
     from edge_ssm_build.training.network import Config
 
     def make(epochs=2, **options):
         config = Config(d_input=6, d_output=len(data.labels), **({"d_model": 8, "d_state": 4} | options))
-        return checkpoints.new_checkpoint(
-            data, str(recordings), config, checkpoints.Recipe(window=50, epochs=epochs, batch=16)
-        )
+        return new_checkpoint(data, str(recordings), config, Recipe(window=50, epochs=epochs, batch=16))
 
     return make

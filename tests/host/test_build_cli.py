@@ -11,12 +11,12 @@ from support import commands
 
 from edge_ssm.cli.app import run_command
 from edge_ssm.profiler import step_table
-from edge_ssm_build.training import checkpoint as checkpoints
 
 torch = pytest.importorskip("torch", reason="the host tool needs torch: pip install 'edge-ssm[host]'")
 
 from edge_ssm_build.cli.app import cli
-from edge_ssm_build.training import loop
+from edge_ssm_build.training import checkpoint as checkpoint_module
+from edge_ssm_build.training.checkpoint import load_checkpoint, parse_checkpoint, save_checkpoint
 
 BUILD = [sys.executable, "-c", "from edge_ssm_build.cli.app import main; main()"]
 RUN = [sys.executable, "-c", "from edge_ssm.cli.app import main; main()"]
@@ -89,7 +89,7 @@ def test_prune_writes_every_member_that_is_right(recordings, fresh, move_poles, 
     with torch.no_grad():
         start.model.decoder.weight[1] = start.model.decoder.weight[0]
         start.model.decoder.bias[:2] = 20.0
-    checkpoints.save_checkpoint(tmp_path / "start.pt", start)
+    save_checkpoint(tmp_path / "start.pt", start)
 
     def prune():
         prune = ["prune", tmp_path / "start.pt", "--output", output, "--method", "compact", "--rates", "0.25,0.5"]
@@ -107,11 +107,11 @@ def test_prune_writes_every_member_that_is_right(recordings, fresh, move_poles, 
     assert all(m["agreement"]["cpu"]["bound"] == 1e-4 for m in members.values())
     assert family["chosen"] == 0.5
     broken = output / "candidates" / "rate-0.5-seed-0.pt"
-    wrong = checkpoints.load_checkpoint(broken)
+    wrong = load_checkpoint(broken)
     with torch.no_grad():
         wrong.model.decoder.weight *= 1e5
         wrong.model.decoder.bias *= 1e5
-    checkpoints.save_checkpoint(broken, wrong)
+    save_checkpoint(broken, wrong)
     status, said, family = prune()
     assert status == 1
     line = said.err.splitlines()[-1]
@@ -128,13 +128,13 @@ def test_refusals_are_one_line(tmp_path, recordings, fresh, demo_model, capsys, 
     (tmp_path / "bad.pt").write_bytes(b"garbage")
     file = tmp_path / "file"
     file.touch()
-    good, foreign = tmp_path / "good.pt", tmp_path / "foreign.pt"
-    checkpoints.save_checkpoint(good, fresh())
-    torch.save({"state_dict": {"layers.0.weight": torch.zeros(3)}}, foreign)
+    good, other = tmp_path / "good.pt", tmp_path / "other.pt"
+    save_checkpoint(good, fresh())
+    torch.save({"state_dict": {"layers.0.weight": torch.zeros(3)}}, other)
     train = ["train", "--data", recordings, "--window", 50, "--output"]
     for arguments, status, text in (
         (["train", "--data", "mars", "--window", 5, "--output", tmp_path], 2, "data set 'mars': unknown"),
-        ([*train, file], 2, "can't be made"),
+        ([*train, file], 2, "cannot be created"),
         ([*train, tmp_path / "x", "--d-state", 3], 2, "d_state: 3, expected an even number"),
         ([*train, tmp_path / "x", "--epochs", 0], 2, "--epochs"),
         (["prune", tmp_path / "bad.pt", "--output", tmp_path], 2, "damaged, or not a checkpoint"),
@@ -145,7 +145,7 @@ def test_refusals_are_one_line(tmp_path, recordings, fresh, demo_model, capsys, 
         (["prune", good, "--output", tmp_path / "q", "--method", "s4op", "--budget", "global"], 2, "no scores"),
         (["prune", good, "--output", tmp_path / "q", "--step-table", file], 2, "not a step table"),
         (["prune", good, "--output", tmp_path / "q", "--scheduler", "nonsense"], 2, "no Dask scheduler answers"),
-        (["prune", foreign, "--output", tmp_path / "q"], 2, "not a checkpoint of edge-ssm-build"),
+        (["prune", other, "--output", tmp_path / "q"], 2, "not a checkpoint of edge-ssm-build"),
         (["report", tmp_path], 2, "family.json: cannot be read"),
         (["export", tmp_path / "none.pt", "--output", tmp_path / "m"], 2, "no such file"),
         (["evaluate", tmp_path / "none.safetensors"], 2, "cannot be read"),
@@ -164,7 +164,7 @@ def test_refusals_are_one_line(tmp_path, recordings, fresh, demo_model, capsys, 
 def test_no_command_writes_over_what_it_reads(tmp_path, recordings, fresh, capsys, monkeypatch):
     start, arch = tmp_path / "rate-0.5.pt", tmp_path / "arch.safetensors"
     odd, data = tmp_path / "m.safetensors", tmp_path / "d.npz"
-    checkpoints.save_checkpoint(start, fresh())
+    save_checkpoint(start, fresh())
     odd.write_bytes(start.read_bytes())
     arch.touch()
     data.write_bytes(Path(recordings).read_bytes())
@@ -193,7 +193,7 @@ def test_no_command_writes_over_what_it_reads(tmp_path, recordings, fresh, capsy
 @pytest.mark.slow
 def test_a_checkpoint_is_known_by_its_content(tmp_path, fresh):
     for name in ("ck.safetensors", "ck.onnx"):
-        checkpoints.save_checkpoint(tmp_path / name, fresh())
+        save_checkpoint(tmp_path / name, fresh())
         assert "every label equal" in build("export", tmp_path / name, "--output", tmp_path / "out.safetensors")
         assert build("evaluate", tmp_path / name).startswith("test: ")
 
@@ -214,16 +214,43 @@ def test_a_training_costs_none_of_other_settings(tmp_path, recordings, capsys, m
         assert status(*more) == (2, f"edge-ssm-build: error: {place}: {refused}")
         assert place.read_bytes() == before
     assert status()[0] == 0  # the same again gives the same
-    assert checkpoints.load_checkpoint(place).history == checkpoints.parse_checkpoint(before, "before").history
+    assert load_checkpoint(place).history == parse_checkpoint(before, "before").history
     place.unlink()
-    original = checkpoints.save_checkpoint
-    monkeypatch.setattr(loop, "save_checkpoint", lambda *_: 1 / 0)
+    monkeypatch.setattr(checkpoint_module, "save_checkpoint", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         status()
-    monkeypatch.setattr(loop, "save_checkpoint", original)
+    monkeypatch.setattr(checkpoint_module, "save_checkpoint", save_checkpoint)
     assert (tmp_path / "resume.pt").exists()
     code, said = status("--prenorm")  # weights of the same shapes, another network
     assert code == 2
     assert "resume.pt: left by a run with other settings" in said
     assert status()[0] == 0
     assert place.exists()
+
+
+def test_the_help_names_every_entry_of_the_registries():
+    from edge_ssm_build.data.datasets import BUILTIN
+    from edge_ssm_build.importers.checkpoints import FORMATS
+    from edge_ssm_build.pruning import importance, plan, states
+
+    def help_of(command, option):
+        return next(p for p in cli.commands[command].params if option in p.opts)
+
+    for entries, command, option in (
+        (BUILTIN, "train", "--data"),
+        (BUILTIN, "record", "--data"),
+        (plan.METHODS, "prune", "--method"),
+        (FORMATS, "import", "--from"),
+        (FORMATS, "verify", "--from"),
+    ):
+        text = help_of(command, option).help
+        assert all(re.search(rf"\b{re.escape(name)}\b", text) for name in entries), (command, option)
+    for entries, option in (
+        (states.METHODS, "--states-method"),
+        (importance.BUDGETS, "--budget"),
+        (importance.BYPASSES, "--bypass"),
+    ):
+        assert tuple(help_of("prune", option).type.choices) == tuple(entries)
+    for name, command in cli.commands.items():
+        undescribed = [p.opts for p in command.params if getattr(p, "help", "described") is None]
+        assert not undescribed, name

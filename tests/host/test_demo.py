@@ -1,4 +1,4 @@
-"""The shipped demo: what it streams is what torch says, and what its page states."""
+"""The shipped demo: its stream agrees with torch and with the figures on its page."""
 
 import json
 import re
@@ -12,8 +12,8 @@ from edge_ssm import load
 
 torch = pytest.importorskip("torch", reason="the host tool needs torch: pip install 'edge-ssm[host]'")
 
-from edge_ssm_build.export import artifact as export_artifact
-from edge_ssm_build.export import convert
+from edge_ssm_build.export.agreement import convolve_windows
+from edge_ssm_build.export.convert import to_model
 
 
 def test_the_demo_streams_what_torch_computes(demo_model, demo_stream):
@@ -22,7 +22,7 @@ def test_the_demo_streams_what_torch_computes(demo_model, demo_stream):
     rows = np.genfromtxt(demo_stream, delimiter=",", skip_header=1, dtype=str)
     x = rows[:, :-1].astype(float).reshape(-1, network.window, network.d_input)
     truth = rows[:: network.window, -1]
-    logits = export_artifact.convolve_windows(convert.to_model(network, torch.float64), network.input, x)
+    logits = convolve_windows(to_model(network, torch.float64), network.input, x)
     labels = [network.labels[i] for i in logits.argmax(axis=1)]
     command = [sys.executable, "-c", "from edge_ssm.cli.app import main; main()", "run", str(demo_model), "--stream"]
     done = commands.run([*command, "--input", str(demo_stream), "--logits"], capture_output=True, text=True, check=True)

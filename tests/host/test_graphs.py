@@ -14,7 +14,6 @@ from support import commands
 from edge_ssm.engines.registry import EngineOptions, create
 from edge_ssm.errors import InputRefused, RunFailed
 from edge_ssm.formats import artifact, exported, loading
-from edge_ssm_build.training import checkpoint as checkpoints
 
 pytest.importorskip("onnx", reason="makes ONNX graphs: pip install 'edge-ssm[export]'")
 pytest.importorskip("onnxruntime", reason="runs them: pip install 'edge-ssm[export]'")
@@ -48,8 +47,9 @@ def test_an_artifact_is_exported_and_its_error_said(kind, weights, demo_model, d
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_checkpoint_is_exported(kind, fresh, tmp_path):
     pytest.importorskip("torch", reason="reads checkpoints")
+    from edge_ssm_build.training.checkpoint import save_checkpoint
 
-    checkpoints.save_checkpoint(tmp_path / "c.pt", fresh())
+    save_checkpoint(tmp_path / "c.pt", fresh())
     output = tmp_path / f"c.{kind}"
     done = build("export", tmp_path / "c.pt", "--to", kind, "--weights", "int8", "--output", output)
     assert done.returncode == 0, done.stderr
@@ -66,14 +66,14 @@ def test_the_artifact_s_own_weights_are_the_default(kind, tmp_path):
     for dtype in ("float32", "float16"):
         network = random_network(mixing_dtype=dtype)
         artifact.save(tmp_path / "m.safetensors", network, {})
-        made = graphs.make(tmp_path / "m.safetensors", kind)
-        assert made.weights == dtype
-        assert made.measured.max_error <= 1e-4
+        graph = graphs.export_graph(tmp_path / "m.safetensors", kind)
+        assert graph.weights == dtype
+        assert graph.measured.max_error <= 1e-4
     mixed = replace(network, blocks=(network.blocks[0], random_network(mixing_dtype="int8").blocks[1]))
     artifact.save(tmp_path / "m.safetensors", mixed, {})
-    made = graphs.make(tmp_path / "m.safetensors", kind)
-    assert made.weights == "float32"
-    assert made.measured.max_error <= 1e-4
+    graph = graphs.export_graph(tmp_path / "m.safetensors", kind)
+    assert graph.weights == "float32"
+    assert graph.measured.max_error <= 1e-4
 
 
 def test_a_chunk_is_in_the_file(tmp_path):
@@ -92,7 +92,7 @@ def test_a_chunk_is_in_the_file(tmp_path):
 
 def test_the_same_export_gives_the_same_bytes(demo_model):
     for kind in KINDS:
-        assert graphs.make(demo_model, kind).content == graphs.make(demo_model, kind).content
+        assert graphs.export_graph(demo_model, kind).content == graphs.export_graph(demo_model, kind).content
 
 
 @pytest.mark.parametrize(
@@ -151,9 +151,9 @@ def test_what_is_off_by_too_much_is_not_written(demo_model, tmp_path):
     assert "nothing was written: take larger weights" in done.stderr
     assert not output.exists()
     with pytest.raises(RunFailed, match="off by up to"):
-        graphs.make(demo_model, "tflite", "float16", error_bound=1e-6)
+        graphs.export_graph(demo_model, "tflite", "float16", error_bound=1e-6)
     with pytest.raises(InputRefused, match=r"none\.safetensors: cannot be read"):
-        graphs.make(tmp_path / "none.safetensors", "onnx")
+        graphs.export_graph(tmp_path / "none.safetensors", "onnx")
 
 
 def test_an_artifact_is_exported_without_torch(demo_model, tmp_path):

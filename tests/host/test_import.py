@@ -1,4 +1,4 @@
-"""Foreign checkpoints: what they compute is what the artifact streams; what can't be read or streamed is refused."""
+"""Checkpoints of other projects: the artifact streams what they compute; what cannot be read or streamed is refused."""
 
 import pickle
 import sys
@@ -11,15 +11,15 @@ from edge_ssm.cli.app import run_command
 from edge_ssm.errors import InputRefused, RunFailed, UsageError
 from edge_ssm.formats import artifact
 from edge_ssm.model.transforms import at_sample_rate
-from edge_ssm_build.training import scoring
 
 torch = pytest.importorskip("torch", reason="the host tool needs torch: pip install 'edge-ssm[host]'")
 
 import layouts
 
 from edge_ssm_build.cli.app import cli
-from edge_ssm_build.importers import checkpoints, convert, verification
-from edge_ssm_build.training import loop
+from edge_ssm_build.importers import convert, verification
+from edge_ssm_build.importers.checkpoints import read_architecture, read_checkpoint
+from edge_ssm_build.training import loop, scoring
 
 S4 = {"kernel": "s4", "init": "legs", "discretization": "bilinear", "l_kernel": 50}
 FORMS = {
@@ -36,7 +36,7 @@ FORMS = {
 
 @pytest.fixture
 def made(fresh, data, tmp_path):
-    """A function: form -> (our checkpoint, the foreign file, arch file). Pruned where asked."""
+    """A function: form -> (our checkpoint, the file in the other layout, the arch file). Pruned where asked."""
 
     def make(form, pruned=False, epochs=2, **changes):
         options, layout, stated = FORMS[form]
@@ -63,7 +63,7 @@ def made(fresh, data, tmp_path):
 
 
 def read(path, arch, form="auto"):
-    return checkpoints.read(path, form, checkpoints.read_arch(arch))
+    return read_checkpoint(path, form, read_architecture(arch))
 
 
 @pytest.mark.parametrize("pruned", [False, True])
@@ -81,9 +81,9 @@ def test_every_form_streams_what_it_computed(made, data, tmp_path, form, pruned)
     assert np.abs(np.array(own) - expected).max() < 2e-5
     # Against the tests' convolution, which knows nothing of either.
     assert np.abs(np.array([convolution.pooled(network, w) for w in x[:2]]) - expected[:2]).max() < 2e-5
-    _, agreements = convert.write(checkpoint, path, tmp_path / "m.safetensors")
-    assert {a.engine for a in agreements} == {"reference", "cpu"}
-    assert max(a.error for a in agreements) < 1e-4
+    _, deviations = convert.import_checkpoint(checkpoint, path, tmp_path / "m.safetensors")
+    assert {a.engine for a in deviations} == {"reference", "cpu"}
+    assert max(a.error for a in deviations) < 1e-4
     loaded = artifact.load(tmp_path / "m.safetensors")
     assert loaded.provenance["imported"]["form"] == checkpoint.form
     assert [len(b.ssm.active) for b in loaded.network.blocks] == [len(a) for a in ours.model.active()]
@@ -104,17 +104,17 @@ def test_parameter_transforms(made, data, real, dt):
 def test_tied_systems_are_copied_to_every_channel(made, tmp_path, form):
     ours, path, arch = made(form)
     torch.save(layouts.block_stack(ours.model, tied=True), path)
-    network, agreements = convert.write(read(path, arch), path, tmp_path / "m.safetensors")
+    network, deviations = convert.import_checkpoint(read(path, arch), path, tmp_path / "m.safetensors")
     A = network.blocks[0].ssm.A.reshape(8, -1)
     assert (A[0] == A).all()
-    assert max(a.error for a in agreements) < 1e-4
+    assert max(a.error for a in deviations) < 1e-4
 
 
 def test_a_step_of_its_own_for_each_state(made, tmp_path):
     ours, path, arch = made("S4Block diag zoh")
     torch.save(layouts.block_stack(ours.model, untied_dt=True), path)
-    _, agreements = convert.write(read(path, arch), path, tmp_path / "m.safetensors")
-    assert max(a.error for a in agreements) < 1e-4
+    _, deviations = convert.import_checkpoint(read(path, arch), path, tmp_path / "m.safetensors")
+    assert max(a.error for a in deviations) < 1e-4
 
 
 def test_a_truncated_C_is_undone_for_streams_longer_than_it(made):
@@ -122,8 +122,8 @@ def test_a_truncated_C_is_undone_for_streams_longer_than_it(made):
     checkpoint = read(path, arch)
     assert checkpoint.layers[0].l_kernel == 50
     network = convert.to_network(checkpoint)
-    x = verification.samples_for(network, 3000)
-    assert max(a.error for a in verification.against_checkpoint(network, checkpoint, x)) < 1e-4
+    x = verification.random_samples(network, 3000)
+    assert max(a.error for a in verification.compare_with_checkpoint(network, checkpoint, x)) < 1e-4
     state = torch.load(path)
     for i in range(2):
         state[f"s4_layers.{i}.layer.kernel.l_kernel"] = torch.tensor(0)
@@ -146,15 +146,15 @@ def fourier(checkpoint):
 
 def test_each_channel_takes_the_form_that_float32_holds(made, tmp_path):
     _, path, arch = made("S4Block dplr, N 64", epochs=1)
-    legs, agreements = convert.write(read(path, arch), path, tmp_path / "legs.safetensors")
+    legs, deviations = convert.import_checkpoint(read(path, arch), path, tmp_path / "legs.safetensors")
     assert all(b.ssm.rank_one.all() for b in legs.blocks)
-    assert max(a.error for a in agreements) < 1e-4
+    assert max(a.error for a in deviations) < 1e-4
     ours, path, arch = made("S4Block dplr", epochs=1)
     fourier(ours)
     torch.save(layouts.block_stack(ours.model), path)
-    network, agreements = convert.write(read(path, arch), path, tmp_path / "fourier.safetensors")
+    network, deviations = convert.import_checkpoint(read(path, arch), path, tmp_path / "fourier.safetensors")
     assert not any(b.ssm.rank_one.any() for b in network.blocks)
-    assert max(a.error for a in agreements) < 1e-4
+    assert max(a.error for a in deviations) < 1e-4
 
 
 @pytest.mark.parametrize("form", ["minimal S4D", "S4Block dplr, N 64"])
@@ -164,8 +164,8 @@ def test_another_sample_rate_is_the_convolution_discretised_anew(made, form, fac
     _, path, arch = made(form, sample_rate_hz=50.0)
     network = at_sample_rate(convert.to_network(read(path, arch)), 50.0 * factor)
     assert network.window == 50 * factor
-    assert max(a.error for a in verification.against_convolution(network, 1000)) < 1e-4
-    x = verification.samples_for(network, 120)
+    assert max(a.error for a in verification.compare_with_convolution(network, 1000)) < 1e-4
+    x = verification.random_samples(network, 120)
     # And against the tests' own convolution, whose matrices know only dt.
     expected = convolution.outputs(network, x)
     assert np.abs(verification.network_outputs(network, x) - expected).max() < 1e-9
@@ -179,9 +179,9 @@ def test_tokens(made, fresh, tmp_path):
     state["embedding.weight"] = torch.randn(11, 8)
     torch.save(content, path)
     arch.write_text(layouts.arch_toml(prenorm=False, window=50))
-    network, agreements = convert.write(read(path, arch), path, tmp_path / "m.safetensors")
+    network, deviations = convert.import_checkpoint(read(path, arch), path, tmp_path / "m.safetensors")
     assert network.encoder.embedding.shape == (11, 8)
-    assert max(a.error for a in agreements) < 1e-4
+    assert max(a.error for a in deviations) < 1e-4
 
 
 def changed(path, **changes):
@@ -218,7 +218,7 @@ def test_what_can_not_be_read_or_streamed_is_refused_with_its_name(made, tmp_pat
     _, path, arch = made(form, epochs=1)
     changed(path, **change)
     with pytest.raises(InputRefused, match=message) as caught:
-        convert.write(read(path, arch), path, tmp_path / "m.safetensors")
+        convert.import_checkpoint(read(path, arch), path, tmp_path / "m.safetensors")
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "m.safetensors").exists()
 
@@ -243,14 +243,14 @@ def test_what_the_arch_must_say(made, tmp_path, change, message):
     lines += layouts.arch_toml(**{k: v for k, v in change.items() if v is not None}).splitlines()
     arch.write_text("\n".join(lines))
     with pytest.raises(UsageError, match=message):
-        convert.write(read(path, arch), path, tmp_path / "m.safetensors")
+        convert.import_checkpoint(read(path, arch), path, tmp_path / "m.safetensors")
 
 
 @pytest.mark.parametrize("text", ["window = ", "window = 0", "colour = 1", 'norm = "rms"', "\xff"])
 def test_a_broken_arch_is_refused(tmp_path, text):
     (tmp_path / "a.toml").write_bytes(text.encode("latin-1"))
     with pytest.raises(InputRefused, match=r"a\.toml: "):
-        checkpoints.read_arch(tmp_path / "a.toml")
+        read_architecture(tmp_path / "a.toml")
 
 
 def test_a_pickle_with_code_is_refused_and_never_run(made, tmp_path):
@@ -268,8 +268,8 @@ def test_a_pickle_with_code_is_refused_and_never_run(made, tmp_path):
         with pytest.raises(InputRefused, match="damaged, or not a checkpoint"):
             read(path, arch)
     assert not (tmp_path / "ran").exists()
-    for foreign_content in ([1, 2], {"a": 1}, {}, {"x.weight": torch.zeros(2)}):
-        torch.save(foreign_content, path)
+    for content in ([1, 2], {"a": 1}, {}, {"x.weight": torch.zeros(2)}):
+        torch.save(content, path)
         with pytest.raises(InputRefused):
             read(path, arch)
 
@@ -286,7 +286,7 @@ def test_an_artifact_that_disagrees_is_not_written(made, tmp_path, monkeypatch):
 
     monkeypatch.setattr(convert, "to_network", wrong)
     with pytest.raises(RunFailed, match="nothing was written"):
-        convert.write(checkpoint, path, tmp_path / "m.safetensors")
+        convert.import_checkpoint(checkpoint, path, tmp_path / "m.safetensors")
     assert not (tmp_path / "m.safetensors").exists()
 
 

@@ -1,4 +1,4 @@
-"""The torch network, its form as plain arrays, and the stream of the artifact say the same."""
+"""The torch network, its form as plain arrays, and the stream of the artifact agree."""
 
 import copy
 from dataclasses import replace
@@ -11,14 +11,15 @@ from edge_ssm.errors import RunFailed, UsageError
 from edge_ssm.formats import artifact
 from edge_ssm.model.network import fingerprint
 from edge_ssm.model.transforms import quantised
-from edge_ssm_build.training import scoring
 
 torch = pytest.importorskip("torch", reason="the host tool needs torch: pip install 'edge-ssm[host]'")
 
 from edge_ssm_build.data.rotation import rotate
-from edge_ssm_build.export import artifact as export_artifact
+from edge_ssm_build.export import artifact as artifact_export
 from edge_ssm_build.export import convert, quantization
-from edge_ssm_build.training import loop
+from edge_ssm_build.export.agreement import compare_engine, compare_logits, convolve_windows, stream_windows
+from edge_ssm_build.export.artifact import export_artifact, network_of
+from edge_ssm_build.training import loop, scoring
 from edge_ssm_build.training.kernels import diagonal_kernel, initial_A, initial_rank_one
 
 SPLITS = ("train", "test")
@@ -32,10 +33,6 @@ FORMS = [
     {"kernel": "s4", "init": "legs", "discretization": "bilinear", "l_kernel": 50},
     {"kernel": "s4", "init": "legs", "discretization": "bilinear", "l_kernel": 50, "d_state": 64, "norm": "batch"},
 ]
-
-
-def network_of(checkpoint):
-    return convert.to_network(checkpoint.model, checkpoint.spec, checkpoint.recipe.window, checkpoint.labels)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -53,21 +50,21 @@ def test_torch_equals_the_independent_convolution_and_every_engine(fresh, data, 
     network = network_of(checkpoint)
     x, _ = scoring.split_windows(data, "test", 50)
     x = x[:6]
-    expected = export_artifact.convolve_windows(checkpoint.model, checkpoint.spec, x)
+    expected = convolve_windows(checkpoint.model, checkpoint.spec, x)
     # Norms, D and mixing are float32 in a network; the rest is the same to float64's last digits.
     assert np.allclose([convolution.pooled(network, window) for window in x], expected, atol=2e-6)
     in_float32 = scoring.predict(checkpoint.model, scoring.as_input(x, checkpoint.spec)).numpy()
     assert np.allclose(in_float32, expected, atol=2e-5)
     assert {p.dtype for p in checkpoint.model.parameters()} == {torch.float32}
     for engine in ("reference", "cpu"):
-        agreement = export_artifact.compare(checkpoint.model, network, engine, x)
+        agreement = compare_engine(checkpoint.model, network, engine, x)
         assert agreement.labels_differing == 0
         assert agreement.max_error < 2e-5
         if pruned:
             assert {len(b.mixing.columns) for b in network.blocks} == {network.d_model - 1}
             assert {len(b.mixing.rows) for b in network.blocks} == {network.d_model - 2}
     rebuilt = convert.to_model(network, torch.float64)
-    assert np.allclose(export_artifact.convolve_windows(rebuilt, checkpoint.spec, x), expected, atol=2e-6)
+    assert np.allclose(convolve_windows(rebuilt, checkpoint.spec, x), expected, atol=2e-6)
 
 
 def test_a_bypassed_channel_passes_its_input(fresh):
@@ -113,7 +110,7 @@ def test_small_mixing_weights_are_what_torch_scores_and_the_engines_run(fresh, d
     assert {b.mixing.dtype for b in network.blocks} == {dtype}
     x, _ = scoring.split_windows(data, "test", 50)
     for engine in ("reference", "cpu"):
-        assert export_artifact.compare(checkpoint.model, network, engine, x[:6]).max_error < 2e-5
+        assert compare_engine(checkpoint.model, network, engine, x[:6]).max_error < 2e-5
     whole = replace(checkpoint, model=convert.to_model(network))
     assert fingerprint(network_of(whole)) == fingerprint(network)
 
@@ -170,18 +167,18 @@ def test_an_artifact_that_disagrees_is_not_written(fresh, data, tmp_path, monkey
         network.decoder.bias[0] += 1e-3
         return network
 
-    monkeypatch.setattr(export_artifact, "to_network", off_by_a_little)
+    monkeypatch.setattr(artifact_export, "to_network", off_by_a_little)
     with pytest.raises(RunFailed, match=r"reference engine's stream differs .* bound 1\.0e-04; nothing was written"):
-        export_artifact.export(checkpoint, data, path)
+        export_artifact(checkpoint, data, path)
     assert not path.exists()
     monkeypatch.undo()
-    agreements, made_by = export_artifact.export(checkpoint, data, path)
+    agreements, provenance = export_artifact(checkpoint, data, path)
     assert {a.labels_differing for a in agreements.values()} == {0}
     loaded = artifact.load(path)
     assert fingerprint(loaded.network) == fingerprint(network_of(checkpoint))
-    assert loaded.provenance["scores"]["test"] == made_by["scores"]["test"]
+    assert loaded.provenance["scores"]["test"] == provenance["scores"]["test"]
     again = tmp_path / "again.safetensors"
-    export_artifact.export(checkpoint, data, again)
+    export_artifact(checkpoint, data, again)
     assert again.read_bytes() == path.read_bytes()
 
 
@@ -197,7 +194,7 @@ def test_poles_that_moved_far_cost_torch_no_digits(fresh, data, move_poles):
         assert (narrow - exact).abs().max() > 1e-3 * exact.abs().max()  # what a kernel in float32 would be off by
         assert (ssm.kernel(50) - exact).abs().max() < 1e-6 * exact.abs().max()
     for engine in ("reference", "cpu"):
-        agreement = export_artifact.compare(checkpoint.model, network_of(checkpoint), engine, x)
+        agreement = compare_engine(checkpoint.model, network_of(checkpoint), engine, x)
         assert agreement.labels_differing == 0
         assert agreement.max_error < 2e-5
 
@@ -207,7 +204,7 @@ def test_float64_is_the_same_however_it_is_cut_into_batches(fresh, data, monkeyp
     x = scoring.as_input(scoring.split_windows(data, "test", 50)[0], checkpoint.spec)
     whole = scoring.predict_exactly(checkpoint.model, x)
     for values in (1, 3 * 50 * 8):
-        monkeypatch.setattr(loop, "BATCH_VALUES", values)
+        monkeypatch.setattr(scoring, "BATCH_VALUES", values)
         assert torch.allclose(scoring.predict_exactly(checkpoint.model, x), whole, atol=1e-12)
 
 
@@ -233,7 +230,7 @@ BOUND = 1e-4
 def test_a_tie_is_no_difference_and_a_difference_is_no_tie(
     expected, found, ties, ties_differing, labels_differing, passes
 ):
-    agreement = export_artifact.agreement_of(np.array([expected]), np.array([found]), BOUND)
+    agreement = compare_logits(np.array([expected]), np.array([found]), BOUND)
     assert (agreement.ties, agreement.ties_differing) == (ties, ties_differing)
     assert agreement.labels_differing == labels_differing
     assert agreement.passes() == passes
@@ -244,15 +241,15 @@ def test_two_classes_that_always_tie_are_counted_and_exported(fresh, data, tmp_p
     with torch.no_grad():
         checkpoint.model.decoder.weight[1] = checkpoint.model.decoder.weight[0]
         checkpoint.model.decoder.bias[:2] = 5.0
-    agreements, made_by = export_artifact.export(checkpoint, data, tmp_path / "m.safetensors")
+    agreements, provenance = export_artifact(checkpoint, data, tmp_path / "m.safetensors")
     for agreement in agreements.values():
         assert agreement.ties == agreement.windows
         assert agreement.labels_differing == 0
-        assert f"{agreement.ties} ties (two largest logits within 2.0e-04)" in agreement.line()
+        assert f"{agreement.ties} ties (two largest logits within 2.0e-04)" in agreement.summary()
     # The scores are those of the stream, whichever way it decides a tie.
     x, y = scoring.split_windows(data, "test", 50)
-    streamed = export_artifact.stream_windows(artifact.load(tmp_path / "m.safetensors").network, "cpu", x)
-    assert made_by["scores"]["test"]["accuracy"] == pytest.approx((streamed.argmax(axis=1) == y).mean())
+    streamed = stream_windows(artifact.load(tmp_path / "m.safetensors").network, "cpu", x)
+    assert provenance["scores"]["test"]["accuracy"] == pytest.approx((streamed.argmax(axis=1) == y).mean())
 
 
 def test_a_rotation_keeps_lengths_and_needs_vectors_of_three():

@@ -1,4 +1,4 @@
-"""What is removed, by which score, and what is left: each against something computed another way."""
+"""Scores, budgets, pruning and reduction of states, each compared with an independent computation."""
 
 import copy
 from dataclasses import replace
@@ -7,15 +7,16 @@ import numpy as np
 import pytest
 
 from edge_ssm.errors import RunFailed, UsageError
-from edge_ssm_build.training import scoring
 
 torch = pytest.importorskip("torch", reason="the host tool needs torch: pip install 'edge-ssm[host]'")
 
-from edge_ssm_build.export import artifact
-from edge_ssm_build.pruning import calibration, plan, states
+from edge_ssm_build.export.agreement import compare_engine
+from edge_ssm_build.export.artifact import network_of
+from edge_ssm_build.pruning import calibration, states
+from edge_ssm_build.pruning.candidate import bypass_operators, make_candidate
 from edge_ssm_build.pruning.importance import BUDGETS, SCORES, Measured, allocate, lowest
-from edge_ssm_build.pruning.search import network_of
-from edge_ssm_build.training import loop
+from edge_ssm_build.pruning.plan import METHODS, Plan, check_plan, make_plan, parse_shares
+from edge_ssm_build.training import loop, scoring
 
 S4 = {"kernel": "s4", "init": "legs", "discretization": "bilinear", "l_kernel": 50}
 
@@ -28,7 +29,7 @@ def trained(fresh, data):
 
 
 def measured(checkpoint, data, bypass="gain"):
-    x, y = calibration.windows(checkpoint, data)
+    x, y = scoring.calibration_windows(checkpoint, data)
     found = calibration.measure(checkpoint.model, x, y)
     return [Measured(b, s, bypass, 50) for b, s in zip(checkpoint.model.layers(), found, strict=True)]
 
@@ -67,7 +68,7 @@ def test_a_global_budget_scales_layers_and_keeps_one_in_each():
 
 
 def test_the_fitted_gain_is_the_least_squares_one(trained, data):
-    x, y = calibration.windows(trained, data)
+    x, y = scoring.calibration_windows(trained, data)
     block = trained.model.layers()[0]
     with torch.no_grad():
         signals = block.signals(trained.model.encoder(x))
@@ -82,7 +83,7 @@ def test_the_fitted_gain_is_the_least_squares_one(trained, data):
 
 def test_taylor_predicts_what_a_small_step_towards_the_bypass_does(trained, data):
     """Its square root bounds the first-order change of the loss, window by window."""
-    x, y = calibration.windows(trained, data)
+    x, y = scoring.calibration_windows(trained, data)
     model = trained.model
     statistics = calibration.measure(model, x, y)[-1]
     block, eps = model.layers()[-1], 1e-3
@@ -128,18 +129,18 @@ def test_an_operator_that_does_nothing_goes_first(trained, data, score, bypass):
 
 
 @pytest.mark.parametrize("form", [{}, S4])
-@pytest.mark.parametrize("method", sorted(plan.METHODS))
+@pytest.mark.parametrize("method", sorted(METHODS))
 def test_every_method_makes_a_nested_family_that_streams(fresh, data, form, method):
     base = fresh(epochs=8, d_state=8, **form)
     loop.fit(base, data, base.recipe)
-    todo = replace(plan.plan_of(plan.METHODS[method], (0.25, 0.5, 0.75), base), seeds=(1,))
-    assert todo.epochs == 1  # one eighth of 8
+    plan = replace(make_plan(METHODS[method], (0.25, 0.5, 0.75), base), seeds=(1,))
+    assert plan.epochs == 1  # one eighth of 8
     current, before = base, base.model.present_config().shapes()
     x, _ = scoring.split_windows(data, "test", 50)
     for step in range(3):
-        current, reached = plan.candidate(current, base, data, todo, step, 1)
+        current, reached = make_candidate(current, base, data, plan, step, 1)
         shapes = current.model.present_config().shapes()
-        assert sum(len(s.active) for s in shapes) == 16 - round(todo.rates[step] * 16)
+        assert sum(len(s.active) for s in shapes) == 16 - round(plan.rates[step] * 16)
         for was, now in zip(before, shapes, strict=True):
             assert set(now.active) <= set(was.active)
             assert set(now.columns) <= set(was.columns)
@@ -147,34 +148,34 @@ def test_every_method_makes_a_nested_family_that_streams(fresh, data, form, meth
             assert len(now.active) >= 1
         before = shapes
         network = network_of(current)
-        agreement = artifact.compare(current.model, network, "cpu", x[:8])
+        agreement = compare_engine(current.model, network, "cpu", x[:8])
         assert agreement.labels_differing == 0
         assert agreement.max_error < 1e-4
         if method == "compact":
-            assert sum(len(b.mixing.columns) for b in network.blocks) == 16 - round(0.75 * todo.rates[step] * 16)
-            assert sum(len(b.mixing.rows) for b in network.blocks) == 16 - round(0.75 * todo.rates[step] * 16)
+            assert sum(len(b.mixing.columns) for b in network.blocks) == 16 - round(0.75 * plan.rates[step] * 16)
+            assert sum(len(b.mixing.rows) for b in network.blocks) == 16 - round(0.75 * plan.rates[step] * 16)
             pairs = sum(int(b.ssm.pairs.sum()) for b in network.blocks)
             operators = sum(len(b.ssm.active) for b in network.blocks)
             assert pairs == max(operators, round(0.3 * operators * 4))
         if method == "s4op":
-            assert all(b.ssm.full_D()[h].item() == 1.0 for b in current.model.layers() for h in gone(b))
+            assert all(b.ssm.full_D()[h].item() == 1.0 for b in current.model.layers() for h in removed_channels(b))
     assert current.history[-1]["rate"] == 0.75
     again = base
     for step in range(3):
-        again, repeated = plan.candidate(again, base, data, todo, step, 1)
+        again, repeated = make_candidate(again, base, data, plan, step, 1)
     assert repeated == reached
 
 
-def gone(block):
+def removed_channels(block):
     return set(range(8)) - set(block.ssm.active.tolist())
 
 
 def test_zero_drops_the_columns_and_keeps_what_they_gave_on_average(trained, data):
     model = trained.model
-    x, y = calibration.windows(trained, data)
+    x, y = scoring.calibration_windows(trained, data)
     statistics = calibration.measure(model, x, y)
     plain = copy.deepcopy(model)
-    plan._bypass(model, [[1, 6], []], statistics, "zero")
+    bypass_operators(model, [[1, 6], []], statistics, "zero")
     assert model.layers()[0].mixing.columns.tolist() == [0, 2, 3, 4, 5, 7]
     # Without the gate the mean of every output is kept exactly.
     with torch.no_grad():
@@ -187,10 +188,10 @@ def test_zero_drops_the_columns_and_keeps_what_they_gave_on_average(trained, dat
 
 
 def test_refitting_brings_the_mixing_nearer_to_the_reference(trained, data):
-    x, y = calibration.windows(trained, data)
+    x, y = scoring.calibration_windows(trained, data)
     reference, model = trained.model, copy.deepcopy(trained.model)
     statistics = calibration.measure(model, x, y)
-    plan._bypass(model, [[0, 1, 2, 3], [0, 1, 2]], statistics, "gain")
+    bypass_operators(model, [[0, 1, 2, 3], [0, 1, 2]], statistics, "gain")
 
     def distance(network):
         with torch.no_grad():
@@ -208,17 +209,17 @@ def test_refitting_brings_the_mixing_nearer_to_the_reference(trained, data):
 @pytest.mark.parametrize("method", states.METHODS)
 def test_states_go_and_the_rest_streams_on(trained, data, method):
     model = copy.deepcopy(trained.model)
-    x, y = calibration.windows(trained, data)
+    x, y = scoring.calibration_windows(trained, data)
     states.reduce(model, calibration.measure(model, x, y), 50, 40, method)
     assert sum(int(ssm.pairs.sum()) for ssm in model.ssms()) == 40
     assert all(int(ssm.pairs.min()) >= 1 for ssm in model.ssms())
     network = network_of(replace(trained, model=model))
     assert sum(len(b.ssm.A) for b in network.blocks) == 40
     windows, _ = scoring.split_windows(data, "test", 50)
-    assert artifact.compare(model, network, "cpu", windows[:8]).max_error < 1e-4
+    assert compare_engine(model, network, "cpu", windows[:8]).max_error < 1e-4
 
 
-def apart(model, other, x):
+def mean_square_difference(model, other, x):
     with torch.no_grad():
         return float((model(x) - other(x)).square().mean())
 
@@ -227,13 +228,13 @@ def apart(model, other, x):
 def test_the_fit_beats_dropping_modes(fresh, data, form):
     checkpoint = fresh(epochs=12, d_state=16, **form)
     loop.fit(checkpoint, data, checkpoint.recipe)
-    x, y = calibration.windows(checkpoint, data)
+    x, y = scoring.calibration_windows(checkpoint, data)
     statistics = calibration.measure(checkpoint.model, x, y)
     errors = {}
     for method in ("h2",) if form is S4 else states.METHODS:
         model = copy.deepcopy(checkpoint.model)
         states.reduce(model, statistics, 50, 40, method)
-        errors[method] = apart(model, checkpoint.model, x)
+        errors[method] = mean_square_difference(model, checkpoint.model, x)
     assert errors["h2"] <= min(errors.values())
     spread = float(checkpoint.model(x).detach().var())
     assert errors["h2"] < 0.01 * spread
@@ -247,35 +248,35 @@ def test_a_system_that_has_fewer_states_is_found(fresh, data):
         ssm.C[:, 2:] = 0.0
         ssm.log_dt.fill_(float(np.log(0.05)))
     kernel = ssm.kernel(50).detach().double()
-    x, y = calibration.windows(checkpoint, data)
-    fits, _ = states._fit_layer(ssm, calibration.measure(checkpoint.model, x, y)[0], 50)
+    x, y = scoring.calibration_windows(checkpoint, data)
+    fits, _ = states.fit_layer(ssm, calibration.measure(checkpoint.model, x, y)[0], 50)
     modes, error = fits[2]
     assert float(error.max()) < 1e-4
-    assert torch.allclose(states._response(modes, 50), kernel, atol=2e-2 * float(kernel.abs().max()))
+    assert torch.allclose(states.impulse_response(modes, 50), kernel, atol=2e-2 * float(kernel.abs().max()))
 
 
 def test_the_fit_is_a_stationary_point_of_the_weighted_error(fresh, data):
     """First-order optimality by finite differences: no small move of a pole lowers the penalised error."""
     checkpoint = fresh(d_state=16)
     ssm = checkpoint.model.ssms()[0]
-    x, y = calibration.windows(checkpoint, data)
+    x, y = scoring.calibration_windows(checkpoint, data)
     statistics = calibration.measure(checkpoint.model, x, y)[0]
-    fit = states._Fit(ssm.kernel(50).detach().double(), statistics.spectrum[ssm.active] + 1e-3)
-    start = states._Hankel(fit.kernel).poles(3)
+    fit = states.Fit(ssm.kernel(50).detach().double(), statistics.spectrum[ssm.active] + 1e-3)
+    start = states.HankelStart(fit.kernel).poles(3)
     modes, _ = fit.run(start)
-    _, _, cost = fit.solved(modes.p)
-    assert (cost <= fit.solved(start)[2] + 1e-12).all()
+    _, _, cost = fit.solve_residues(modes.p)
+    assert (cost <= fit.solve_residues(start)[2] + 1e-12).all()
     inside = (modes.p.real > -2.9) & (modes.p.real < -3e-4) & (modes.p.imag.abs() < 3.1)
     for move in (1e-3, -1e-3, 1e-3j, -1e-3j):
         for m in range(3):
             moved = modes.p.clone()
             moved[:, m] = torch.where(inside[:, m], moved[:, m] + move, moved[:, m])
-            assert (fit.solved(moved)[2] >= 0.97 * cost - 1e-6).all(), (move, m)
+            assert (fit.solve_residues(moved)[2] >= 0.97 * cost - 1e-6).all(), (move, m)
 
 
 def test_a_reduced_rank_one_channel_is_diagonal_and_one_that_keeps_all_is_not(fresh, data):
     checkpoint = fresh(d_state=16, **S4)
-    x, y = calibration.windows(checkpoint, data)
+    x, y = scoring.calibration_windows(checkpoint, data)
     statistics = calibration.measure(checkpoint.model, x, y)
     states.reduce(checkpoint.model, statistics, 50, 100, "h2")
     network = network_of(checkpoint)
@@ -285,7 +286,7 @@ def test_a_reduced_rank_one_channel_is_diagonal_and_one_that_keeps_all_is_not(fr
 
 
 def test_what_states_can_not_be(fresh, data, trained):
-    x, y = calibration.windows(trained, data)
+    x, y = scoring.calibration_windows(trained, data)
     statistics = calibration.measure(trained.model, x, y)
     with pytest.raises(UsageError, match="15 pairs for 16 channels"):
         states.reduce(trained.model, statistics, 50, 15, "h2")
@@ -321,31 +322,31 @@ def test_what_states_can_not_be(fresh, data, trained):
 )
 def test_plans_that_can_not_be(fresh, change, message):
     with pytest.raises(UsageError, match=message):
-        plan.check_plan(fresh(), replace(plan.Plan((0.5,), (0,)), **change))
+        check_plan(fresh(), replace(Plan((0.5,), (0,)), **change))
 
 
 def test_shares():
     rates = (0.2, 0.4)
-    assert plan.shares("rate", rates, "x") == rates
-    assert plan.shares("0.5*rate", rates, "x") == (0.1, 0.2)
-    assert plan.shares("0.3", rates, "x") == (0.3, 0.3)
-    assert plan.shares("0.1,0.3", rates, "x") == (0.1, 0.3)
-    assert plan.shares("0", rates, "x") == ()
+    assert parse_shares("rate", rates, "x") == rates
+    assert parse_shares("0.5*rate", rates, "x") == (0.1, 0.2)
+    assert parse_shares("0.3", rates, "x") == (0.3, 0.3)
+    assert parse_shares("0.1,0.3", rates, "x") == (0.1, 0.3)
+    assert parse_shares("0", rates, "x") == ()
     for bad in ("", "1", "-0.1", "0.3,0.1", "0.1,0.2,0.3", "nan", "9*rate", "x*rate", "rate*2"):
         with pytest.raises(UsageError, match=r"--rows .*: expected rate"):
-            plan.shares(bad, rates, "--rows")
+            parse_shares(bad, rates, "--rows")
 
 
 def test_a_pruned_checkpoint_is_no_start(fresh):
     start = fresh()
     start.model.ssms()[0].bypass([1])
     with pytest.raises(UsageError, match="already pruned"):
-        plan.check_plan(start, plan.Plan((0.5,), (0,)))
+        check_plan(start, Plan((0.5,), (0,)))
 
 
 def test_s4_needs_its_own_state_method(fresh):
     with pytest.raises(UsageError, match="'last': needs a diagonal kernel"):
-        plan.check_plan(fresh(**S4), plan.Plan((0.5,), (0,), states=(0.5,), states_method="last"))
+        check_plan(fresh(**S4), Plan((0.5,), (0,), states=(0.5,), states_method="last"))
 
 
 def test_a_loss_that_is_not_finite_ends_a_candidate(fresh, data):
@@ -353,4 +354,4 @@ def test_a_loss_that_is_not_finite_ends_a_candidate(fresh, data):
     with torch.no_grad():
         base.model.decoder.bias.fill_(float("nan"))
     with pytest.raises(RunFailed, match="the loss is nan"):
-        plan.candidate(base, base, data, plan.check_plan(base, plan.Plan((0.5,), (0,))), 0, 0)
+        make_candidate(base, base, data, check_plan(base, Plan((0.5,), (0,))), 0, 0)

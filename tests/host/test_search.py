@@ -1,4 +1,4 @@
-"""The search: resumed, run elsewhere, struck by dying workers, aimed at a budget; and the report of what it made."""
+"""The search: resumed, on other machines, with dying workers, with a target; and the report of a family."""
 
 import json
 import os
@@ -16,13 +16,17 @@ from support import jobs
 from edge_ssm.errors import InputRefused, RunFailed, UsageError
 from edge_ssm.formats import artifact
 from edge_ssm.profiler import step_table
-from edge_ssm_build.training import checkpoint as checkpoints
 
 torch = pytest.importorskip("torch", reason="the host tool needs torch: pip install 'edge-ssm[host]'")
 
-from edge_ssm_build.pruning import executors, report, search
-from edge_ssm_build.pruning import plan as pruning_plan
+from edge_ssm_build.export.artifact import network_of
+from edge_ssm_build.pruning import executors, search
+from edge_ssm_build.pruning.family import StepTimer
+from edge_ssm_build.pruning.plan import METHODS, make_plan
+from edge_ssm_build.pruning.report import write_report
+from edge_ssm_build.pruning.target import Target
 from edge_ssm_build.training import loop
+from edge_ssm_build.training.checkpoint import load_checkpoint, save_checkpoint
 
 RATES = (0.25, 0.5, 0.75)
 
@@ -48,9 +52,15 @@ def start(fresh, data):
     return checkpoint
 
 
-def family(start, data, folder, fresh=None, seeds=(0, 1), method="s4op", rates=RATES, **options):
-    plan = replace(pruning_plan.plan_of(pruning_plan.METHODS[method], rates, start), seeds=seeds)
-    return search.search(start, data, plan, folder, fresh, method=method, **options)
+def family(start, data, folder, seeds=(0, 1), method="s4op", rates=RATES, said=None, **options):
+    """Search as the command does; ``said`` gets the lines that it prints. Returns the content of family.json."""
+    plan = replace(make_plan(METHODS[method], rates, start), seeds=seeds)
+    lines = [] if said is None else said
+    settings = search.SearchSettings(folder, method, **options)
+    result = search.search(start, data, plan, settings, on_member=lambda member: lines.append(member.summary()))
+    lines += result.summary()
+    result.raise_for_problems()
+    return result.content
 
 
 def timeless(found):
@@ -60,9 +70,9 @@ def timeless(found):
 
 def test_the_family_is_nested_and_its_winners_are_the_best_by_validation(start, data, tmp_path):
     said = []
-    found = family(start, data, tmp_path, say=said.append)
+    found = family(start, data, tmp_path, said=said)
     written = json.loads((tmp_path / "family.json").read_text())
-    assert written["members"] == json.loads(json.dumps(found["members"], default=loop.asdict))
+    assert written["members"] == json.loads(json.dumps(found["members"]))
     for member in written["members"]:
         assert member["failure"] is None
         assert member["agreement"]["cpu"]["max_error"] < 1e-4
@@ -70,7 +80,7 @@ def test_the_family_is_nested_and_its_winners_are_the_best_by_validation(start, 
     assert [m["rate"] for m in found["members"]] == [0, *RATES]
     active = [set(range(8)) for _ in range(2)]
     for member in found["members"]:
-        checkpoint = checkpoints.load_checkpoint(tmp_path / member["checkpoint"])
+        checkpoint = load_checkpoint(tmp_path / member["checkpoint"])
         shipped = artifact.load(tmp_path / member["artifact"])
         assert [len(b.ssm.active) for b in shipped.network.blocks] == member["active"]
         assert shipped.file_bytes == member["file_bytes"]
@@ -83,7 +93,7 @@ def test_the_family_is_nested_and_its_winners_are_the_best_by_validation(start, 
             scores = {}
             for seed in (0, 1):
                 path = tmp_path / "candidates" / f"rate-{member['rate']:g}-seed-{seed}.pt"
-                scores[seed] = checkpoints.load_checkpoint(path).history[-1]["validation"]["balanced_accuracy"]
+                scores[seed] = load_checkpoint(path).history[-1]["validation"]["balanced_accuracy"]
             assert member["validation"]["balanced_accuracy"] == max(scores.values())
         assert member["step_us"] > 0
     parameters = [m["parameters"] for m in found["members"]]
@@ -95,7 +105,7 @@ def test_the_family_is_nested_and_its_winners_are_the_best_by_validation(start, 
 @pytest.mark.slow
 def test_a_killed_search_goes_on_to_the_same_family(start, data, tmp_path, monkeypatch):
     expected = family(start, data, tmp_path / "whole")
-    original, left = search.candidate, [3]
+    original, left = search.make_candidate, [3]
 
     def killed(*arguments):
         left[0] -= 1
@@ -104,7 +114,7 @@ def test_a_killed_search_goes_on_to_the_same_family(start, data, tmp_path, monke
         return original(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(search, "candidate", killed)
+        patch.setattr(search, "make_candidate", killed)
         with pytest.raises(Killed):
             family(start, data, tmp_path / "broken")
     assert not (tmp_path / "broken" / "family.json").exists()
@@ -138,9 +148,9 @@ def kill_one_child(parent, until):
 def test_processes_give_the_same_family_and_one_that_dies_is_replaced(start, data, tmp_path):
     expected = family(start, data, tmp_path / "here", rates=(0.5,))
     until = threading.Event()
-    with ThreadPoolExecutor(1) as pool, executors.local(2) as fresh:
+    with ThreadPoolExecutor(1) as pool, executors.local(2) as make_executor:
         killer = pool.submit(kill_one_child, os.getpid(), until)
-        found = family(start, data, tmp_path / "there", fresh, rates=(0.5,))
+        found = family(start, data, tmp_path / "there", make_executor=make_executor, rates=(0.5,))
         until.set()
         assert killer.result()
     assert timeless(found) == timeless(expected)
@@ -170,9 +180,10 @@ def test_a_dask_cluster_gives_the_same_family_though_a_worker_is_killed(start, d
                             return
                     time.sleep(0.02)
 
-        with ThreadPoolExecutor(1) as pool, executors.cluster(cluster.scheduler_address) as fresh:
+        with ThreadPoolExecutor(1) as pool, executors.cluster(cluster.scheduler_address) as make_executor:
             done = pool.submit(strike)
-            found = family(start, data, tmp_path / "there", fresh, seeds=(0, 1, 2), rates=(0.5,), remote=True)
+            options = {"make_executor": make_executor, "is_remote": True}
+            found = family(start, data, tmp_path / "there", seeds=(0, 1, 2), rates=(0.5,), **options)
             struck.append(None)
             done.result()
     assert struck[0] is not None
@@ -188,13 +199,13 @@ def test_no_scheduler_is_one_clear_line():
 
 @pytest.mark.slow
 def test_jobs_that_kill_every_worker_end_the_run():
-    with executors.local(2) as fresh, pytest.raises(RunFailed, match="died 3 times over the same 1 candidates"):
-        list(executors.run_all(fresh, jobs.broken, ["a"]))
+    with executors.local(2) as make_executor, pytest.raises(RunFailed, match="died 3 times over the same 1 candidates"):
+        list(executors.run_all(make_executor, jobs.broken, ["a"]))
 
 
 def test_the_first_job_that_fails_ends_the_run():
-    with executors.local(2) as fresh, pytest.raises(RunFailed, match="no good"):
-        list(executors.run_all(fresh, jobs.refuses, ["a", "b", "c"]))
+    with executors.local(2) as make_executor, pytest.raises(RunFailed, match="no good"):
+        list(executors.run_all(make_executor, jobs.refuses, ["a", "b", "c"]))
 
 
 def test_a_failed_candidate_leaves_no_family(start, data, tmp_path):
@@ -221,7 +232,7 @@ def table_of_states(path):
 @pytest.mark.slow
 def test_a_latency_target_stops_at_the_first_member_that_meets_it(start, data, tmp_path):
     table = table_of_states(tmp_path / "t.json")
-    found = family(start, data, tmp_path / "f", target=search.Target(latency_us=17.0), table=table)
+    found = family(start, data, tmp_path / "f", target=Target(latency_us=17.0), table=table)
     # 16 operators of 2 pairs are 32 us; half of them 16.
     assert [m["step_us"] for m in found["members"]] == [32.0, 24.0, 16.0]
     assert found["chosen"] == 0.5
@@ -233,17 +244,17 @@ def test_a_latency_target_stops_at_the_first_member_that_meets_it(start, data, t
 @pytest.mark.slow
 def test_an_accuracy_target_takes_the_fastest_within(start, data, tmp_path):
     table = table_of_states(tmp_path / "t.json")
-    found = family(start, data, tmp_path / "all", target=search.Target(accuracy_loss=100.0), table=table)
+    found = family(start, data, tmp_path / "all", target=Target(accuracy_loss=100.0), table=table)
     assert found["chosen"] == 0.75
     base = found["members"][0]["validation"]["balanced_accuracy"]
     within = [m["rate"] for m in found["members"] if base - m["validation"]["balanced_accuracy"] <= 0]
-    none = family(start, data, tmp_path / "none", target=search.Target(accuracy_loss=0.0), table=table)
+    none = family(start, data, tmp_path / "none", target=Target(accuracy_loss=0.0), table=table)
     assert none["chosen"] in within
 
 
 def test_a_size_target(start, data, tmp_path):
     sizes = {m["rate"]: m["file_bytes"] for m in family(start, data, tmp_path / "all")["members"]}
-    found = family(start, data, tmp_path / "f", target=search.Target(size_bytes=max(sizes[0.5], sizes[0.25]) + 400))
+    found = family(start, data, tmp_path / "f", target=Target(size_bytes=max(sizes[0.5], sizes[0.25]) + 400))
     assert found["chosen"] is not None
     chosen = next(m for m in found["members"] if m["rate"] == found["chosen"])
     assert (tmp_path / "f" / "chosen.safetensors").stat().st_size == chosen["file_bytes"]
@@ -252,15 +263,15 @@ def test_a_size_target(start, data, tmp_path):
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_target_must_be_finite(bad):
     with pytest.raises(UsageError, match="--target-latency"):
-        search.Target(latency_us=bad)
+        Target(latency_us=bad)
     with pytest.raises(UsageError, match="--max-accuracy-loss"):
-        search.Target(accuracy_loss=bad)
+        Target(accuracy_loss=bad)
 
 
 def test_a_target_that_nothing_meets_says_how_near_it_came(start, data, tmp_path):
     table = table_of_states(tmp_path / "t.json")
     with pytest.raises(RunFailed, match=r"no member meets it; the smallest, rate 0.75, has step 8.00 us"):
-        family(start, data, tmp_path / "f", target=search.Target(latency_us=1.0), table=table)
+        family(start, data, tmp_path / "f", target=Target(latency_us=1.0), table=table)
     assert json.loads((tmp_path / "f" / "family.json").read_text())["chosen"] is None
     assert not (tmp_path / "f" / "chosen.safetensors").exists()
 
@@ -271,11 +282,11 @@ def test_a_target_that_nothing_meets_says_how_near_it_came(start, data, tmp_path
 def spoil(folder, rate, seed=0):
     """A finished candidate gets logits so large that float32 can't hold them to 1e-4; its labels stay as they are."""
     path = folder / "candidates" / f"rate-{rate:g}-seed-{seed}.pt"
-    checkpoint = checkpoints.load_checkpoint(path)
+    checkpoint = load_checkpoint(path)
     with torch.no_grad():
         checkpoint.model.decoder.weight *= 1e5
         checkpoint.model.decoder.bias *= 1e5
-    checkpoints.save_checkpoint(path, checkpoint)
+    save_checkpoint(path, checkpoint)
 
 
 @pytest.fixture
@@ -288,7 +299,7 @@ def finished(start, data, tmp_path):
 def test_a_member_that_fails_costs_no_other_one(start, data, finished):
     spoil(finished, 0.5)
     with pytest.raises(
-        RunFailed, match=r"^rate 0\.5 was not written: the .* engine's stream differs .*family\.json has"
+        RunFailed, match=r"^rate 0\.5 was not written: the .* engine's stream differs .*family\.json lists"
     ):
         family(start, data, finished, seeds=(0,))
     members = {m["rate"]: m for m in json.loads((finished / "family.json").read_text())["members"]}
@@ -305,9 +316,9 @@ def test_a_member_that_fails_costs_no_other_one(start, data, finished):
 def test_the_next_best_member_stands_in_for_a_chosen_one_that_fails(start, data, finished, tmp_path):
     table, said = table_of_states(tmp_path / "t.json"), []
     spoil(finished, 0.75)
-    target = search.Target(accuracy_loss=100.0)
-    with pytest.raises(RunFailed, match=r"^rate 0\.75 was not written: [^;]*; [^;]*family\.json has"):
-        family(start, data, finished, seeds=(0,), target=target, table=table, say=said.append)
+    target = Target(accuracy_loss=100.0)
+    with pytest.raises(RunFailed, match=r"^rate 0\.75 was not written: [^;]*; [^;]*family\.json lists"):
+        family(start, data, finished, seeds=(0,), target=target, table=table, said=said)
     assert json.loads((finished / "family.json").read_text())["chosen"] == 0.5
     assert (finished / "chosen.safetensors").read_bytes() == (finished / "rate-0.5.safetensors").read_bytes()
     assert said[-1].endswith("chosen.safetensors, in place of rate 0.75, which was not written")
@@ -317,7 +328,7 @@ def test_a_search_goes_on_past_a_member_that_meets_the_target_and_fails(start, d
     table = table_of_states(tmp_path / "t.json")
     spoil(finished, 0.5)
     with pytest.raises(RunFailed, match=r"^rate 0\.5 was not written"):
-        family(start, data, finished, seeds=(0,), target=search.Target(latency_us=17.0), table=table)
+        family(start, data, finished, seeds=(0,), target=Target(latency_us=17.0), table=table)
     found = json.loads((finished / "family.json").read_text())
     assert [m["rate"] for m in found["members"]] == [0, *RATES]
     assert found["chosen"] == 0.75
@@ -325,12 +336,12 @@ def test_a_search_goes_on_past_a_member_that_meets_the_target_and_fails(start, d
 
 def test_where_every_member_fails_nothing_is_chosen(start, data, finished, tmp_path):
     table = table_of_states(tmp_path / "t.json")
-    family(start, data, finished, seeds=(0,), target=search.Target(accuracy_loss=100.0), table=table)
+    family(start, data, finished, seeds=(0,), target=Target(accuracy_loss=100.0), table=table)
     assert (finished / "chosen.safetensors").exists()
     for rate in RATES:
         spoil(finished, rate)
     with pytest.raises(RunFailed, match=r"no member meets it; the smallest, rate 0, has step 32\.00 us"):
-        family(start, data, finished, seeds=(0,), target=search.Target(latency_us=17.0), table=table)
+        family(start, data, finished, seeds=(0,), target=Target(latency_us=17.0), table=table)
     assert not (finished / "chosen.safetensors").exists()
     assert [p.name for p in finished.glob("*.safetensors")] == ["rate-0.safetensors"]
 
@@ -356,11 +367,11 @@ def test_a_rate_that_fails_ends_the_search_but_costs_none_before_it(start, data,
 def test_the_report_holds_every_member_and_is_self_contained(start, data, tmp_path):
     pytest.importorskip("matplotlib")
     table = table_of_states(tmp_path / "t.json")
-    family(start, data, tmp_path / "a <b>", target=search.Target(latency_us=17.0), table=table)
+    family(start, data, tmp_path / "a <b>", target=Target(latency_us=17.0), table=table)
     family(start, data, tmp_path / "energy", method="energy", seeds=(0,))
     runs, output = [tmp_path / "a <b>", tmp_path / "energy"], tmp_path / "report"
     output.mkdir()
-    written = report.write(runs, output)
+    written = write_report(runs, output)
     rows = json.loads((output / "report.json").read_text())
     assert [r["rate"] for r in rows] == [0, 0.25, 0.5, 0, *RATES]
     assert [r["rate"] for r in rows if r["chosen"]] == [0.5]
@@ -377,7 +388,7 @@ def test_the_report_holds_every_member_and_is_self_contained(start, data, tmp_pa
     assert {r["failure"] for r in rows} == {None}
     assert all(r["max_error"] < 1e-4 for r in rows)
     before = {p: p.read_bytes() for p in written}
-    report.write(runs, output)
+    write_report(runs, output)
     assert {p: p.read_bytes() for p in written} == before
 
 
@@ -386,7 +397,7 @@ def test_the_report_names_a_member_that_failed(start, data, finished, tmp_path):
     spoil(finished, 0.5)
     with pytest.raises(RunFailed):
         family(start, data, finished, seeds=(0,))
-    report.write([finished], tmp_path)
+    write_report([finished], tmp_path)
     page = (tmp_path / "report.html").read_text()
     assert page.count("<td>not written</td>") == 1
     assert "rate 0.5: not written. the " in page
@@ -398,13 +409,13 @@ def test_a_folder_without_a_family_is_refused(tmp_path, content):
     if content is not None:
         (tmp_path / "family.json").write_bytes(content)
     with pytest.raises(InputRefused, match=r"family\.json: "):
-        report.write([tmp_path], tmp_path)
+        write_report([tmp_path], tmp_path)
     assert not (tmp_path / "report.html").exists()
 
 
 def test_the_step_timer_measures_side_by_side(start):
-    network = search.network_of(start)
-    timer = search.StepTimer(network, np.zeros((10, 6)), "cpu", None)
-    steps, base = timer([network, network])
+    network = network_of(start)
+    timer = StepTimer(network, np.zeros((10, 6)), "cpu", None)
+    steps, base = timer.time([network, network])
     assert len(steps) == 2
     assert 0.2 < steps[0] / base < 5

@@ -7,13 +7,12 @@ import numpy as np
 import pytest
 
 from edge_ssm.errors import InputRefused, RunFailed, UsageError
-from edge_ssm_build.training import checkpoint as checkpoints
-from edge_ssm_build.training import scoring
 
 torch = pytest.importorskip("torch", reason="the host tool needs torch: pip install 'edge-ssm[host]'")
 
 from edge_ssm_build.data import datasets
-from edge_ssm_build.training import loop
+from edge_ssm_build.training import loop, scoring
+from edge_ssm_build.training.checkpoint import CHECKPOINT_VERSION, load_checkpoint, save_checkpoint, write_torch
 
 
 class Killed(Exception):
@@ -41,7 +40,7 @@ def validation(checkpoint, data):
 
 def killed_after(monkeypatch, writes):
     """Let so many states be written, then die, as a kill between two epochs would."""
-    original, left = checkpoints.write_torch, [writes]
+    original, left = write_torch, [writes]
 
     def write(path, content):
         original(path, content)
@@ -81,8 +80,8 @@ def test_checkpoints_come_back_as_they_were_and_damaged_ones_are_refused(fresh, 
     second.kept[1:, 1:] = False
     second.bypass([0])
     path = tmp_path / "c.pt"
-    checkpoints.save_checkpoint(path, checkpoint)
-    loaded = checkpoints.load_checkpoint(path)
+    save_checkpoint(path, checkpoint)
+    loaded = load_checkpoint(path)
     assert torch.equal(weights(loaded.model), weights(checkpoint.model))
     assert loaded.model.active() == checkpoint.model.active()
     assert loaded.recipe == checkpoint.recipe
@@ -91,13 +90,13 @@ def test_checkpoints_come_back_as_they_were_and_damaged_ones_are_refused(fresh, 
     for i, bad in enumerate((content[:300], content[: len(content) // 2], b"", b"garbage", code)):
         path.write_bytes(bad)
         with pytest.raises(InputRefused, match=r"c\.pt: ") as caught:
-            checkpoints.load_checkpoint(path)
+            load_checkpoint(path)
         assert "\n" not in str(caught.value), i
-    torch.save({"edge_ssm_checkpoint": checkpoints.CHECKPOINT_VERSION, "config": {}}, path)
+    torch.save({"edge_ssm_checkpoint": CHECKPOINT_VERSION, "config": {}}, path)
     with pytest.raises(InputRefused, match="parts that do not fit"):
-        checkpoints.load_checkpoint(path)
+        load_checkpoint(path)
     with pytest.raises(InputRefused, match="no such file"):
-        checkpoints.load_checkpoint(tmp_path / "none.pt")
+        load_checkpoint(tmp_path / "none.pt")
 
 
 def test_distillation_pulls_towards_the_teacher(fresh, data):
@@ -127,7 +126,7 @@ def test_a_loss_that_is_not_finite_is_one_clear_error(fresh, data):
 def test_only_arrays_come_out_of_a_pickle(tmp_path):
     path = tmp_path / "a.npy"
     np.save(path, np.array({"x": [np.arange(3.0)], "y": np.array([1])}, dtype=object), allow_pickle=True)
-    assert datasets._unpickle_npy(path.read_bytes())["x"][0].tolist() == [0, 1, 2]
+    assert datasets.unpickle_npy(path.read_bytes())["x"][0].tolist() == [0, 1, 2]
 
     class Hostile:
         def __reduce__(self):
@@ -135,7 +134,7 @@ def test_only_arrays_come_out_of_a_pickle(tmp_path):
 
     np.save(path, np.array({"x": Hostile()}, dtype=object), allow_pickle=True)
     with pytest.raises(InputRefused, match=r"calls for builtins\.print"):
-        datasets._unpickle_npy(path.read_bytes())
+        datasets.unpickle_npy(path.read_bytes())
 
 
 def test_a_user_s_file_is_checked(recordings, tmp_path):
@@ -155,7 +154,7 @@ def test_a_user_s_file_is_checked(recordings, tmp_path):
         with pytest.raises(InputRefused, match=message):
             datasets.load(str(path))
     path.write_bytes(b"PK garbage")
-    with pytest.raises(InputRefused, match=r"can't be read as \.npz"):
+    with pytest.raises(InputRefused, match=r"cannot be read as \.npz"):
         datasets.load(str(path))
     with pytest.raises(UsageError, match="data set 'nothing': unknown"):
         datasets.load("nothing")

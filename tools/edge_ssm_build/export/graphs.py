@@ -1,4 +1,4 @@
-"""From an artifact to an ONNX or TFLite file, which is written only if it steps as the float64 reference does."""
+"""Export of an artifact as an ONNX or TFLite file, which is written only if it agrees with the float64 reference."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from edge_ssm import files as edge_ssm_files
+from edge_ssm import files
 from edge_ssm.engines import verification
 from edge_ssm.engines.reference import ReferenceEngine
 from edge_ssm.engines.registry import Engine, EngineOptions, create
@@ -21,24 +21,29 @@ from edge_ssm.model.network import Array, Mixing, MixingDtype, Network, TokenEnc
 from edge_ssm.text import sanitize
 
 SAMPLES = 2048
-ORDINARY = 10.0
-"""Size of an output up to which a network's tolerance is meant."""
+"""Number of random samples that a graph is compared on if there is no recording."""
+ORDINARY_OUTPUT = 10.0
+"""Magnitude of an output up to which a network's tolerance is absolute; above it, it grows in proportion."""
+MIN_RANGE = 1e-6
+"""Smallest input range of an int8 mixing, for a layer whose inputs were all zero."""
 NOISE = "noise of the training data's mean and deviation"
 
 
 @dataclass(frozen=True)
-class Made:
-    """What was written, and how it differs from the reference engine, which steps the artifact's own weights."""
+class ExportedGraph:
+    """An exported file and its deviation from the reference engine running the artifact's own weights."""
 
     content: bytes
+    """The bytes of the file."""
     weights: MixingDtype
     measured: MeasuredError
     windows: int
     window_error: float
-    """Largest error of a pooled output, which is what a decision is made of; 0 without whole windows."""
+    """Largest error of a pooled output, on which a decision is based; 0 without complete windows."""
     labels_differing: int
 
-    def line(self) -> str:
+    def summary(self) -> str:
+        """Return the comparison as one line of text."""
         m, labels = self.measured, ""
         if self.windows:
             labels = f", of a window {self.window_error:.1e}, {self.labels_differing} of {self.windows} labels differ"
@@ -47,31 +52,34 @@ class Made:
         )
 
 
-class _Watcher(ReferenceEngine):
-    """Keeps the largest size of what entered each layer's mixing."""
+class _RangeRecorder(ReferenceEngine):
+    """Reference engine that records the largest magnitude of each layer's mixing inputs."""
 
     def __init__(self, network: Network) -> None:
         super().__init__(network)
-        self.reach = [0.0] * len(network.blocks)
+        self._magnitudes = [0.0] * len(network.blocks)
 
-    def range(self) -> list[float]:
-        """By which they are quantised: of a layer that heard nothing a little, not 0."""
-        return [max(size, 1e-6) for size in self.reach]
+    def ranges(self) -> list[float]:
+        """Return the largest magnitude of each layer's inputs, at least ``MIN_RANGE``."""
+        return [max(magnitude, MIN_RANGE) for magnitude in self._magnitudes]
 
     def _mix(self, i: int, mixing: Mixing, g: Array) -> Array:
-        self.reach[i] = max(self.reach[i], float(np.abs(g).max(initial=0.0)))
+        self._magnitudes[i] = max(self._magnitudes[i], float(np.abs(g).max(initial=0.0)))
         return super()._mix(i, mixing, g)
 
 
-def reach_of(network: Network, samples: Array) -> list[float]:
-    """Of each layer the largest size of its mixing's inputs, over one stream of ``samples`` (n, d_input)."""
-    watcher = _Watcher(network)
-    watcher.chunk(samples)
-    return watcher.range()
+def input_ranges(network: Network, samples: Array) -> list[float]:
+    """Return the largest magnitude of each layer's mixing inputs over one stream of ``samples`` (n, d_input)."""
+    recorder = _RangeRecorder(network)
+    recorder.chunk(samples)
+    return recorder.ranges()
 
 
-def samples_of(network: Network, path: str | None) -> tuple[Array, str]:
-    """(n, d_input) in the sensor's units that the graph is tried on, and where they are from."""
+def comparison_samples(network: Network, path: str | None) -> tuple[Array, str]:
+    """Return samples (n, d_input) in the sensor's units to compare a graph on, and a description of their origin.
+
+    They come from the recording ``path`` or, if that is None, from a fixed random generator.
+    """
     if path is not None:
         return recording.read(path, network), sanitize(os.path.basename(path), exported.MAX_NAME_LENGTH)
     rng = np.random.default_rng(0)
@@ -81,95 +89,139 @@ def samples_of(network: Network, path: str | None) -> tuple[Array, str]:
     return network.input.mean + network.input.std * rng.standard_normal((SAMPLES, network.d_input)), NOISE
 
 
-def own_weights(network: Network) -> MixingDtype:
-    """The type of all mixing weights; float32, which holds them all, where they differ."""
-    found = {block.mixing.dtype for block in network.blocks}
-    return found.pop() if len(found) == 1 else "float32"
+def mixing_dtype(network: Network) -> MixingDtype:
+    """Return the common type of all mixing weights, or float32, which holds every type, if they differ."""
+    dtypes = {block.mixing.dtype for block in network.blocks}
+    return dtypes.pop() if len(dtypes) == 1 else "float32"
 
 
-def make(
+def export_graph(
     source: Path,
     kind: GraphKind,
     weights: MixingDtype | None = None,
     chunk: int = 1,
-    heard: tuple[Array, str] | None = None,
+    samples: tuple[Array, str] | None = None,
     error_bound: float | None = None,
-) -> Made:
-    """The exported file of the artifact ``source``.
+) -> ExportedGraph:
+    """Build the exported file of an artifact and compare it with the reference engine.
 
-    ``weights``: of the mixing in the graph, None for the artifact's own. ``chunk``: samples of a call,
-    ``exported.ANY_LENGTH`` for any number (ONNX). ``heard``: samples (n, d_input) and what they are; the error is measured on them, and an int8
-    ONNX graph quantises the mixing's inputs by the largest of theirs.
+    Parameters
+    ----------
+    source
+        Path of the artifact.
+    kind
+        "onnx" or "tflite".
+    weights
+        Type of the mixing weights in the graph; None for the artifact's own.
+    chunk
+        Number of samples per call; ``exported.ANY_LENGTH`` for any number (ONNX only).
+    samples
+        Samples (n, d_input) in the sensor's units, and a description of them. The error is measured on them, and an
+        int8 ONNX graph quantises the mixing's inputs by their largest magnitude. None for random samples.
+    error_bound
+        Largest error that is allowed, in addition to the bounds below.
 
-    Raises RunFailed if the outputs are off by more than the network's tolerance in the artifact's own weights or in
-    float32, by more than ``error_bound``, or by more than a run believes (``verification.self_test``);
-    EngineUnavailable if a package is missing.
+    Returns
+    -------
+    ExportedGraph
+        The content of the file and its error.
+
+    Raises
+    ------
+    RunFailed
+        If the outputs are off by more than ``error_bound``; with float32 weights, by more than the network's tolerance;
+        or by more than the self-test of a run accepts (``verification.self_test``).
+    EngineUnavailable
+        If a package is missing.
+    InputRefused
+        If the artifact cannot be read.
     """
-    content = edge_ssm_files.read_regular_file(source, loading.MAX_BYTES, remedy="expected an artifact")
+    content = files.read_regular_file(source, loading.MAX_BYTES, remedy="expected an artifact")
     loaded = artifact.load(source)
     network = loaded.network
-    chosen = weights or own_weights(network)
-    samples, samples_from = heard or samples_of(network, None)
-    reference = _Watcher(network)
-    exact = _streamed(reference, samples)
-    reach = reference.range() if chosen == "int8" else []
-    graph = exported.build(kind, network, chosen, reach, chunk)
-    found = _streamed(create(kind, network, EngineOptions(graph=graph)), samples)
-    off = float(np.abs(found - exact).max())
-    bound = error_bound
-    if chosen == "float32":  # A run holds it to that, whatever was allowed here.
-        bound = min(bound or np.inf, network.tolerance * max(1.0, float(np.abs(exact).max()) / ORDINARY))
-    if not (np.isfinite(off) and (bound is None or off <= bound)):
-        advice = "run the artifact itself" if chosen == "float32" else "take larger weights, or a larger --error-bound"
-        raise RunFailed(
-            f"export: the {kind} graph with {chosen} weights is off by up to {off:.1e} from the reference, more than "
-            f"{bound or np.inf:g}; nothing was written: {advice}"
-        )
-    measured = MeasuredError(off, len(samples), samples_from)
-    made = exported.to_bytes(graph, network, content, loaded.digest, measured)
-    again = exported.parse(made, kind)
-    engine = create(kind, again.source.network, EngineOptions(graph=again.graph))
-    if not np.array_equal(_streamed(engine, samples), found):
-        raise RunFailed(f"export: the {kind} file steps otherwise than the graph in it; nothing was written")
+    dtype = weights or mixing_dtype(network)
+    x, origin = samples or comparison_samples(network, None)
+    reference = _RangeRecorder(network)
+    expected = _stream(reference, x)
+    ranges = reference.ranges() if dtype == "int8" else []
+    graph = exported.build(kind, network, dtype, ranges, chunk)
+    actual = _stream(create(kind, network, EngineOptions(graph=graph)), x)
+    deviation = float(np.abs(actual - expected).max())
+    bound = _bound(network, dtype, expected, error_bound)
+    _check_error(f"the {kind} graph with {dtype} weights", dtype, deviation, bound)
+    measured = MeasuredError(deviation, len(x), origin)
+    sealed = exported.to_bytes(graph, network, content, loaded.digest, measured)
+    _check_file(sealed, kind, dtype, x, actual, deviation)
+    return ExportedGraph(sealed, dtype, measured, *_compare_decisions(network, expected, actual))
+
+
+def _bound(network: Network, dtype: MixingDtype, expected: Array, error_bound: float | None) -> float | None:
+    """Return the largest error that is allowed, or None."""
+    if dtype != "float32":
+        return error_bound
+    # A run applies the tolerance to float32 weights, whatever is allowed here.
+    scale = max(1.0, float(np.abs(expected).max()) / ORDINARY_OUTPUT)
+    return min(error_bound or np.inf, network.tolerance * scale)
+
+
+def _check_error(graph: str, dtype: MixingDtype, error: float, bound: float | None) -> None:
+    """Raise RunFailed if the error is not finite or larger than the bound."""
+    if np.isfinite(error) and (bound is None or error <= bound):
+        return
+    advice = "run the artifact itself" if dtype == "float32" else "take larger weights, or a larger --error-bound"
+    raise RunFailed(
+        f"export: {graph} is off by up to {error:.1e} from the reference, more than {bound or np.inf:g}; nothing was "
+        f"written: {advice}"
+    )
+
+
+def _check_file(content: bytes, kind: GraphKind, dtype: MixingDtype, x: Array, actual: Array, error: float) -> None:
+    """Raise RunFailed unless the sealed file steps like the graph in it and passes the self-test of a run."""
+    reread = exported.parse(content, kind)
+    engine = create(kind, reread.source.network, EngineOptions(graph=reread.graph))
+    if not np.array_equal(_stream(engine, x), actual):
+        raise RunFailed(f"export: the {kind} file steps differently from the graph in it; nothing was written")
     engine.reset()
-    if problem := verification.self_test(engine, off):
+    if problem := verification.self_test(engine, error):
         raise RunFailed(
-            f"export: the {kind} graph with {chosen} weights fails the self-test of a run, {problem}; nothing was "
+            f"export: the {kind} graph with {dtype} weights fails the self-test of a run, {problem}; nothing was "
             "written: take larger weights"
         )
-    return Made(made, chosen, measured, *_decisions(network, exact, found))
 
 
-def write(path: Path, made: Made) -> None:
-    """Raises InputRefused if the place can't be written, RunFailed if what was written can't be loaded."""
+def write_graph(path: Path, graph: ExportedGraph) -> None:
+    """Write the file and load it again. Raise InputRefused if the path cannot be written."""
     try:
-        edge_ssm_files.write(path, made.content)
+        files.write(path, graph.content)
     except OSError as error:
-        raise InputRefused(f"{path}: can't be written ({error.strerror})") from None
+        raise InputRefused(f"{path}: cannot be written ({error.strerror})") from None
     loading.load(path)
 
 
-def _streamed(engine: Engine, samples: Array) -> Array:
-    """Outputs (n, d_output) float64, the state reset where each of the network's windows begins."""
+def _stream(engine: Engine, samples: Array) -> Array:
+    """Return outputs (n, d_output) float64; the state is reset at the start of each of the network's windows."""
     window = engine.network.window if engine.network.pooling != "none" else len(samples)
     parts = []
-    for begin in range(0, len(samples), window):
+    for start in range(0, len(samples), window):
         engine.reset()
-        parts.append(engine.chunk(samples[begin : begin + window]))
+        parts.append(engine.chunk(samples[start : start + window]))
     return np.concatenate(parts).astype(np.float64)
 
 
-def _decisions(network: Network, exact: Array, found: Array) -> tuple[int, float, int]:
-    """Whole windows, the largest error of their pooled outputs, and labels that differ (0 in a regression)."""
-    whole = len(exact) // network.window
-    if network.pooling == "none" or not whole:
+def _compare_decisions(network: Network, expected: Array, actual: Array) -> tuple[int, float, int]:
+    """Return the number of complete windows, the largest pooled error and the number of differing labels.
+
+    The last is 0 for a regression.
+    """
+    count = len(expected) // network.window
+    if network.pooling == "none" or not count:
         return 0, 0.0, 0
 
     def pooled(outputs: Array) -> Array:
-        shaped = outputs[: whole * network.window].reshape(whole, network.window, -1)
-        last: Array = shaped.mean(axis=1) if network.pooling == "mean" else shaped[:, -1]
-        return last
+        windows = outputs[: count * network.window].reshape(count, network.window, -1)
+        result: Array = windows.mean(axis=1) if network.pooling == "mean" else windows[:, -1]
+        return result
 
-    a, b = pooled(exact), pooled(found)
+    a, b = pooled(expected), pooled(actual)
     differing = int((a.argmax(axis=1) != b.argmax(axis=1)).sum()) if network.task == "classification" else 0
-    return whole, float(np.abs(a - b).max()), differing
+    return count, float(np.abs(a - b).max()), differing

@@ -1,4 +1,4 @@
-"""Signing artifacts: keys, and the MODEL.sig that edge_ssm/formats/signatures.py reads. docs/signing.md specifies both."""
+"""Signing of models: keys, and the MODEL.sig that ``edge_ssm.formats.signatures`` reads (docs/signing.md)."""
 
 from __future__ import annotations
 
@@ -25,26 +25,34 @@ from edge_ssm.profiler import report
 
 
 def _write_new(path: Path, content: bytes, mode: int) -> None:
-    """A key that is there is never replaced: what it signed could not be signed again."""
+    """Write a new file. An existing key is never replaced: what it signed could not be signed again."""
     try:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, mode)
     except FileExistsError:
-        raise UsageError(f"{path}: is there already; give another --output, or remove it if nothing needs it") from None
+        raise UsageError(f"{path}: already exists; give another --output, or remove it if nothing needs it") from None
     except OSError as error:
-        raise UsageError(f"{path}: can't be written ({error.strerror})") from None
+        raise UsageError(f"{path}: cannot be written ({error.strerror})") from None
     with os.fdopen(descriptor, "wb") as file:
-        os.fchmod(file.fileno(), mode)  # whatever the umask is
+        os.fchmod(file.fileno(), mode)  # independent of the umask
         file.write(content)
 
 
 def keygen(output: Path) -> tuple[Path, Path, str]:
-    """A new key pair: OUTPUT.pem (private, PKCS8 PEM, mode 0600), OUTPUT.pub.pem (public, PEM), and its id.
+    """Write a new Ed25519 key pair: OUTPUT.pem (private, PKCS8 PEM, mode 0600) and OUTPUT.pub.pem (public, PEM).
 
-    Raises UsageError if one of the files is there or can't be written.
+    Returns
+    -------
+    tuple
+        The two paths and the key's id.
+
+    Raises
+    ------
+    UsageError
+        If one of the files exists or cannot be written.
     """
     private, public = Path(f"{output}.pem"), Path(f"{output}.pub.pem")
     if public.exists():
-        raise UsageError(f"{public}: is there already; give another --output, or remove it if nothing needs it")
+        raise UsageError(f"{public}: already exists; give another --output, or remove it if nothing needs it")
     key = Ed25519PrivateKey.generate()
     _write_new(private, key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()), 0o600)
     _write_new(public, key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo), 0o644)
@@ -52,7 +60,7 @@ def keygen(output: Path) -> tuple[Path, Path, str]:
 
 
 def load_private_key(path: Path) -> Ed25519PrivateKey:
-    """Raises SignatureRefused, naming the file, where it holds no Ed25519 private key."""
+    """Return the Ed25519 private key in a PEM file. Raise SignatureRefused, naming the file, if it holds none."""
     expected = "expected an Ed25519 private key, the NAME.pem of edge-ssm-build keygen"
     content = signatures.read_small(path, expected)
     try:
@@ -67,9 +75,14 @@ def load_private_key(path: Path) -> Ed25519PrivateKey:
 
 
 def statement(model: Path) -> signatures.Statement:
-    """What is said of a model: the SHA-256 of its file and the digest of the artifact in it.
+    """Return the statement about a model: the SHA-256 of its file and the digest of the artifact in it.
 
-    Raises ArtifactError for a model that a device would refuse.
+    Raises
+    ------
+    ArtifactError
+        If a device would refuse the model.
+    RunFailed
+        If the file changes while it is read.
     """
     before = signatures.file_digest(model)
     loaded = loading.load(model)
@@ -84,7 +97,7 @@ def statement(model: Path) -> signatures.Statement:
 
 
 def envelope(payload: bytes, keys: Sequence[Ed25519PrivateKey]) -> bytes:
-    """The DSSE envelope of a payload with one signature a key, as JSON. The same arguments give the same bytes."""
+    """Return the DSSE envelope of a payload, with one signature per key, as JSON. The bytes are reproducible."""
     signed = signatures.pre_authentication_encoding(payload)
     content = signatures.Envelope(
         payload=base64.b64encode(payload).decode(),
@@ -98,10 +111,23 @@ def envelope(payload: bytes, keys: Sequence[Ed25519PrivateKey]) -> bytes:
 
 
 def sign(model: Path, keys: Sequence[Path]) -> tuple[Path, list[str]]:
-    """Write MODEL.sig, whole or not at all, with one signature a key file; it, and the ids of the keys.
+    """Write MODEL.sig atomically, with one signature per key file.
 
-    Raises UsageError for too many keys, SignatureRefused for a file without a private key, InputRefused where MODEL.sig
-    is the model or a key, ArtifactError for a model that a device would refuse.
+    Returns
+    -------
+    tuple
+        The path of MODEL.sig and the ids of the keys.
+
+    Raises
+    ------
+    UsageError
+        If there are no keys or too many, or if MODEL.sig cannot be written.
+    SignatureRefused
+        If a key file holds no private key.
+    InputRefused
+        If MODEL.sig would overwrite the model or a key.
+    ArtifactError
+        If a device would refuse the model.
     """
     if not 1 <= len(keys) <= signatures.MAX_SIGNATURES:
         raise UsageError(f"--key: {len(keys)} given, expected 1 to {signatures.MAX_SIGNATURES}")
@@ -112,5 +138,5 @@ def sign(model: Path, keys: Sequence[Path]) -> tuple[Path, list[str]]:
     try:
         files.write(target, content)
     except OSError as error:
-        raise UsageError(f"{target}: can't be written ({error.strerror})") from None
+        raise UsageError(f"{target}: cannot be written ({error.strerror})") from None
     return target, [signatures.key_id(key.public_key()) for key in private]

@@ -1,8 +1,9 @@
-"""Checkpoints that other projects write: state-spaces' minimal S4D, its S4Block stacks, and S4oP's.
+"""Checkpoints of other projects: state-spaces' minimal S4D, its S4Block stacks, and those of S4oP.
 
-A checkpoint is read into ``Layer`` records, whose names follow the papers; ``importing`` makes a network of them, and
-``verification`` computes from them, by itself, what the checkpoint's own convolution gives. What can't stream, or is
-not known, is refused with its name. Nothing in a checkpoint is ever run: only tensors and plain values are read.
+A checkpoint is read into ``Layer`` records, whose field names follow the papers. ``importers.convert`` makes a network
+of them, and ``importers.verification`` computes from them, independently, the output of the checkpoint's own
+convolution. Parts that cannot stream or are not known are refused by name. No code in a checkpoint is ever run: only
+tensors and plain values are read.
 """
 
 from __future__ import annotations
@@ -22,15 +23,37 @@ from edge_ssm.errors import InputRefused, UsageError
 from edge_ssm.model.network import Array
 from edge_ssm_build.training.checkpoint import read_torch
 
-Form = Literal["state-spaces-s4d", "state-spaces-s4block", "s4op"]
-FORMS: tuple[Form, ...] = ("state-spaces-s4d", "state-spaces-s4block", "s4op")
 Transform = Literal["none", "exp", "relu", "sigmoid", "softplus"]
 MAX_ARCH_BYTES = 1 << 20
 Size = Annotated[int, msgspec.Meta(ge=1)]
 
 
-class Arch(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """ARCH.toml: what a checkpoint's keys can't tell. What they can tell may be left out, and is checked if given."""
+@dataclass(frozen=True)
+class Format:
+    """A kind of checkpoint, recognised by its keys."""
+
+    pattern: str
+    """Regular expression that matches a key of every such checkpoint, and no key of the formats after it."""
+    encoder: str
+    """Name of the encoder layer; the same for ``decoder``."""
+    decoder: str
+    pooling: Literal["mean", "last"] | None
+    """Pooling that the project uses; None if ARCH.toml must state it."""
+
+
+FORMATS: dict[str, Format] = {
+    "s4op": Format(r"^(embedding\.|fc\.|s4d_layers\.)", "embedding", "fc", "mean"),
+    "state-spaces-s4d": Format(r"\.kernel\.log_dt$", "encoder", "decoder", None),
+    "state-spaces-s4block": Format(r"\.layer\.kernel\.inv_dt$", "encoder", "decoder", None),
+}
+"""Every format by its name; the first that matches is taken."""
+
+
+class Architecture(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Contents of ARCH.toml: what the keys of a checkpoint cannot express.
+
+    Fields that follow from the keys are optional, and are checked if present (docs/import.md).
+    """
 
     d_input: Size | None = None
     d_model: Size | None = None
@@ -53,37 +76,40 @@ class Arch(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     imag_transform: Transform = "none"
 
 
-def read_arch(path: Path) -> Arch:
-    """Raises InputRefused, naming file and field."""
+def read_architecture(path: Path) -> Architecture:
+    """Read ARCH.toml. Raise InputRefused, naming the file and the field, if it is wrong."""
     content = files.read_regular_file(path, MAX_ARCH_BYTES, remedy="expected a TOML file; see docs/import.md")
     try:
-        return msgspec.toml.decode(content, type=Arch)
+        return msgspec.toml.decode(content, type=Architecture)
     except (msgspec.MsgspecError, ValueError) as error:
         raise InputRefused(f"{path}: {error}; docs/import.md lists the fields") from None
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One block as the checkpoint has it, all float64. K active channels of M conjugate pairs."""
+    """One block with the checkpoint's own parameters, all float64: K active channels of M conjugate pairs."""
 
     active: Array  # (K,) int64
     A: Array  # (K, M) complex
     B: Array  # (K, M) complex
-    C: Array  # (K, M) complex; truncated to ``l_kernel`` samples where that is not 0
-    P: Array | None  # (K, M) complex: DPLR
-    dt: Array  # (K, 1), or (K, M) where each state has its own
+    C: Array  # (K, M) complex; truncated to ``l_kernel`` samples if that is not 0
+    P: Array | None  # (K, M) complex; None for a diagonal layer
+    dt: Array  # (K, 1), or (K, M) if each state has its own
     l_kernel: int
     D: Array  # (K,)
     weight: Array  # (2H, H) or (H, H)
     bias: Array
     norm_weight: Array  # (H,)
     norm_bias: Array  # (H,)
-    running: tuple[Array, Array] | None  # BatchNorm's mean and variance
+    running: tuple[Array, Array] | None  # running mean and variance of BatchNorm
 
 
 @dataclass(frozen=True)
-class Checkpoint:
-    form: Form
+class ImportedCheckpoint:
+    """A checkpoint of another project."""
+
+    form: str
+    """Name of the format."""
     encoder: tuple[Array, Array] | None  # weight (H, d_input), bias (H,)
     embedding: Array | None  # (V, H)
     layers: tuple[Layer, ...]
@@ -92,10 +118,11 @@ class Checkpoint:
     prenorm: bool
     pooling: Literal["mean", "last"]
     window: int
-    arch: Arch
+    arch: Architecture
 
     @property
     def d_model(self) -> int:
+        """Number of channels H."""
         return int(self.decoder[0].shape[1])
 
 
@@ -103,39 +130,41 @@ class Checkpoint:
 
 
 class _Keys:
-    """The tensors of a checkpoint, each taken once with the shape that is expected of it."""
+    """The tensors of a checkpoint that have not been read yet. Each is read once, with its expected shape."""
 
     def __init__(self, path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-        self.path, self.left = path, dict(tensors)
+        self.path, self.unread = path, dict(tensors)
 
     def has(self, name: str) -> bool:
-        return name in self.left
+        """Return True if there is an unread tensor of this name."""
+        return name in self.unread
 
     def take(self, name: str, shape: tuple[int | None, ...] | None = None) -> Array:
-        """float64; None in ``shape`` stands for any size."""
-        if name not in self.left:
+        """Return a tensor as float64, or in its own type if it holds integers. None in ``shape`` allows any size."""
+        if name not in self.unread:
             raise InputRefused(f"{self.path}: {name} is missing")
-        tensor = self.left.pop(name)
-        found = tuple(tensor.shape)
+        tensor = self.unread.pop(name)
+        actual = tuple(tensor.shape)
         if shape is not None and (
-            len(found) != len(shape) or any(e not in (None, f) for e, f in zip(shape, found, strict=True))
+            len(actual) != len(shape) or any(e not in (None, a) for e, a in zip(shape, actual, strict=True))
         ):
             expected = tuple("any" if n is None else n for n in shape)
-            raise InputRefused(f"{self.path}: {name} has shape {found}, expected {expected}".replace("'any'", "any"))
+            raise InputRefused(f"{self.path}: {name} has shape {actual}, expected {expected}".replace("'any'", "any"))
         values: Array = tensor.detach().cpu().to(torch.float64 if tensor.is_floating_point() else tensor.dtype).numpy()
         if values.dtype.kind == "f" and not np.isfinite(values).all():
             raise InputRefused(f"{self.path}: {name} holds a non-finite value (NaN or infinity)")
         return values
 
-    def complex_(self, name: str, shape: tuple[int | None, ...]) -> Array:
+    def take_complex(self, name: str, shape: tuple[int | None, ...]) -> Array:
+        """Return a tensor of (real, imaginary) pairs, shape (*shape, 2), as complex128 of shape ``shape``."""
         pairs = self.take(name, (*shape, 2))
         result: Array = pairs[..., 0] + 1j * pairs[..., 1]
         return result
 
-    def end(self) -> None:
-        """Nothing may be left that was not understood."""
+    def check_all_read(self) -> None:
+        """Raise InputRefused if there are tensors that were not read and do not belong to buffers without effect."""
         ignored = re.compile(r"(^|\.)(num_batches_tracked|omega|z)$")
-        unknown = [name for name in self.left if not ignored.search(name)]
+        unknown = [name for name in self.unread if not ignored.search(name)]
         if unknown:
             shown = ", ".join(unknown[:8]) + (f" and {len(unknown) - 8} more" if len(unknown) > 8 else "")
             raise InputRefused(f"{self.path}: unknown keys {shown}; this network has parts that edge-ssm does not know")
@@ -147,10 +176,11 @@ UNSUPPORTED = (
     (r"\.(weight_g|weight_v|parametrizations)(\.|$)", "weight normalisation"),
     (r"\.(in_proj|conv1d|x_proj|A_log)(\.|$)", "a Mamba block"),
 )
+"""Patterns of keys of parts that cannot stream, and the names of the parts."""
 
 
 def _tensors(path: Path) -> tuple[dict[str, torch.Tensor], list[list[int]] | None]:
-    """The state dictionary, freed of wrappers, and S4oP's list of active channels."""
+    """Return the state dictionary without wrappers and prefixes, and S4oP's list of active channels."""
     raw = read_torch(path)
     active = raw.get("active_idx_layers") if isinstance(raw, dict) else None
     for name in ("model_state_dict", "state_dict", "model", "net"):
@@ -166,34 +196,45 @@ def _tensors(path: Path) -> tuple[dict[str, torch.Tensor], list[list[int]] | Non
     return tensors, None if active is None else [[int(c) for c in channels] for channels in active]
 
 
-def recognise(tensors: Mapping[str, torch.Tensor], path: Path) -> Form:
+def recognise(tensors: Mapping[str, torch.Tensor], path: Path) -> str:
+    """Return the name of the format that the keys belong to. Raise InputRefused if there is none."""
     names = "\n".join(tensors)
-    if re.search(r"^(embedding\.|fc\.|s4d_layers\.)", names, re.M):
-        return "s4op"
-    if re.search(r"\.kernel\.log_dt$", names, re.M):
-        return "state-spaces-s4d"
-    if re.search(r"\.layer\.kernel\.inv_dt$", names, re.M):
-        return "state-spaces-s4block"
+    for name, form in FORMATS.items():
+        if re.search(form.pattern, names, re.MULTILINE):
+            return name
     raise InputRefused(
-        f"{path}: not recognised as {', '.join(FORMS)}; its keys begin with {', '.join(list(tensors)[:4])}"
+        f"{path}: not recognised as {', '.join(FORMATS)}; its keys begin with {', '.join(list(tensors)[:4])}"
     )
 
 
-def read(path: Path, form: str, arch: Arch) -> Checkpoint:
-    """A foreign checkpoint. ``form`` is one of FORMS or "auto".
+def read_checkpoint(path: Path, form: str, arch: Architecture) -> ImportedCheckpoint:
+    """Read a checkpoint of another project.
 
-    Raises InputRefused for what is damaged, unknown or can't stream, UsageError for what ``arch`` must say.
+    Parameters
+    ----------
+    path
+        File that ``torch.save`` wrote.
+    form
+        Name of the format, one of FORMATS, or "auto".
+    arch
+        What the keys cannot express.
+
+    Raises
+    ------
+    InputRefused
+        If the file is damaged, or has parts that are unknown or cannot stream.
+    UsageError
+        If the format is unknown, or ``arch`` lacks a field or contradicts the keys.
     """
     tensors, active = _tensors(path)
-    for pattern, what in UNSUPPORTED:
-        found = [name for name in tensors if re.search(pattern, f".{name}")]
-        if found:
-            raise InputRefused(f"{path}: {found[0]} belongs to {what}, which edge-ssm can't stream")
-    chosen = recognise(tensors, path) if form == "auto" else form
-    if chosen not in FORMS:
-        raise UsageError(f"--from {form!r}: unknown, expected auto, {', '.join(FORMS)}")
-    keys = _Keys(path, tensors)
-    return _Reader(path, keys, chosen, arch, active).checkpoint()
+    for pattern, part in UNSUPPORTED:
+        matches = [name for name in tensors if re.search(pattern, f".{name}")]
+        if matches:
+            raise InputRefused(f"{path}: {matches[0]} belongs to {part}, which edge-ssm cannot stream")
+    name = recognise(tensors, path) if form == "auto" else form
+    if name not in FORMATS:
+        raise UsageError(f"--from {form!r}: unknown, expected auto, {', '.join(FORMATS)}")
+    return _Reader(path, _Keys(path, tensors), name, arch, active).checkpoint()
 
 
 # --- layers ----------------------------------------------------------------------------------------------------
@@ -208,45 +249,39 @@ _TRANSFORMS: dict[str, Callable[[Array], Array]] = {
 
 
 class _Reader:
-    def __init__(self, path: Path, keys: _Keys, form: Form, arch: Arch, active: list[list[int]] | None) -> None:
+    """Reads the tensors of one checkpoint."""
+
+    def __init__(self, path: Path, keys: _Keys, form: str, arch: Architecture, active: list[list[int]] | None) -> None:
         self.path, self.keys, self.form, self.arch, self.active = path, keys, form, arch, active
 
-    def _agree(self, name: str, found: Any) -> None:
+    def _check_stated(self, name: str, actual: Any) -> None:
+        """Raise UsageError if ARCH.toml states another value."""
         stated = getattr(self.arch, name)
-        if stated is not None and stated != found:
-            raise UsageError(f"ARCH {name}: {stated}, but {self.path} has {found}")
+        if stated is not None and stated != actual:
+            raise UsageError(f"ARCH {name}: {stated}, but {self.path} has {actual}")
 
     def _stated(self, name: str, default: Any = None) -> Any:
+        """Return the value in ARCH.toml or the default. Raise UsageError if there is neither."""
         value = getattr(self.arch, name)
         value = default if value is None else value
         if value is None:
-            raise UsageError(f"ARCH {name}: missing; the keys of {self.path} can't tell it")
+            raise UsageError(f"ARCH {name}: missing; it does not follow from the keys of {self.path}")
         return value
 
-    def checkpoint(self) -> Checkpoint:
-        keys, op = self.keys, self.form == "s4op"
-        encoder_name, decoder_name = ("embedding", "fc") if op else ("encoder", "decoder")
-        decoder = keys.take(f"{decoder_name}.weight", (None, None)), keys.take(f"{decoder_name}.bias", (None,))
+    def checkpoint(self) -> ImportedCheckpoint:
+        """Read every tensor and check that none is left."""
+        keys, form = self.keys, FORMATS[self.form]
+        decoder = keys.take(f"{form.decoder}.weight", (None, None)), keys.take(f"{form.decoder}.bias", (None,))
         h = decoder[0].shape[1]
-        encoder, embedding = None, None
-        if keys.has(f"{encoder_name}.bias"):
-            encoder = keys.take(f"{encoder_name}.weight", (h, None)), keys.take(f"{encoder_name}.bias", (h,))
-        else:
-            embedding = keys.take(f"{encoder_name}.weight", (None, h))
-        stack = "s4d_layers" if any(name.startswith("s4d_layers.") for name in keys.left) else "s4_layers"
-        count = len({match[1] for name in keys.left if (match := re.match(rf"{stack}\.(\d+)\.", name))})
-        if count == 0:
-            raise InputRefused(f"{self.path}: no layers; expected keys {stack}.0.*")
-        dplr = any(name.endswith(".kernel.P") for name in keys.left)
-        block = any(name.endswith(".kernel.inv_dt") for name in keys.left)
-        self._agree("kernel", "dplr" if dplr else "diag")
-        default = "bilinear" if dplr else None if block else "zoh"
-        discretization = self._stated("discretization", default)
-        if default is not None and discretization != default:
-            raise UsageError(f"ARCH discretization: {discretization}, but {self.path} is {default} by its form")
-        layers = tuple(self._layer(f"{stack}.{i}", f"norms.{i}", i, h, block) for i in range(count))
-        keys.end()
-        for name, found in (
+        encoder, embedding = self._encoder(form.encoder, h)
+        stack, count = self._stack()
+        is_rank_one = any(name.endswith(".kernel.P") for name in keys.unread)
+        is_block = any(name.endswith(".kernel.inv_dt") for name in keys.unread)
+        self._check_stated("kernel", "dplr" if is_rank_one else "diag")
+        discretization = self._discretization(is_rank_one, is_block)
+        layers = tuple(self._layer(f"{stack}.{i}", f"norms.{i}", i, h, is_block) for i in range(count))
+        keys.check_all_read()
+        for name, actual in (
             ("d_model", h),
             ("n_layers", count),
             ("d_output", decoder[0].shape[0]),
@@ -254,32 +289,51 @@ class _Reader:
             ("norm", "batch" if layers[0].running else "layer"),
             ("d_input", 1 if encoder is None else encoder[0].shape[1]),
         ):
-            self._agree(name, found)
-        prenorm, window = self._stated("prenorm"), self._stated("window")
-        pooling = self._stated("pooling", "mean" if op else None)
-        return Checkpoint(
-            self.form, encoder, embedding, layers, decoder, discretization, prenorm, pooling, window, self.arch
+            self._check_stated(name, actual)
+        return ImportedCheckpoint(
+            form=self.form,
+            encoder=encoder,
+            embedding=embedding,
+            layers=layers,
+            decoder=decoder,
+            discretization=discretization,
+            prenorm=self._stated("prenorm"),
+            pooling=self._stated("pooling", form.pooling),
+            window=self._stated("window"),
+            arch=self.arch,
         )
 
-    def _layer(self, prefix: str, norm: str, i: int, h: int, block: bool) -> Layer:
+    def _encoder(self, name: str, h: int) -> tuple[tuple[Array, Array] | None, Array | None]:
+        """Return the linear encoder (weight, bias) or, if it has no bias, the embedding of tokens."""
+        keys = self.keys
+        if keys.has(f"{name}.bias"):
+            return (keys.take(f"{name}.weight", (h, None)), keys.take(f"{name}.bias", (h,))), None
+        return None, keys.take(f"{name}.weight", (None, h))
+
+    def _stack(self) -> tuple[str, int]:
+        """Return the name of the list of layers and its length."""
+        names = list(self.keys.unread)
+        stack = "s4d_layers" if any(name.startswith("s4d_layers.") for name in names) else "s4_layers"
+        count = len({match[1] for name in names if (match := re.match(rf"{stack}\.(\d+)\.", name))})
+        if count == 0:
+            raise InputRefused(f"{self.path}: no layers; expected keys {stack}.0.*")
+        return stack, count
+
+    def _discretization(self, is_rank_one: bool, is_block: bool) -> Literal["zoh", "bilinear"]:
+        """Return the discretization; only a diagonal S4Block can have either."""
+        default = "bilinear" if is_rank_one else None if is_block else "zoh"
+        discretization: Literal["zoh", "bilinear"] = self._stated("discretization", default)
+        if default is not None and discretization != default:
+            raise UsageError(f"ARCH discretization: {discretization}, but {self.path} is {default} by its format")
+        return discretization
+
+    def _layer(self, prefix: str, norm: str, i: int, h: int, is_block: bool) -> Layer:
+        """Read one layer; ``norm`` is the name of its norm."""
         keys = self.keys
         active = self._active(prefix, i, h)
         k = len(active)
-        inner = f"{prefix}.layer" if block else prefix
-        if block:
-            D = keys.take(f"{inner}.D", (None, None))
-            if D.shape[0] != 1:
-                raise InputRefused(f"{self.path}: {inner}.D has {D.shape[0]} channels; only channels = 1 can stream")
-            A, B, C, P, dt, l_kernel = self._block_kernel(f"{inner}.kernel", D.shape[1])
-            D = D[0]
-        else:
-            D = keys.take(f"{inner}.D", (None,))
-            C = keys.complex_(f"{inner}.kernel.C", (len(D), None))
-            m = C.shape[1]
-            dt = np.exp(keys.take(f"{inner}.kernel.log_dt", (len(D),)))[:, None]
-            real = keys.take(f"{inner}.kernel.log_A_real", (len(D), m))
-            A = -np.exp(real) + 1j * keys.take(f"{inner}.kernel.A_imag", (len(D), m))
-            B, P, l_kernel = np.ones_like(A), None, 0
+        inner = f"{prefix}.layer" if is_block else prefix
+        D, A, B, C, P, dt, l_kernel = self._s4block(inner) if is_block else self._minimal_s4d(inner)
         if len(D) == h and k < h:
             # A masked layer keeps the parameters of channels that it no longer uses.
             A, B, C, dt, D = (values[active] for values in (A, B, C, dt, D))
@@ -293,7 +347,26 @@ class _Reader:
             running = keys.take(f"{norm}.running_mean", (h,)), keys.take(f"{norm}.running_var", (h,))
         return Layer(active, A, B, C, P, dt, l_kernel, D, weight, bias, scale, shift, running)
 
+    def _minimal_s4d(self, name: str) -> tuple[Array, Array, Array, Array, Array | None, Array, int]:
+        """Return (D, A, B, C, P, dt, l_kernel) of a layer of the minimal S4D; B is 1, and there is no P."""
+        keys = self.keys
+        D = keys.take(f"{name}.D", (None,))
+        C = keys.take_complex(f"{name}.kernel.C", (len(D), None))
+        m = C.shape[1]
+        dt = np.exp(keys.take(f"{name}.kernel.log_dt", (len(D),)))[:, None]
+        real = keys.take(f"{name}.kernel.log_A_real", (len(D), m))
+        A = -np.exp(real) + 1j * keys.take(f"{name}.kernel.A_imag", (len(D), m))
+        return D, A, np.ones_like(A), C, None, dt, 0
+
+    def _s4block(self, name: str) -> tuple[Array, Array, Array, Array, Array | None, Array, int]:
+        """Return (D, A, B, C, P, dt, l_kernel) of an S4Block layer."""
+        D = self.keys.take(f"{name}.D", (None, None))
+        if D.shape[0] != 1:
+            raise InputRefused(f"{self.path}: {name}.D has {D.shape[0]} channels; only channels = 1 can stream")
+        return D[0], *self._block_kernel(f"{name}.kernel", D.shape[1])
+
     def _active(self, prefix: str, i: int, h: int) -> Array:
+        """Return the active channels of layer ``i``, ascending."""
         keys = self.keys
         active = np.arange(h)
         if self.active is not None:
@@ -312,11 +385,12 @@ class _Reader:
         return active
 
     def _block_kernel(self, name: str, h: int) -> tuple[Array, Array, Array, Array | None, Array, int]:
+        """Return (A, B, C, P, dt, l_kernel) of an S4Block kernel with h channels."""
         keys, arch = self.keys, self.arch
-        C = keys.complex_(f"{name}.C", (None, h, None))
+        C = keys.take_complex(f"{name}.C", (None, h, None))
         if C.shape[0] != 1:
             raise InputRefused(
-                f"{self.path}: {name}.C has {C.shape[0]} channels: a bidirectional or multi-channel layer can't stream"
+                f"{self.path}: {name}.C has {C.shape[0]} channels: a bidirectional or multi-channel layer cannot stream"
             )
         m = C.shape[2]
         real, imag = keys.take(f"{name}.A_real", (None, m)), keys.take(f"{name}.A_imag", (None, m))
@@ -325,27 +399,28 @@ class _Reader:
             raise InputRefused(f"{self.path}: {name}.A_real has {ssms} systems, expected a divisor of {h}")
 
         def repeated(values: Array) -> Array:
-            """(n_ssm, M) -> (H, M): the copies follow each other as a whole."""
+            """Copy tied systems to every channel: (n_ssm, M) -> (H, M), as a whole one after the other."""
             return np.tile(values, (h // ssms, 1))
 
         transforms = _TRANSFORMS[arch.real_transform], _TRANSFORMS[arch.imag_transform]
         A = repeated(-transforms[0](real) - 1j * transforms[1](imag))
-        B = repeated(keys.complex_(f"{name}.B", (1, ssms, m))[0])
+        B = repeated(keys.take_complex(f"{name}.B", (1, ssms, m))[0])
         dt = _TRANSFORMS[arch.dt_transform](keys.take(f"{name}.inv_dt", (h, None)))
         if dt.shape[1] not in (1, m):
             raise InputRefused(f"{self.path}: {name}.inv_dt has shape {dt.shape}, expected ({h}, 1) or ({h}, {m})")
         P, l_kernel = None, 0
         if keys.has(f"{name}.P"):
-            raw = keys.complex_(f"{name}.P", (None, ssms, m))
+            raw = keys.take_complex(f"{name}.P", (None, ssms, m))
             if raw.shape[0] != 1:
                 raise InputRefused(f"{self.path}: {name}.P has rank {raw.shape[0]}; only rank 1 can stream")
             if dt.shape[1] != 1:
-                raise InputRefused(f"{self.path}: {name}.inv_dt is not tied (dt_tie = False), which DPLR can't stream")
+                raise InputRefused(f"{self.path}: {name}.inv_dt is not tied (dt_tie = False), which DPLR cannot stream")
             P = repeated(raw[0])
             l_kernel = int(keys.take(f"{name}.l_kernel", ()))
         return A, B, C[0], P, dt, l_kernel
 
     def _mixing(self, prefix: str, h: int) -> tuple[Array, Array]:
+        """Return weight and bias of the layer's output map."""
         keys = self.keys
         name = (
             f"{prefix}.output_linear.0" if keys.has(f"{prefix}.output_linear.0.weight") else f"{prefix}.output_linear"

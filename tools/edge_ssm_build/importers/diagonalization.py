@@ -1,7 +1,8 @@
-"""Which form a rank-one channel streams in: diagonal where float32 holds it, diagonal plus rank one where not.
+"""Diagonalization of the rank-one channels whose diagonal form is accurate in float32.
 
-A diagonal step costs less, but the eigenvectors of HiPPO-LegS are so nearly dependent that its residues reach 1e6 and
-cancel; float32 can't hold that (docs/import.md). So every channel is tried, on noise with an offset, in float32.
+A diagonal step is cheaper. But the eigenvectors of HiPPO-LegS are so close to linearly dependent that its residues
+reach 1e6 and cancel, which float32 cannot represent (docs/import.md). The diagonal form of every channel is therefore
+tested on noise with an offset, in float32.
 """
 
 from __future__ import annotations
@@ -12,16 +13,18 @@ import numpy as np
 
 from edge_ssm.model.discretize import StepParameters, step_parameters
 from edge_ssm.model.network import SSM, Array, Discretization
+from edge_ssm_build.export.convert import state_slices
 
 STEPS = 1000
+"""Number of samples of the test."""
 TOLERANCE = 3e-6
-"""Largest error of a diagonal channel's output in float32, over its largest output."""
-MOST_STATES = 1.5
-"""A real eigenvalue takes the place of a pair, so that a diagonal form may have more states: up to this many times."""
+"""Largest error of a diagonal channel's output in float32, relative to its largest output."""
+MAX_GROWTH = 1.5
+"""Largest increase of the number of states, as a factor: a real eigenvalue needs as much room as a conjugate pair."""
 
 
 def _response(step: StepParameters, v: Array, dtype: type[np.complexfloating]) -> Array:
-    """(T, K) inputs -> (T, K) outputs without D, in delta form as the engines run it, in one precision."""
+    """Map inputs (T, K) to outputs (T, K) without D, in delta form as in the engines, with states of type ``dtype``."""
     delta, C, p, r = (values.astype(dtype) for values in (step.delta, step.C, step.p, step.r))
     x = np.zeros(len(delta), dtype=dtype)
     owner, first = step.owner, step.first
@@ -35,7 +38,7 @@ def _response(step: StepParameters, v: Array, dtype: type[np.complexfloating]) -
 
 
 def _diagonal(A: Array, P: Array, B: Array, C: Array) -> tuple[Array, Array] | None:
-    """(A, C) of one channel with B = 1, or None where it has no usable diagonal form."""
+    """Return (A, C) of one channel with B = 1, or None if it has no usable diagonal form."""
     both = [np.concatenate([values, values.conj()]) for values in (A, P, B, C)]
     dense = np.diag(both[0]) - np.outer(both[1], both[1].conj())
     eigenvalues, V = np.linalg.eig(dense)
@@ -46,36 +49,35 @@ def _diagonal(A: Array, P: Array, B: Array, C: Array) -> tuple[Array, Array] | N
     size = np.abs(eigenvalues).max()
     real = np.abs(eigenvalues.imag) <= 1e-9 * size
     upper = ~real & (eigenvalues.imag > 0)
-    kept = np.concatenate([eigenvalues[upper], eigenvalues[real].real])
-    if len(kept) > MOST_STATES * len(A) or not (kept.real < 0).all() or 2 * upper.sum() + real.sum() != len(dense):
+    poles = np.concatenate([eigenvalues[upper], eigenvalues[real].real])
+    if len(poles) > MAX_GROWTH * len(A) or not (poles.real < 0).all() or 2 * upper.sum() + real.sum() != len(dense):
         return None
-    return kept, np.concatenate([residues[upper], residues[real].real / 2])
+    return poles, np.concatenate([residues[upper], residues[real].real / 2])
 
 
-def choose(ssm: SSM, discretization: Discretization) -> SSM:
-    """The same layer with every channel diagonal that can be."""
+def diagonalize(ssm: SSM, discretization: Discretization) -> SSM:
+    """Return the same layer with every channel diagonal whose diagonal form is accurate in float32."""
     if ssm.P is None:
         return ssm
-    ends = np.cumsum(ssm.pairs)
-    slices = [slice(int(end - n), int(end)) for end, n in zip(ends, ssm.pairs, strict=True)]
-    found = [_diagonal(*(values[at] for values in (ssm.A, ssm.P, ssm.B, ssm.C))) for at in slices]
-    trial = _joined(ssm, slices, found)
+    slices = state_slices(ssm.pairs)
+    forms = [_diagonal(*(values[states] for values in (ssm.A, ssm.P, ssm.B, ssm.C))) for states in slices]
+    trial = _replace_channels(ssm, slices, forms)
     noise = np.random.default_rng(0).standard_normal((STEPS, len(slices))) + 1.0
-    truth = _response(step_parameters(ssm, discretization), noise, np.complex128)
-    own = _response(step_parameters(trial, discretization), noise, np.complex64)
-    error = np.abs(own - truth).max(axis=0) / np.maximum(np.abs(truth).max(axis=0), 1e-30)
-    kept = [form if e <= TOLERANCE else None for form, e in zip(found, error, strict=True)]
-    return _joined(ssm, slices, kept)
+    expected = _response(step_parameters(ssm, discretization), noise, np.complex128)
+    actual = _response(step_parameters(trial, discretization), noise, np.complex64)
+    error = np.abs(actual - expected).max(axis=0) / np.maximum(np.abs(expected).max(axis=0), 1e-30)
+    accurate = [form if e <= TOLERANCE else None for form, e in zip(forms, error, strict=True)]
+    return _replace_channels(ssm, slices, accurate)
 
 
-def _joined(ssm: SSM, slices: list[slice], forms: list[tuple[Array, Array] | None]) -> SSM:
-    """Diagonal forms where there is one, the channel as it was elsewhere."""
+def _replace_channels(ssm: SSM, slices: list[slice], forms: list[tuple[Array, Array] | None]) -> SSM:
+    """Return the layer with each channel in its diagonal form, or unchanged if that is None."""
     assert ssm.P is not None
     columns: list[list[Array]] = [[], [], [], []]
     pairs = []
-    for at, form in zip(slices, forms, strict=True):
+    for states, form in zip(slices, forms, strict=True):
         if form is None:
-            parts = ssm.A[at], ssm.B[at], ssm.C[at], ssm.P[at]
+            parts = ssm.A[states], ssm.B[states], ssm.C[states], ssm.P[states]
         else:
             parts = form[0].astype(np.complex128), np.ones_like(form[1]), form[1], np.zeros_like(form[1])
         for values, part in zip(columns, parts, strict=True):
@@ -83,5 +85,4 @@ def _joined(ssm: SSM, slices: list[slice], forms: list[tuple[Array, Array] | Non
         pairs.append(len(parts[0]))
     joined = [np.concatenate(values).astype(np.complex128) for values in columns]
     rank_one = joined[3] if joined[3].any() else None
-    number = np.array(pairs, dtype=np.int64)
-    return replace(ssm, pairs=number, A=joined[0], B=joined[1], C=joined[2], P=rank_one)
+    return replace(ssm, pairs=np.array(pairs, dtype=np.int64), A=joined[0], B=joined[1], C=joined[2], P=rank_one)

@@ -1,8 +1,9 @@
-"""Is the stream what the convolution says? That the two disagree is the oldest complaint of state-spaces users.
+"""Comparison of streams with convolutions; that the two disagree is the oldest complaint of state-spaces users.
 
-Two independent float64 computations of the convolution stand here: of a foreign checkpoint's own parameters, the way
-that project computes it (Vandermonde sums; for DPLR the generating function of the truncated C), and of an artifact's.
-Neither uses the step parameters that the engines run on.
+This module computes the convolution in float64 in two ways: from the parameters of an imported checkpoint, as its
+project computes it (Vandermonde sums; for DPLR the generating function of the truncated C), and from an artifact's.
+Neither uses the step parameters that the engines run on. The same independence is the reason why this module has its
+own discretization, GELU, layer norm and mixing: an error in those of the engines must not cancel here.
 """
 
 from __future__ import annotations
@@ -21,28 +22,31 @@ from edge_ssm.io import messages
 from edge_ssm.io.codecs import registry as codecs
 from edge_ssm.model.input_range import input_range
 from edge_ssm.model.network import ENGINE_ERROR, SSM, Array, Block, Network, TokenEncoder
-from edge_ssm_build.export.convert import truncated_C
-from edge_ssm_build.importers.checkpoints import Checkpoint, Layer
+from edge_ssm_build.export.convert import state_slices, truncated_C
+from edge_ssm_build.importers.checkpoints import ImportedCheckpoint, Layer
 from edge_ssm_build.training.kernels import rank_one_kernel
 
 BOUND = ENGINE_ERROR
 """Largest difference of a logit (docs/import.md)."""
 STEPS = 1000
+"""Number of random samples that an artifact is compared on."""
 
 
 @dataclass(frozen=True)
-class Agreement:
+class Deviation:
+    """Deviation of an engine's stream from an expected one."""
+
     engine: str
     steps: int
     error: float
-    """Largest absolute difference of a logit: of what a window that ends with any of the samples would decide by."""
+    """Largest absolute difference of a pooled logit, over the windows from the first to any of the samples."""
 
 
 # --- kernels ---------------------------------------------------------------------------------------------------
 
 
 def _vandermonde(C: Array, log_Abar: Array, length: int) -> Array:
-    """(K, length): 2 Re(sum_m C_m Abar_m^l), of (K, M) complex."""
+    """Return 2 Re(sum_m C_m Abar_m^l), shape (K, length), for arguments (K, M) complex (S4D paper, eq. 4)."""
     rows = []
     for c, a in zip(C, log_Abar, strict=True):
         rows.append(2 * (c @ np.exp(a[:, None] * np.arange(length))).real)
@@ -50,7 +54,7 @@ def _vandermonde(C: Array, log_Abar: Array, length: int) -> Array:
 
 
 def _diagonal(A: Array, B: Array, C: Array, dt: Array, discretization: str, length: int) -> Array:
-    """(K, length), of (K, M) complex and dt (K, 1) or (K, M)."""
+    """Return the kernel (K, length) of diagonal channels (K, M) complex, with dt (K, 1) or (K, M)."""
     dt_A = dt * A
     if discretization == "zoh":
         return _vandermonde(C * B * (np.exp(dt_A) - 1) / A, dt_A, length)
@@ -58,7 +62,7 @@ def _diagonal(A: Array, B: Array, C: Array, dt: Array, discretization: str, leng
 
 
 def _generating(A: Array, P: Array, B: Array, C: Array, dt: Array, length: int) -> Array:
-    """(K, length) from a C truncated to ``length``, channel by channel to bound the memory."""
+    """Return the kernel (K, length) from a C truncated to ``length``, channel by channel to bound the memory."""
     rows = []
     for k in range(len(A)):
         a, p, b, c = (torch.from_numpy(np.ascontiguousarray(values[k : k + 1])) for values in (A, P, B, C))
@@ -67,14 +71,18 @@ def _generating(A: Array, P: Array, B: Array, C: Array, dt: Array, length: int) 
 
 
 def _dense_Abar(A: Array, P: Array, dt: float) -> Array:
-    both, low = np.concatenate([A, A.conj()]), np.concatenate([P, P.conj()])
-    half = dt / 2 * (np.diag(both) - np.outer(low, low.conj()))
-    one = np.eye(len(both))
-    return np.linalg.solve(one - half, one + half)
+    """Return the bilinear state matrix of one channel, shape (2M, 2M).
+
+    ``export.convert`` computes its powers too, on the way to an artifact. This must stay independent of it.
+    """
+    diagonal, vector = np.concatenate([A, A.conj()]), np.concatenate([P, P.conj()])
+    half = dt / 2 * (np.diag(diagonal) - np.outer(vector, vector.conj()))
+    identity = np.eye(len(diagonal))
+    return np.linalg.solve(identity - half, identity + half)
 
 
 def checkpoint_kernel(layer: Layer, discretization: str, length: int) -> Array:
-    """(K, length): as state-spaces computes it, doubling the length of a truncated C until it is enough."""
+    """Return a layer's kernel (K, length) as state-spaces does, doubling the reach of a truncated C as needed."""
     if layer.P is None:
         return _diagonal(layer.A, layer.B, layer.C, layer.dt, discretization, length)
     C, reach = layer.C.copy(), layer.l_kernel
@@ -91,19 +99,17 @@ def checkpoint_kernel(layer: Layer, discretization: str, length: int) -> Array:
 
 
 def network_kernel(ssm: SSM, discretization: str, length: int) -> Array:
-    """(K, length) of an artifact's layer, whose channels may differ in their states."""
+    """Return the kernel (K, length) of an artifact's layer, whose channels may have different numbers of states."""
     rows = []
     rank_one = ssm.rank_one
-    ends = np.cumsum(ssm.pairs)
     truncated = truncated_C(ssm, length) if rank_one.any() else ssm.C
-    for k, end in enumerate(ends):
-        at = slice(int(end - ssm.pairs[k]), int(end))
-        A, B, dt = ssm.A[None, at], ssm.B[None, at], ssm.dt[k : k + 1]
+    for k, states in enumerate(state_slices(ssm.pairs)):
+        A, B, dt = ssm.A[None, states], ssm.B[None, states], ssm.dt[k : k + 1]
         if rank_one[k]:
             assert ssm.P is not None
-            rows.append(_generating(A, ssm.P[None, at], B, truncated[None, at], dt, length)[0])
+            rows.append(_generating(A, ssm.P[None, states], B, truncated[None, states], dt, length)[0])
         else:
-            rows.append(_diagonal(A, B, ssm.C[None, at], dt[:, None], discretization, length)[0])
+            rows.append(_diagonal(A, B, ssm.C[None, states], dt[:, None], discretization, length)[0])
     return np.array(rows).reshape(len(ssm.pairs), length)
 
 
@@ -111,7 +117,7 @@ def network_kernel(ssm: SSM, discretization: str, length: int) -> Array:
 
 
 def _convolve(kernel: Array, v: Array) -> Array:
-    """(K, T), (T, K) -> (T, K), causal, by FFT."""
+    """Convolve causally, by FFT: (K, T), (T, K) -> (T, K)."""
     n = 2 * len(v)
     spectrum = np.fft.rfft(v, n=n, axis=0) * np.fft.rfft(kernel.T, n=n, axis=0)
     result: Array = np.fft.irfft(spectrum, n=n, axis=0)[: len(v)]
@@ -130,7 +136,8 @@ def _layer_norm(u: Array, eps: float = 1e-5) -> Array:
     return result
 
 
-def _mixed(g: Array, weight: Array, bias: Array) -> Array:
+def _mix(g: Array, weight: Array, bias: Array) -> Array:
+    """Apply the position-wise map, with a gate (GLU) if there are twice as many rows: (T, H) -> (T, H)."""
     z = g @ weight.T + bias
     if z.shape[1] == 2 * g.shape[1]:
         value, gate = np.split(z, 2, axis=1)
@@ -140,23 +147,23 @@ def _mixed(g: Array, weight: Array, bias: Array) -> Array:
 
 
 def _run(u: Array, blocks: Iterator[tuple[Callable[[Array], Array], Callable[[Array], Array]]], prenorm: bool) -> Array:
-    """The residual stream through (layer, norm) pairs."""
+    """Pass the residual stream (T, H) through pairs of a layer and its norm."""
     for layer, norm in blocks:
         u = u + layer(norm(u) if prenorm else u)
         u = u if prenorm else norm(u)
     return u
 
 
-def checkpoint_outputs(checkpoint: Checkpoint, samples: Array) -> Array:
-    """(T, d_input) in the sensor's units -> (T, d_output), from the checkpoint's own parameters alone."""
+def checkpoint_outputs(checkpoint: ImportedCheckpoint, samples: Array) -> Array:
+    """Map samples (T, d_input) in the sensor's units to outputs (T, d_output), with the checkpoint's own parameters."""
     arch = checkpoint.arch
 
     def layer_of(layer: Layer) -> Callable[[Array], Array]:
         def apply(v: Array) -> Array:
-            y = v.copy()  # a pruned channel passes unchanged
+            y = v.copy()  # a pruned channel is passed unchanged
             kernel = checkpoint_kernel(layer, checkpoint.discretization, len(v))
             y[:, layer.active] = _convolve(kernel, v[:, layer.active]) + layer.D * v[:, layer.active]
-            return _mixed(_gelu(y), layer.weight, layer.bias)
+            return _mix(_gelu(y), layer.weight, layer.bias)
 
         return apply
 
@@ -182,7 +189,7 @@ def checkpoint_outputs(checkpoint: Checkpoint, samples: Array) -> Array:
 
 
 def network_outputs(network: Network, samples: Array) -> Array:
-    """The same from a network, pruned or not."""
+    """Return the outputs (T, d_output) of a network, pruned or not, for samples (T, d_input)."""
     h = network.d_model
 
     def layer_of(block: Block) -> Callable[[Array], Array]:
@@ -194,9 +201,9 @@ def network_outputs(network: Network, samples: Array) -> Array:
                 y[:, ssm.active] += _convolve(kernel, v[:, ssm.active])
             parts = 2 if mixing.kind == "glu" else 1
             full = np.zeros((parts, h, h))
-            for whole, kept in zip(full, np.split(mixing.values(), parts), strict=True):
-                whole[np.ix_(mixing.rows, mixing.columns)] = kept
-            return _mixed(_gelu(y), full.reshape(parts * h, h), mixing.bias.astype(np.float64))
+            for matrix, weight in zip(full, np.split(mixing.values(), parts), strict=True):
+                matrix[np.ix_(mixing.rows, mixing.columns)] = weight
+            return _mix(_gelu(y), full.reshape(parts * h, h), mixing.bias.astype(np.float64))
 
         return apply
 
@@ -221,8 +228,8 @@ def network_outputs(network: Network, samples: Array) -> Array:
 # --- comparisons -----------------------------------------------------------------------------------------------
 
 
-def samples_for(network: Network, steps: int, seed: int = 0) -> Array:
-    """(steps, d_input): tokens, or slow and fast noise with an offset, as sensors have and slow states show."""
+def random_samples(network: Network, steps: int, seed: int = 0) -> Array:
+    """Return random samples (steps, d_input): tokens, or slow and fast noise with an offset for slow states."""
     rng = np.random.default_rng(seed)
     if isinstance(network.encoder, TokenEncoder):
         return rng.integers(0, len(network.encoder.embedding), (steps, 1)).astype(np.float64)
@@ -232,70 +239,83 @@ def samples_for(network: Network, steps: int, seed: int = 0) -> Array:
     for t, value in enumerate(noise):
         level = 0.98 * level + 0.2 * value
         smooth[t] = level
-    allowed = input_range(network)
+    limits = input_range(network)
     x = network.input.mean + network.input.std * (smooth + 0.5 * noise + 0.5)
-    clipped: Array = np.clip(x, allowed.low, allowed.high)
+    clipped: Array = np.clip(x, limits.low, limits.high)
     return clipped
 
 
-def recorded(network: Network, path: Path) -> Array:
-    """(T, d_input): the good samples of a recording, as ``edge-ssm run`` reads it. Raises InputRefused if none is."""
+def read_samples(network: Network, path: Path) -> Array:
+    """Return the valid samples (T, d_input) of a recording, as ``edge-ssm run`` reads it.
+
+    Raises
+    ------
+    InputRefused
+        If the recording cannot be read or has no valid sample.
+    """
     decoder = codecs.decoder(codecs.guess_format(str(path)), network.input)
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise InputRefused(f"{path}: can't be read ({error.strerror})") from None
-    found = [*decoder.feed(content), *decoder.finish()]
-    values = np.array([frame.values for frame in found if isinstance(frame, messages.Frame)]).reshape(
-        -1, network.d_input
-    )
-    good: Array = values[~input_range(network).bad(values).any(axis=1)]
-    if not len(good):
+        raise InputRefused(f"{path}: cannot be read ({error.strerror})") from None
+    frames = [message for message in [*decoder.feed(content), *decoder.finish()] if isinstance(message, messages.Frame)]
+    values = np.array([frame.values for frame in frames]).reshape(-1, network.d_input)
+    valid: Array = values[~input_range(network).bad(values).any(axis=1)]
+    if not len(valid):
         raise InputRefused(f"{path}: no sample with the channels {', '.join(network.input.channels)}")
-    return good
+    return valid
 
 
-def pooled(outputs: Array, pooling: str) -> Array:
-    """(T, d_output) -> the outputs of windows 0..t, for every t: what a decision at that length would be."""
+def _pool_prefixes(outputs: Array, pooling: str) -> Array:
+    """Return, for every t, the pooled output of the window 0..t, shape (T, d_output)."""
     if pooling != "mean":
         return outputs
     running: Array = np.cumsum(outputs, axis=0) / np.arange(1, len(outputs) + 1)[:, None]
     return running
 
 
-def _compare(network: Network, expected: Array, samples: Array, engines: list[str]) -> list[Agreement]:
-    found = []
+def _compare(network: Network, expected: Array, samples: Array, engines: list[str]) -> list[Deviation]:
+    deviations = []
     for name in engines:
         outputs = create(name, network).chunk(samples).astype(np.float64)
-        difference = pooled(outputs, network.pooling) - pooled(expected, network.pooling)
-        found.append(Agreement(name, len(samples), float(np.abs(difference).max())))
-    return found
+        difference = _pool_prefixes(outputs, network.pooling) - _pool_prefixes(expected, network.pooling)
+        deviations.append(Deviation(name, len(samples), float(np.abs(difference).max())))
+    return deviations
 
 
-def against_checkpoint(
-    network: Network, checkpoint: Checkpoint, samples: Array | None = None, engines: list[str] | None = None
-) -> list[Agreement]:
-    """Every engine's stream against the checkpoint's own convolution."""
-    x = samples_for(network, max(STEPS, checkpoint.window)) if samples is None else samples
+def compare_with_checkpoint(
+    network: Network, checkpoint: ImportedCheckpoint, samples: Array | None = None, engines: list[str] | None = None
+) -> list[Deviation]:
+    """Compare the stream of each engine, by default of all available ones, with the checkpoint's own convolution."""
+    x = random_samples(network, max(STEPS, checkpoint.window)) if samples is None else samples
     return _compare(network, checkpoint_outputs(checkpoint, x), x, engines or available(network))
 
 
-def against_convolution(
+def compare_with_convolution(
     network: Network, steps: int = STEPS, engines: list[str] | None = None, samples: Array | None = None
-) -> list[Agreement]:
-    """Every engine's stream against the artifact's own convolution."""
-    x = samples_for(network, steps) if samples is None else samples
+) -> list[Deviation]:
+    """Compare the stream of each engine, by default of all available ones, with the network's own convolution.
+
+    The input is ``samples`` (T, d_input) or, if that is None, ``steps`` random samples.
+    """
+    x = random_samples(network, steps) if samples is None else samples
     return _compare(network, network_outputs(network, x), x, engines or available(network))
 
 
-def drift(network: Network, engine: str, steps: int, progress: Callable[[int], Any] = lambda n: None) -> Agreement:
-    """An engine against the float64 reference: every window's logits over one long stream, state carried throughout."""
-    own, truth, worst, window = create(engine, network), create("reference", network), 0.0, network.window
-    samples = samples_for(network, max(1, min(steps, 20_000) // window) * window)
+def measure_drift(
+    network: Network, engine: str, steps: int, on_progress: Callable[[int], Any] = lambda samples: None
+) -> Deviation:
+    """Compare an engine with the float64 reference over one long stream, without resetting the state.
+
+    The deviation is that of the logits of every window. ``on_progress`` is called with the number of samples of each.
+    """
+    tested, reference = create(engine, network), create("reference", network)
+    worst, window = 0.0, network.window
+    samples = random_samples(network, max(1, min(steps, 20_000) // window) * window)
     for start in range(0, steps, window):
         part = samples[start % len(samples) :][: min(window, steps - start)]
-        difference = own.chunk(part) - truth.chunk(part)
+        difference = tested.chunk(part) - reference.chunk(part)
         logits = difference.mean(axis=0) if network.pooling == "mean" else difference[-1]
         worst = max(worst, float(np.abs(logits).max()))
-        progress(len(part))
-    return Agreement(engine, steps, worst)
+        on_progress(len(part))
+    return Deviation(engine, steps, worst)

@@ -1,4 +1,4 @@
-"""What pruning decisions are measured on: the signals of every block over some windows of the training split."""
+"""Statistics of every block's signals over calibration windows, on which pruning decisions are based."""
 
 from __future__ import annotations
 
@@ -7,29 +7,24 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from edge_ssm_build.data.datasets import Dataset
-from edge_ssm_build.training.checkpoint import Checkpoint
-from edge_ssm_build.training.network import Signals, SSMNetwork
-from edge_ssm_build.training.scoring import as_input, split_windows
-
-MAX_WINDOWS = 256
-BATCH = 32
+from edge_ssm_build.training.network import Mixing, Signals, SSMNetwork
+from edge_ssm_build.training.scoring import CALIBRATION_BATCH
 
 
 @dataclass(frozen=True)
 class Statistics:
-    """Of one block, each (H,) float64 unless it says otherwise; means are over windows and samples."""
+    """Statistics of one block, each (H,) float64 unless stated otherwise. E is the mean over windows and samples."""
 
     input_power: Tensor
     """E v^2."""
     gain: Tensor
-    """argmin_g E (y - g v)^2: the operator's best static gain (least squares)."""
+    """argmin_g E (y - g v)^2: the best static gain of the operator (least squares)."""
     identity_error: Tensor
     """E (y - v)^2."""
     gain_error: Tensor
     """E (y - gain v)^2."""
     mean: Tensor
-    """E g, of the channel after GELU."""
+    """E g, the mean of the channel after GELU."""
     deviation: Tensor
     """E (g - mean)^2."""
     slope: Tensor
@@ -37,6 +32,7 @@ class Statistics:
     taylor_identity: Tensor
     """E (sum_t dLoss/dy (y - v))^2 over windows: first-order change of the loss, squared (arXiv 1906.10771, eq. 8)."""
     taylor_gain: Tensor
+    """The same for y against gain v."""
     taylor_zero: Tensor
     """The same for g against its mean."""
     row_mean: Tensor
@@ -47,18 +43,11 @@ class Statistics:
     """(H, T + 1): E |DFT of v over 2 T samples|^2, the input's power by frequency."""
 
 
-def windows(checkpoint: Checkpoint, data: Dataset) -> tuple[Tensor, Tensor]:
-    """At most MAX_WINDOWS windows of the training split, evenly spread, and their labels."""
-    x, y = split_windows(data, "train", checkpoint.recipe.window)
-    chosen = torch.linspace(0, len(x) - 1, min(len(x), MAX_WINDOWS)).round().long()
-    return as_input(x[chosen.numpy()], checkpoint.spec), torch.from_numpy(y)[chosen]
-
-
 def measure(model: SSMNetwork, x: Tensor, y: Tensor) -> list[Statistics]:
-    """Statistics of every block, of normalised windows (n, T, d_input) and their labels."""
+    """Return the statistics of every block for normalised windows (n, T, d_input) and their labels (n,)."""
     model.eval()
     sums = [_Sums() for _ in model.layers()]
-    for part, labels in zip(x.split(BATCH), y.split(BATCH), strict=True):
+    for part, labels in zip(x.split(CALIBRATION_BATCH), y.split(CALIBRATION_BATCH), strict=True):
         u, traces = model.encoder(part), []
         for block in model.layers():
             trace = block.signals(u)
@@ -74,13 +63,14 @@ def measure(model: SSMNetwork, x: Tensor, y: Tensor) -> list[Statistics]:
 
 
 class _Sums:
-    """What the statistics of a block are made of, a batch at a time: nothing here grows with the windows' length."""
+    """Sums behind the statistics of a block, accumulated batch by batch; their memory does not grow with the window."""
 
     def __init__(self) -> None:
         self.totals: dict[str, Tensor] = {}
         self.by_window: dict[str, list[Tensor]] = {}
 
     def add(self, trace: Signals) -> None:
+        """Add the signals of one batch, after the backward pass."""
         v, y, g, z = (signal.detach().double() for signal in trace[:4])
         dy, dg, dz = (_gradient(signal) for signal in (trace.y, trace.g, trace.z))
         spectrum = torch.fft.rfft(v, n=2 * v.shape[1], dim=1).abs().square().sum(dim=0)
@@ -95,6 +85,7 @@ class _Sums:
         self.totals[name] = self.totals[name] + term if name in self.totals else term
 
     def statistics(self, windows: int, length: int) -> Statistics:
+        """Return the statistics of so many windows of so many samples."""
         mean = {name: total / (windows * length) for name, total in self.totals.items()}
         slopes = {name: torch.cat(parts) for name, parts in self.by_window.items()}
 
@@ -126,31 +117,46 @@ def _gradient(signal: Tensor) -> Tensor:
 
 @torch.no_grad()
 def refit_mixing(model: SSMNetwork, reference: SSMNetwork, x: Tensor, ridge: float = 1e-3) -> None:
-    """Let each mixing make the best of the channels it has left: ridge regression onto the reference's own outputs.
+    """Refit each mixing, in place, to the reference's outputs by ridge regression on the remaining channels.
 
-    Block after block, as ThiNet does for convolutions (arXiv 1707.06342): the inputs are those of the pruned network
-    so far, the targets the reference's linear outputs before the gate, the pull is towards the weights at hand.
+    This proceeds block by block, as ThiNet does for convolutions (arXiv 1707.06342). The inputs are those of the pruned
+    and already refitted network, the targets are the linear outputs of the reference before the gate, and the penalty
+    is on the distance from the current weights.
+
+    Parameters
+    ----------
+    model
+        The pruned network.
+    reference
+        The network before pruning.
+    x
+        Normalised windows, shape (n, T, d_input).
+    ridge
+        Weight of the penalty, relative to the mean square of the inputs.
     """
     model.eval()
     reference.eval()
     u, target = model.encoder(x), reference.encoder(x)
     for block, original in zip(model.layers(), reference.layers(), strict=True):
-        wanted = original.signals(target)
-        mixing, full = block.mixing, original.mixing
-        g = block.signals(u).g[..., mixing.columns].reshape(-1, len(mixing.columns)).double()
-        stacked = mixing.stacked_rows()
-        of_full = {channel: i for i, channel in enumerate(full.rows.tolist())}
-        half = len(full.rows)
-        at = [of_full[r] for r in mixing.rows.tolist()]
-        rows = at + [a + half for a in at] if mixing.glu else at
-        wide = wanted.g[..., full.columns].reshape(-1, len(full.columns)).double()
-        goal = wide @ full.weight[rows].double().T + full.bias[full.stacked_rows()][rows]
-        ones = torch.ones(len(g), 1, dtype=g.dtype)
-        features = torch.cat([g, ones], dim=1)
-        start = torch.cat([mixing.weight, mixing.bias[stacked][:, None]], dim=1).double()
-        gram = features.T @ features
-        pull = ridge * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
-        solved = torch.linalg.solve(gram + pull, features.T @ goal + pull @ start.T).T
-        mixing.weight.copy_(solved[:, :-1])
-        mixing.bias[stacked] = solved[:, -1].to(mixing.bias.dtype)
-        u, target = block(u), wanted.out
+        expected = original.signals(target)
+        _refit(block.mixing, original.mixing, block.signals(u).g, expected.g, ridge)
+        u, target = block(u), expected.out
+
+
+def _refit(mixing: Mixing, reference: Mixing, g: Tensor, g_reference: Tensor, ridge: float) -> None:
+    """Refit one mixing, in place, from the mixing inputs (n, T, H) of both networks."""
+    inputs = g[..., mixing.columns].reshape(-1, len(mixing.columns)).double()
+    inputs_reference = g_reference[..., reference.columns].reshape(-1, len(reference.columns)).double()
+    positions = {channel: i for i, channel in enumerate(reference.rows.tolist())}
+    values = [positions[row] for row in mixing.rows.tolist()]
+    rows = values + [i + len(reference.rows) for i in values] if mixing.glu else values
+    weight = reference.weight[rows].double()
+    target = inputs_reference @ weight.T + reference.bias[reference.stacked_rows()][rows]
+    features = torch.cat([inputs, torch.ones(len(inputs), 1, dtype=inputs.dtype)], dim=1)
+    stacked = mixing.stacked_rows()
+    current = torch.cat([mixing.weight, mixing.bias[stacked][:, None]], dim=1).double()
+    gram = features.T @ features
+    penalty = ridge * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
+    solution = torch.linalg.solve(gram + penalty, features.T @ target + penalty @ current.T).T
+    mixing.weight.copy_(solution[:, :-1])
+    mixing.bias[stacked] = solution[:, -1].to(mixing.bias.dtype)

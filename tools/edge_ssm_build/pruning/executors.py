@@ -1,4 +1,4 @@
-"""Where candidates run: here, in processes beside this one, on a Dask cluster; all concurrent.futures executors."""
+"""Executors for candidates: this process, local worker processes, or a Dask cluster (``concurrent.futures``)."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from typing import Any, TypeVar
 from edge_ssm.errors import EdgeSSMError, RunFailed, UsageError
 
 Job = TypeVar("Job")
-Fresh = Callable[[], Executor]
-"""Gives an executor; called again when the last one has broken."""
+ExecutorFactory = Callable[[], Executor]
+"""Returns an executor; called again after the last one has broken."""
 ATTEMPTS = 3
-"""How often a candidate is begun anew when the process that ran it is gone."""
+"""Number of times that a candidate is started when its worker process dies."""
 
 
 def prepare_process(threads: int = 1) -> None:
-    """torch as every command wants it: so many threads, the same result each time, and memory kept between steps."""
+    """Configure torch for this process: number of threads, deterministic results, and memory kept between steps."""
     import torch
 
     torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(True)
-    # glibc gives large blocks back at every free; touching them anew costs a third of a training step.
+    # glibc returns large blocks to the system at every free; mapping them again costs a third of a training step.
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         m_trim_threshold, m_mmap_threshold, size = -1, -3, 1 << 30
@@ -34,30 +34,33 @@ def prepare_process(threads: int = 1) -> None:
 
 
 @contextmanager
-def local(workers: int) -> Iterator[Fresh | None]:
-    """A function that gives an executor of ``workers`` processes, a new one when the last has broken; None for one."""
+def local(workers: int) -> Iterator[ExecutorFactory | None]:
+    """Yield a factory of executors with ``workers`` processes each; None for one worker, which is this process."""
     if workers == 1:
         yield None
         return
     pools: list[ProcessPoolExecutor] = []
 
-    def fresh() -> Executor:
+    def make_executor() -> Executor:
         context = multiprocessing.get_context("spawn")
         pools.append(ProcessPoolExecutor(workers, mp_context=context, initializer=prepare_process))
         return pools[-1]
 
     try:
-        yield fresh
+        yield make_executor
     finally:
         for pool in pools:
             pool.shutdown(wait=False, cancel_futures=True)
 
 
 @contextmanager
-def cluster(address: str) -> Iterator[Fresh]:
-    """The same on a Dask cluster. Workers need edge-ssm with the host extra, and the data set at hand.
+def cluster(address: str) -> Iterator[ExecutorFactory]:
+    """Yield a factory of executors on a Dask cluster. Its workers need edge-ssm[host] and access to the data set.
 
-    Raises UsageError if Dask is missing or no scheduler answers at ``address``.
+    Raises
+    ------
+    UsageError
+        If Dask is missing or no scheduler answers at ``address``.
     """
     try:
         from distributed import Client
@@ -74,22 +77,31 @@ def cluster(address: str) -> Iterator[Fresh]:
         client.close()
 
 
-def run_all(fresh: Fresh | None, fn: Callable[[Job], Any], jobs: Sequence[Job]) -> Iterator[tuple[Job, Any]]:
-    """Each job with its result, in the order in which they end; every job exactly once.
+def run_all(
+    make_executor: ExecutorFactory | None, fn: Callable[[Job], Any], jobs: Sequence[Job]
+) -> Iterator[tuple[Job, Any]]:
+    """Yield each job with its result, in order of completion, every job exactly once.
 
-    Jobs whose process died are begun anew, ATTEMPTS times in all. The first job that fails for a reason of its own
-    ends the run, after those that have finished were handed out. Without executors each runs here in its turn.
+    Jobs whose process died are started again, ATTEMPTS times in all. The first job that raises an error ends the run,
+    after the results of finished jobs have been yielded. Without executors the jobs run in this process, one by one.
+
+    Raises
+    ------
+    EdgeSSMError
+        The error of the first job that failed; RunFailed for an error of another kind.
+    RunFailed
+        If worker processes keep dying.
     """
-    if fresh is None:
+    if make_executor is None:
         for job in jobs:
             yield job, fn(job)
         return
-    waiting = list(jobs)
+    pending = list(jobs)
     for _ in range(ATTEMPTS):
-        executor = fresh()
+        executor = make_executor()
         futures = {}
         try:
-            for job in waiting:
+            for job in pending:
                 futures[executor.submit(fn, job)] = job
         except BrokenProcessPool:
             pass
@@ -105,14 +117,14 @@ def run_all(fresh: Fresh | None, fn: Callable[[Job], Any], jobs: Sequence[Job]) 
                     other.cancel()
                 continue
             except Exception as error:
-                # Cancelled with the rest, or of a kind that nobody foresaw.
+                # Cancelled with the others, or an unexpected error.
                 failure = failure or error
                 continue
             job = futures[future]
-            waiting.remove(job)
+            pending.remove(job)
             yield job, result
         if failure is not None:
             raise failure if isinstance(failure, EdgeSSMError) else RunFailed(f"a candidate failed: {failure!r}")
-        if not waiting:
+        if not pending:
             return
-    raise RunFailed(f"a worker process died {ATTEMPTS} times over the same {len(waiting)} candidates; memory?")
+    raise RunFailed(f"a worker process died {ATTEMPTS} times over the same {len(pending)} candidates; check the memory")

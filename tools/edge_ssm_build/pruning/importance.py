@@ -1,4 +1,4 @@
-"""Which operators matter: scores behind one small interface, and budgets that share a rate out over layers."""
+"""Importance of operators: the scores, and the budgets that distribute a rate over the layers."""
 
 from __future__ import annotations
 
@@ -21,33 +21,34 @@ BUDGETS: tuple[Budget, ...] = ("depth", "uniform", "global")
 
 @dataclass(frozen=True)
 class Measured:
-    """What a score may look at, of one block."""
+    """One block and its statistics: the input of a score."""
 
     block: Block
     statistics: Statistics
     bypass: Bypass
-    """What a removed channel becomes: the score is of the operator minus that."""
+    """What a removed channel becomes. A score rates the difference between the operator and that."""
     length: int
-    """Samples of a window."""
+    """Samples per window."""
 
     def error(self) -> Tensor:
-        """(H,): E of the squared difference between operator and bypass."""
+        """Return the mean squared difference between operator and bypass, shape (H,)."""
         s = self.statistics
         return {"identity": s.identity_error, "gain": s.gain_error, "zero": s.deviation}[self.bypass]
 
     def column_power(self) -> Tensor:
-        """(H,): squared norm of each channel's mixing column; 0 where it is removed."""
+        """Return the squared norm of each channel's mixing column, shape (H,); 0 if it is removed."""
         power = torch.zeros(len(self.statistics.gain), dtype=torch.float64)
         power[self.block.mixing.columns] = self.block.mixing.weight.detach().double().square().sum(dim=0)
         return power
 
 
 Score = Callable[[Measured], Tensor]
-"""(H,): the higher, the more is lost with the operator. Entries of channels without one don't count."""
+"""Function that returns a score per channel, shape (H,): the higher, the more is lost by removing the operator.
+Entries of channels without an operator have no meaning."""
 
 
 def magnitude(m: Measured) -> Tensor:
-    """Norm of the operator's own output weights C and D: knows nothing of data."""
+    """Return the norm of the operator's output weights C and D. It does not depend on data."""
     ssm = m.block.ssm
     power = ssm.D.detach().double().square()
     C = (ssm.C.detach() * ssm.kept[..., None]).double().square().sum(dim=(1, 2))
@@ -55,23 +56,23 @@ def magnitude(m: Measured) -> Tensor:
 
 
 def taylor(m: Measured) -> Tensor:
-    """First-order change of the loss when the operator becomes its bypass: weight times gradient."""
+    """Return the first-order change of the loss by the bypass, squared (arXiv 1906.10771)."""
     s = m.statistics
     return {"identity": s.taylor_identity, "gain": s.taylor_gain, "zero": s.taylor_zero}[m.bypass]
 
 
 def energy(m: Measured) -> Tensor:
-    """Output energy of operator minus bypass on calibration data, as the mixing sees it."""
+    """Return the output energy of operator minus bypass on calibration data, weighted by the mixing column."""
     return m.error() * m.column_power()
 
 
 def sensitivity(m: Measured) -> Tensor:
-    """The same energy, weighed by the loss's mean squared slope there: a diagonal second-order estimate."""
+    """Return that energy weighted by the mean squared slope of the loss: a diagonal second-order estimate."""
     return m.error() * m.statistics.slope
 
 
-def _system(m: Measured) -> Tensor:
-    """(K, T) float64: impulse responses of operator minus static bypass, over one window."""
+def _impulse_responses(m: Measured) -> Tensor:
+    """Return the impulse responses of operator minus static bypass over one window, shape (K, T), float64."""
     ssm = m.block.ssm
     kernel = ssm.kernel(m.length).detach().double()
     s = m.statistics
@@ -80,16 +81,13 @@ def _system(m: Measured) -> Tensor:
     return kernel
 
 
-def _of_system(m: Measured, norm: Tensor) -> Tensor:
-    power = m.statistics.input_power * m.column_power()
-    result = torch.zeros_like(power)
-    result[m.block.ssm.active] = norm.square() * power[m.block.ssm.active]
-    return result
-
-
 def h2(m: Measured) -> Tensor:
-    """H2 norm of operator minus bypass: the energy that white noise of the input's power would give."""
-    return _of_system(m, _system(m).square().sum(dim=1).sqrt())
+    """Return the squared H2 norm of operator minus bypass: the output energy for white noise of the input's power."""
+    active, power = m.block.ssm.active, m.statistics.input_power * m.column_power()
+    norm = _impulse_responses(m).square().sum(dim=1).sqrt()
+    result = torch.zeros_like(power)
+    result[active] = norm.square() * power[active]
+    return result
 
 
 SCORES: dict[str, Score] = {
@@ -99,14 +97,36 @@ SCORES: dict[str, Score] = {
     "sensitivity": sensitivity,
     "h2": h2,
 }
+"""Every score by its name."""
 
 
 def allocate(h: int, layers: int, total: int, budget: Budget, start: Sequence[int] | None = None) -> list[int]:
-    """How many operators each layer has lost when ``total`` are gone, at most h - 1 a layer.
+    """Distribute ``total`` removed operators over the layers, at most h - 1 per layer.
 
-    ``depth`` is S4oP's law: layer i, from 1 on, takes a share proportional to 2^i, and layer 0 only what the full
-    others leave. Given one at a time to the layer that lags furthest behind its share, so that a larger total never
-    gives a layer back what a smaller one took; ``start`` is where to go on from.
+    The "depth" budget is S4oP's law: the share of layer i is proportional to 2^i for i > 0, and layer 0 gets only the
+    remainder when the others are full. Operators are assigned one at a time to the layer that lags furthest behind its
+    share, so that a larger total never removes fewer operators from a layer than a smaller one.
+
+    Parameters
+    ----------
+    h, layers
+        Channels per layer and number of layers.
+    total
+        Number of removed operators in the network.
+    budget
+        "depth", or "uniform" for equal shares.
+    start
+        Number already removed from each layer.
+
+    Returns
+    -------
+    list
+        Number of removed operators of each layer.
+
+    Raises
+    ------
+    UsageError
+        If a layer would become empty.
     """
     weights = [0.0 if i == 0 and layers > 1 else 2.0**i for i in range(layers)] if budget == "depth" else [1.0] * layers
     removed = list(start) if start is not None else [0] * layers
@@ -123,20 +143,35 @@ def allocate(h: int, layers: int, total: int, budget: Budget, start: Sequence[in
 
 
 def lowest(scores: Sequence[Tensor], candidates: Sequence[Sequence[int]], total: int, keep: int) -> list[list[int]]:
-    """The ``total`` least of all layers' candidates, each layer's scores over their mean; ``keep`` stay in a layer.
+    """Choose the ``total`` channels with the lowest scores of all layers.
 
-    Ties go to the lower layer and channel, so that the same numbers give the same choice.
+    Each layer's scores are divided by their mean, and at least ``keep`` channels remain in each layer. Ties go to the
+    lower layer and channel, so that the choice is reproducible.
+
+    Parameters
+    ----------
+    scores
+        One score per channel of each layer, shape (H,).
+    candidates
+        Channels of each layer to choose from.
+    total, keep
+        Number of channels to choose, and to keep in each layer.
+
+    Returns
+    -------
+    list
+        The chosen channels of each layer, ascending.
     """
     ranked = []
     for i, (score, channels) in enumerate(zip(scores, candidates, strict=True)):
-        own = score[list(channels)]
-        scaled = (own / own.mean().clamp_min(1e-300)).tolist() if len(channels) else []
+        selected = score[list(channels)]
+        scaled = (selected / selected.mean().clamp_min(1e-300)).tolist() if len(channels) else []
         ranked += [(value, i, channel) for value, channel in zip(scaled, channels, strict=True)]
-    left = [len(channels) - keep for channels in candidates]
+    removable = [len(channels) - keep for channels in candidates]
     chosen: list[list[int]] = [[] for _ in candidates]
     for _, i, channel in sorted(ranked):
-        if total > 0 and left[i] > 0:
+        if total > 0 and removable[i] > 0:
             chosen[i].append(channel)
-            left[i] -= 1
+            removable[i] -= 1
             total -= 1
     return [sorted(channels) for channels in chosen]

@@ -1,4 +1,4 @@
-"""The trade-off of pruned families, for eyes and for programs: PNG, one self-contained HTML page, CSV and JSON."""
+"""Report of the trade-off of pruned families: PNG, a self-contained HTML page, CSV and JSON."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 import msgspec
 
-from edge_ssm import files as edge_ssm_files
+from edge_ssm import files
 from edge_ssm.errors import InputRefused, UsageError
 
 Row = dict[str, Any]
@@ -60,37 +60,58 @@ class _Family(msgspec.Struct):
     members: list[_Member]
 
 
-def _read(run: Path) -> _Family:
+def _read_family(run: Path) -> _Family:
+    """Read ``family.json`` in the folder of a run."""
     path = run / "family.json"
-    content = edge_ssm_files.read_regular_file(path, MAX_FAMILY_BYTES, remedy="expected a folder that prune wrote")
+    content = files.read_regular_file(path, MAX_FAMILY_BYTES, remedy="expected a folder that prune wrote")
     try:
         family = msgspec.json.decode(content, type=_Family)
     except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
         raise InputRefused(f"{path}: not a family of edge-ssm-build prune ({error})") from None
     if family.version != 2 or not family.members:
-        raise InputRefused(f"{path}: version {family.version}, expected 2 and one member at least; prune again")
+        raise InputRefused(f"{path}: version {family.version}, expected 2 and at least one member; prune again")
     return family
 
 
 def rows_of(runs: Sequence[Path]) -> list[Row]:
-    """One row a member of every run. Raises InputRefused for a folder without a family."""
+    """Return one row per member of every run. Raise InputRefused for a folder without a readable family."""
     rows = []
     for run in runs:
-        family = _read(run)
-        for m in family.members:
-            row: Row = {"run": run.name, "method": family.method, "data": family.data, "kernel": family.kernel}
-            row |= {"rate": m.rate, "seed": m.seed, "chosen": m.rate == family.chosen}
-            row |= {"validation": m.validation.balanced_accuracy}
-            row |= {"test": m.test.balanced_accuracy if m.test else None}
-            row |= {"step_us": m.step_us, "base_step_us": m.base_step_us, "time_saved": 1 - m.step_us / m.base_step_us}
-            row |= {"parameters": m.parameters, "weight_bytes": m.weight_bytes, "file_bytes": m.file_bytes}
-            row |= {"multiply_adds": m.multiply_adds, "states": m.states, "active": m.active}
-            row |= {"columns": m.columns, "rows": m.rows, "artifact": m.artifact, "latency": family.latency}
-            cpu = (m.agreement or {}).get("cpu")
-            row |= {"max_error": cpu and cpu.max_error, "ties": cpu and cpu.ties}
-            row |= {"ties_differing": cpu and cpu.ties_differing, "failure": m.failure}
-            rows.append(row)
+        family = _read_family(run)
+        rows += [_row(run, family, member) for member in family.members]
     return rows
+
+
+def _row(run: Path, family: _Family, m: _Member) -> Row:
+    cpu = (m.agreement or {}).get("cpu")
+    return {
+        "run": run.name,
+        "method": family.method,
+        "data": family.data,
+        "kernel": family.kernel,
+        "rate": m.rate,
+        "seed": m.seed,
+        "chosen": m.rate == family.chosen,
+        "validation": m.validation.balanced_accuracy,
+        "test": m.test.balanced_accuracy if m.test else None,
+        "step_us": m.step_us,
+        "base_step_us": m.base_step_us,
+        "time_saved": 1 - m.step_us / m.base_step_us,
+        "parameters": m.parameters,
+        "weight_bytes": m.weight_bytes,
+        "file_bytes": m.file_bytes,
+        "multiply_adds": m.multiply_adds,
+        "states": m.states,
+        "active": m.active,
+        "columns": m.columns,
+        "rows": m.rows,
+        "artifact": m.artifact,
+        "latency": family.latency,
+        "max_error": cpu and cpu.max_error,
+        "ties": cpu and cpu.ties,
+        "ties_differing": cpu and cpu.ties_differing,
+        "failure": m.failure,
+    }
 
 
 AXES = (("step_us", "step latency, us"), ("parameters", "parameters"), ("file_bytes", "artifact, bytes"))
@@ -108,13 +129,19 @@ def _grouped(rows: Sequence[Row]) -> dict[str, list[Row]]:
 
 
 def _figures(rows: Sequence[Row]) -> tuple[Any, Any]:
-    """Accuracy against the three costs; active channels a layer and rate."""
+    """Return two figures: accuracy over the three costs, and active channels by layer and rate."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         raise UsageError("report needs matplotlib; pip install 'edge-ssm[host]'") from None
     groups = _grouped(rows)
-    trade = Figure(figsize=(13, 4.2), layout="constrained")
+    return _trade_off(Figure(figsize=(13, 4.2), layout="constrained"), groups), _layers(
+        Figure(figsize=(1.5 + 3.2 * len(groups), 3.6), layout="constrained"), groups
+    )
+
+
+def _trade_off(trade: Any, groups: dict[str, list[Row]]) -> Any:
+    """Draw accuracy over each of the three costs; the chosen member has a star."""
     for axis, (key, title) in zip(trade.subplots(1, 3, sharey=True), AXES, strict=True):
         for label, members in groups.items():
             axis.plot([m[key] for m in members], [100 * m["validation"] for m in members], "o-", label=label)
@@ -132,7 +159,11 @@ def _figures(rows: Sequence[Row]) -> tuple[Any, Any]:
         axis.grid(alpha=0.3)
     trade.axes[0].set_ylabel("balanced accuracy, validation, %")
     trade.axes[0].legend(fontsize=8)
-    layers = Figure(figsize=(1.5 + 3.2 * len(groups), 3.6), layout="constrained")
+    return trade
+
+
+def _layers(layers: Any, groups: dict[str, list[Row]]) -> Any:
+    """Draw the number of active channels of each layer at each rate."""
     for axis, (label, members) in zip(
         layers.subplots(1, len(groups), squeeze=False, sharey=True)[0], groups.items(), strict=True
     ):
@@ -146,14 +177,14 @@ def _figures(rows: Sequence[Row]) -> tuple[Any, Any]:
         axis.set_xticks(range(len(grid[0])))
         axis.set_yticks(range(len(members)), [f"{m['rate']:g}" for m in members])
     layers.axes[0].set_ylabel("rate; active channels in the cells")
-    return trade, layers
+    return layers
 
 
 def _svg(figure: Any) -> str:
     import matplotlib
 
     buffer = io.StringIO()
-    # Fixed ids and no date, so that the same rows give the same page.
+    # Fixed ids and no date, so that the same rows give the same bytes.
     with matplotlib.rc_context({"svg.hashsalt": "edge-ssm"}):
         figure.savefig(buffer, format="svg", metadata={"Date": None})
     text = buffer.getvalue()
@@ -175,7 +206,7 @@ _COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
     ("time saved %", lambda r: f"{100 * r['time_saved']:.0f}"),
     ("parameters", lambda r: f"{r['parameters']:,}"),
     ("bytes", lambda r: f"{r['file_bytes']:,}"),
-    ("active a layer", lambda r: " ".join(map(str, r["active"]))),
+    ("active per layer", lambda r: " ".join(map(str, r["active"]))),
     ("states", lambda r: str(r["states"])),
     ("columns", lambda r: " ".join(map(str, r["columns"]))),
     ("rows", lambda r: " ".join(map(str, r["rows"]))),
@@ -233,10 +264,27 @@ def _page(rows: Sequence[Row], trade: Any, layers: Any) -> str:
     )
 
 
-def write(runs: Sequence[Path], output: Path) -> list[Path]:
-    """Write report.html, tradeoff.png, layers.png, report.csv and report.json into ``output``; returns their paths.
+def write_report(runs: Sequence[Path], output: Path) -> list[Path]:
+    """Write report.html, tradeoff.png, layers.png, report.csv and report.json.
 
-    Raises InputRefused, before anything is written, for a run without a readable family.
+    Parameters
+    ----------
+    runs
+        Folders that prune wrote.
+    output
+        Folder for the report.
+
+    Returns
+    -------
+    list
+        The paths of the files.
+
+    Raises
+    ------
+    InputRefused
+        If a run has no readable family. Nothing is written then.
+    UsageError
+        If matplotlib is missing.
     """
     rows = rows_of(runs)
     trade, layers = _figures(rows)
@@ -245,13 +293,13 @@ def write(runs: Sequence[Path], output: Path) -> list[Path]:
     writer.writeheader()
     for row in rows:
         writer.writerow({k: " ".join(map(str, v)) if isinstance(v, list) else v for k, v in row.items()})
-    files = {
+    contents = {
         "report.html": _page(rows, trade, layers).encode(),
         "tradeoff.png": _png(trade),
         "layers.png": _png(layers),
         "report.csv": table.getvalue().encode(),
         "report.json": (json.dumps(rows, indent=1) + "\n").encode(),
     }
-    for name, content in files.items():
-        edge_ssm_files.write(output / name, content)
-    return [output / name for name in files]
+    for name, content in contents.items():
+        files.write(output / name, content)
+    return [output / name for name in contents]

@@ -21,47 +21,52 @@ CHECKPOINT_VERSION = 2
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a network is trained. Everything that the result depends on, beside data and Config, stands here."""
+    """Settings of a training run: with the data and the ``Config``, everything that the result depends on."""
 
     window: int
+    """Samples per window."""
     epochs: int
     seed: int = 0
     batch: int = 32
+    """Windows per batch."""
     lr: float = 4e-3
     ssm_lr: float = 1e-3
+    """Learning rate of A, B, C, P and dt, which have no weight decay."""
     weight_decay: float = 0.01
     warmup: float = 0.1
-    """Share of the steps over which the learning rate rises; then it falls along a cosine."""
+    """Share of the steps over which the learning rate rises linearly, before it falls along a cosine."""
     clip: float = 1.0
+    """Largest norm of the gradient."""
     jitter: bool = True
-    """Draw the training windows' starts anew in every epoch, where recordings are longer than a window."""
+    """Draw the start of the training windows anew in every epoch, if recordings are longer than a window."""
     noise: float = 0.0
-    """Standard deviation of noise added to normalised training windows."""
+    """Standard deviation of the noise added to normalised training windows."""
     scaling: float = 0.0
-    """Standard deviation of the log of a factor a training window and channel."""
+    """Standard deviation of the logarithm of a random gain per training window and channel."""
     rotation: float = 0.0
-    """Standard deviation, in degrees, of a random rotation of training windows (``rotation.rotate``)."""
+    """Standard deviation, in degrees, of the random rotation of training windows (``rotation.rotate``)."""
     distill: float = 0.0
-    """Weight of a teacher's logits in the loss (arXiv 1503.02531); the labels have the rest."""
+    """Weight of a teacher's logits in the loss (arXiv 1503.02531); the labels have the remaining weight."""
 
 
 @dataclass
 class Checkpoint:
-    """A network and how it came to be: what train and prune write and every other command reads."""
+    """A network with its recipe and history: the file that train and prune write and other commands read."""
 
     model: SSMNetwork
     recipe: Recipe
     spec: InputSpec
     data: str
-    """The data set's name or path, as given."""
+    """Name or path of the data set, as on the command line."""
     labels: tuple[str, ...]
     source: str
+    """Origin and licence of the data."""
     history: list[dict[str, Any]] = field(default_factory=list)
-    """One entry a training or pruning stage: method, seed, epochs, validation score."""
+    """One entry per training or pruning stage: method, seed, epochs, validation score."""
 
 
 def input_spec(data: Dataset) -> InputSpec:
-    """Channels and normalisation, from the training split alone."""
+    """Return channels and normalisation; mean and deviation are those of the training split."""
     samples = np.concatenate(data.splits["train"].x)
     std = samples.std(axis=0)
     return InputSpec(
@@ -74,7 +79,7 @@ def input_spec(data: Dataset) -> InputSpec:
 
 
 def write_torch(path: Path, content: Any) -> None:
-    """torch.save, whole or not at all."""
+    """Write an object with ``torch.save``, atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     buffer = io.BytesIO()
     torch.save(content, buffer)
@@ -82,20 +87,21 @@ def write_torch(path: Path, content: Any) -> None:
 
 
 def read_torch(path: Path) -> Any:
-    """A file of tensors and plain values. Raises InputRefused for any other: no pickled code is ever run."""
+    """Read a file of tensors and plain values. Raise InputRefused for any other; no pickled code is ever run."""
     try:
-        with files.open_regular_file(path) as file:  # Given a path, torch would go by the ending of its name.
+        with files.open_regular_file(path) as file:  # given a path, torch would go by its suffix
             return torch.load(file, weights_only=True)
     except FileNotFoundError:
         raise InputRefused(f"{path}: no such file") from None
     except OSError as error:
         raise InputRefused(f"{path}: {files.read_problem(error)}") from None
-    except Exception as error:  # on damaged bytes its unpickler raises whatever it trips over
+    except Exception as error:  # torch's unpickler raises many types on damaged bytes
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
         raise InputRefused(f"{path}: damaged, or not a checkpoint of tensors and plain values ({reason})") from None
 
 
 def dump_checkpoint(checkpoint: Checkpoint) -> bytes:
+    """Return the bytes of a checkpoint file."""
     spec = checkpoint.spec
     buffer = io.BytesIO()
     torch.save(
@@ -118,17 +124,18 @@ def dump_checkpoint(checkpoint: Checkpoint) -> bytes:
 
 
 def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
+    """Write a checkpoint atomically; missing parent folders are created."""
     path.parent.mkdir(parents=True, exist_ok=True)
     files.write(path, dump_checkpoint(checkpoint))
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
-    """Raises InputRefused for a missing, damaged or foreign file."""
+    """Read a checkpoint. Raise InputRefused if the file is missing, damaged or of another kind."""
     return _checkpoint_of(read_torch(path), str(path))
 
 
 def parse_checkpoint(content: bytes, name: str) -> Checkpoint:
-    """A checkpoint from ``dump_checkpoint``'s bytes; ``name`` is for errors."""
+    """Return the checkpoint that ``dump_checkpoint`` wrote as bytes; ``name`` stands for it in error messages."""
     return _checkpoint_of(torch.load(io.BytesIO(content), weights_only=True), name)
 
 
@@ -164,20 +171,26 @@ def _checkpoint_of(raw: Any, path: str) -> Checkpoint:
 
 
 def new_checkpoint(data: Dataset, name: str, config: Config, recipe: Recipe) -> Checkpoint:
-    """An untrained network for a data set; its weights depend on the recipe's seed alone."""
+    """Return an untrained network for a data set; its weights depend only on the recipe's seed."""
     torch.manual_seed(recipe.seed)
     return Checkpoint(SSMNetwork(config), recipe, input_spec(data), name, data.labels, data.source)
 
 
-def check_place(path: Path, made: Checkpoint) -> None:
-    """Before ``made`` is trained. Raises UsageError where a checkpoint is at ``path`` that other settings or data made:
-    it would be lost; InputRefused for one that can't be read."""
-    if not path.exists():
-        return
+def check_overwrite(path: Path, checkpoint: Checkpoint) -> None:
+    """Check, before training, that writing ``checkpoint`` to ``path`` would not destroy the result of another run.
 
-    def settings(of: Checkpoint) -> tuple[Any, ...]:
-        spec = of.spec
-        return of.model.present_config(), of.recipe, of.labels, spec.channels, spec.mean.tolist(), spec.std.tolist()
-
-    if settings(load_checkpoint(path)) != settings(made):
+    Raises
+    ------
+    UsageError
+        If the checkpoint at ``path`` was trained with other settings or data.
+    InputRefused
+        If the file at ``path`` cannot be read as a checkpoint.
+    """
+    if path.exists() and _settings(load_checkpoint(path)) != _settings(checkpoint):
         raise UsageError(f"{path}: was trained with other settings or data; use another --output or delete it")
+
+
+def _settings(checkpoint: Checkpoint) -> tuple[Any, ...]:
+    """Return everything that identifies a training run, in comparable form."""
+    spec, config = checkpoint.spec, checkpoint.model.present_config()
+    return config, checkpoint.recipe, checkpoint.labels, spec.channels, spec.mean.tolist(), spec.std.tolist()

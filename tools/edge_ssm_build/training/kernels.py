@@ -12,7 +12,7 @@ from edge_ssm.errors import UsageError
 
 
 def _legs(d_state: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(A, P, B) of HiPPO-LegS in the coordinates that diagonalise A + P P^T, each (N/2,) complex128.
+    """Return (A, P, B) of HiPPO-LegS in the basis that diagonalises A + P P^T, each (N/2,) complex128.
 
     S4 paper (arXiv 2111.00396), theorem 1 and appendix C.1: A + P P^T = -1/2 I + skew is normal.
     """
@@ -29,7 +29,7 @@ def _legs(d_state: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def initial_A(init: str, d_state: int) -> Tensor:
-    """(N/2,) complex128: the diagonal of S4D-Lin, -Inv or -LegS (S4D paper, section 4)."""
+    """Return the diagonal of S4D-Lin, -Inv or -LegS, shape (N/2,), complex128 (S4D paper, section 4)."""
     n = torch.arange(d_state // 2, dtype=torch.float64)
     if init == "lin":  # eq. 9
         return torch.complex(torch.full_like(n, -0.5), math.pi * n)
@@ -39,16 +39,35 @@ def initial_A(init: str, d_state: int) -> Tensor:
 
 
 def initial_rank_one(init: str, d_state: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(A, P, B) of a diagonal-plus-rank-one start, each (N/2,) complex128. Only HiPPO-LegS has one here."""
+    """Return the initial (A, P, B) of a diagonal-plus-rank-one layer, each (N/2,) complex128.
+
+    Raises
+    ------
+    UsageError
+        If ``init`` is not "legs": only HiPPO-LegS is implemented.
+    """
     if init != "legs":
         raise UsageError(f"init {init!r}: the s4 kernel starts from legs only (HiPPO-LegS)")
     return _legs(d_state)
 
 
 def diagonal_kernel(log_Abar: Tensor, Cbar: Tensor, length: int) -> Tensor:
-    """(K, length): K[l] = 2 Re(sum_m Cbar_m Abar_m^l), S4D paper eq. 4. Arguments (K, M) complex.
+    """Return the kernel of a diagonal layer, K[l] = 2 Re(sum_m Cbar_m Abar_m^l) (S4D paper, eq. 4).
 
-    With l = a s + b the sum is a product of two small matrices, (s, M) and (M, s): no (K, M, length) array is made.
+    With l = a s + b, the sum is a product of two small matrices, (s, M) and (M, s), which avoids an array of shape
+    (K, M, length).
+
+    Parameters
+    ----------
+    log_Abar, Cbar
+        Shape (K, M), complex.
+    length
+        Number of samples.
+
+    Returns
+    -------
+    Tensor
+        Shape (K, length).
     """
     s = math.isqrt(length - 1) + 1
     fine = torch.exp(log_Abar[..., None] * torch.arange(s, device=log_Abar.device))
@@ -58,15 +77,27 @@ def diagonal_kernel(log_Abar: Tensor, Cbar: Tensor, length: int) -> Tensor:
 
 
 def rank_one_kernel(A: Tensor, P: Tensor, B: Tensor, C: Tensor, dt: Tensor, length: int) -> Tensor:
-    """(K, length): the bilinear kernel of x' = (diag(A) - P P*) x + B u over exactly ``length`` samples.
+    """Return the bilinear kernel of x' = (diag(A) - P P*) x + B u over exactly ``length`` samples.
 
-    ``C`` is the truncated one of S4, C (I - Abar^length). The generating function is taken at the roots of unity z
-    (S4 paper, appendix C.3) with 2 / (1 + z) multiplied through, so that z = -1 is a point like any other:
+    ``C`` is S4's truncated one, C (I - Abar^length). The generating function is evaluated at the roots of unity z
+    (S4 paper, appendix C.3), with 2 / (1 + z) multiplied through, so that z = -1 needs no special case:
 
         e_n = 1 / (1 - z - (1 + z) dt A_n / 2),  <x, y> = sum_n x_n y_n e_n over both halves of the spectrum
         K(z) = dt (<C, B> - w <C, P> <P*, B> / (1 + w <P*, P>)),  w = (1 + z) dt / 2
 
-    Arguments (K, M) complex128, ``dt`` (K,) float64: near a resonance float32 would lose four digits.
+    Parameters
+    ----------
+    A, P, B, C
+        Shape (K, M), complex128: near a resonance single precision would lose four digits.
+    dt
+        Shape (K,), float64.
+    length
+        Number of samples.
+
+    Returns
+    -------
+    Tensor
+        Shape (K, length), float64.
     """
     z = torch.exp(-2j * math.pi / length * torch.arange(length // 2 + 1, dtype=torch.float64, device=A.device))
     half = dt[:, None, None] / 2
@@ -81,7 +112,7 @@ def rank_one_kernel(A: Tensor, P: Tensor, B: Tensor, C: Tensor, dt: Tensor, leng
 
 
 class _Convolution(torch.autograd.Function):
-    """Causal convolution by FFT. Its own backward pass stays with real transforms, which autograd's does not."""
+    """Causal convolution by FFT. The backward pass uses real transforms, which autograd would not."""
 
     @staticmethod
     def forward(ctx: Any, u: Tensor, kernel: Tensor) -> Tensor:
@@ -102,6 +133,6 @@ class _Convolution(torch.autograd.Function):
 
 
 def convolve(u: Tensor, kernel: Tensor) -> Tensor:
-    """(batch, K, T), (K, T) -> (batch, K, T): every channel with its own causal kernel."""
+    """Convolve each channel with its own causal kernel: (batch, K, T), (K, T) -> (batch, K, T)."""
     result: Tensor = _Convolution.apply(u, kernel)
     return result

@@ -1,4 +1,4 @@
-"""Training and fine-tuning: one loop, the same for both, that can be killed at any moment and goes on where it was."""
+"""Training and fine-tuning: one loop for both, which can be killed at any time and resumes where it stopped."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,26 +23,27 @@ from edge_ssm_build.training.scoring import Score, as_input, score, split_window
 
 
 def _optimizer(model: SSMNetwork, recipe: Recipe) -> torch.optim.AdamW:
-    own = [p for ssm in model.ssms() for p in ssm.ssm_parameters() if p.numel()]
-    ids = {id(p) for p in own}
-    rest = [p for p in model.parameters() if id(p) not in ids and p.numel()]
+    """Return AdamW with two groups: the SSM parameters have their own learning rate and no weight decay."""
+    ssm_parameters = [p for ssm in model.ssms() for p in ssm.ssm_parameters() if p.numel()]
+    ids = {id(p) for p in ssm_parameters}
+    others = [p for p in model.parameters() if id(p) not in ids and p.numel()]
     groups = [
-        {"params": rest, "lr": recipe.lr, "weight_decay": recipe.weight_decay},
-        {"params": own, "lr": recipe.ssm_lr, "weight_decay": 0.0},
+        {"params": others, "lr": recipe.lr, "weight_decay": recipe.weight_decay},
+        {"params": ssm_parameters, "lr": recipe.ssm_lr, "weight_decay": 0.0},
     ]
     return torch.optim.AdamW([group for group in groups if group["params"]])
 
 
 def _rate(step: int, steps: int, warmup: float) -> float:
-    """Share of the full learning rate: linear warm-up, then a cosine down to zero."""
-    rising = max(1, round(warmup * steps))
-    if step < rising:
-        return (step + 1) / rising
-    return 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, steps - rising)))
+    """Return the share of the full learning rate: linear warm-up, then a cosine down to zero."""
+    ramp = max(1, round(warmup * steps))
+    if step < ramp:
+        return (step + 1) / ramp
+    return 0.5 * (1 + math.cos(math.pi * (step - ramp) / max(1, steps - ramp)))
 
 
 def _epoch_windows(data: Dataset, recipe: Recipe, rng: np.random.Generator) -> tuple[Array, Array]:
-    """Half-overlapping windows of the training split, their phase drawn anew when ``jitter``."""
+    """Return windows of the training split: half-overlapping with a random phase if ``jitter``, else tumbling."""
     train = data.splits["train"]
     if recipe.jitter:
         hop = max(1, recipe.window // 2)
@@ -52,6 +54,7 @@ def _epoch_windows(data: Dataset, recipe: Recipe, rng: np.random.Generator) -> t
 
 
 def _batches(x: Tensor, y: Tensor, recipe: Recipe, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield shuffled batches of windows and labels, with random gains and noise as in the recipe."""
     for chosen in torch.randperm(len(x), generator=generator).split(recipe.batch):
         part = x[chosen]
         if recipe.scaling:
@@ -63,18 +66,107 @@ def _batches(x: Tensor, y: Tensor, recipe: Recipe, generator: torch.Generator) -
 
 
 TEMPERATURE = 2.0
-"""Of distillation: softens the teacher's probabilities, so that the smaller ones count (arXiv 1503.02531)."""
+"""Temperature of the distillation, which gives small probabilities of the teacher more weight (arXiv 1503.02531)."""
 
 
 def _loss(logits: Tensor, labels: Tensor, x: Tensor, recipe: Recipe, teacher: SSMNetwork | None) -> Tensor:
+    """Return the cross-entropy, mixed with the divergence from the teacher's logits if there is a teacher."""
     loss = nn.functional.cross_entropy(logits, labels)
     if teacher is None or not recipe.distill:
         return loss
     with torch.no_grad():
         target = nn.functional.log_softmax(teacher(x) / TEMPERATURE, dim=-1)
-    own = nn.functional.log_softmax(logits / TEMPERATURE, dim=-1)
-    apart = nn.functional.kl_div(own, target, log_target=True, reduction="batchmean") * TEMPERATURE**2
-    return (1 - recipe.distill) * loss + recipe.distill * apart
+    student = nn.functional.log_softmax(logits / TEMPERATURE, dim=-1)
+    divergence = nn.functional.kl_div(student, target, log_target=True, reduction="batchmean") * TEMPERATURE**2
+    return (1 - recipe.distill) * loss + recipe.distill * divergence
+
+
+class _Training:
+    """State of a training run between two epochs."""
+
+    def __init__(self, checkpoint: Checkpoint, data: Dataset, recipe: Recipe, teacher: SSMNetwork | None) -> None:
+        self.model, self.spec = checkpoint.model, checkpoint.spec
+        self.data, self.recipe, self.teacher = data, recipe, teacher
+        x, y = split_windows(data, "validation", recipe.window)
+        self.validation = as_input(x, self.spec), torch.from_numpy(y)
+        self.optimizer = _optimizer(self.model, recipe)
+        self.learning_rates = [group["lr"] for group in self.optimizer.param_groups]
+        self.next_epoch = 0
+        self.best: Score | None = None
+        self.best_state = copy.deepcopy(self.model.state_dict())
+
+    def settings(self) -> dict[str, Any]:
+        """Return what the state belongs to: a run with other settings must not resume from it."""
+        return {"recipe": asdict(self.recipe), "config": asdict(self.model.present_config())}
+
+    def restore(self, path: Path) -> None:
+        """Continue from a saved state. Raise InputRefused if a run with other settings wrote it."""
+        state, settings = read_torch(path), self.settings()
+        if {name: state.get(name) for name in settings} != settings:
+            raise InputRefused(f"{path}: left by a run with other settings; use another output folder or delete it")
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.next_epoch = state["epoch"] + 1
+        self.best, self.best_state = Score(**state["best"]), state["best_state"]
+
+    def save(self, path: Path) -> None:
+        """Write the state after the last finished epoch."""
+        assert self.best is not None
+        progress = {
+            "epoch": self.next_epoch - 1,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "best": asdict(self.best),
+            "best_state": self.best_state,
+        }
+        write_torch(path, self.settings() | progress)
+
+    def run_epoch(self) -> tuple[float, Score]:
+        """Train for one epoch; return the loss of its last batch and the validation score after it.
+
+        All of an epoch's randomness comes from (seed, epoch), so that a resumed run equals an uninterrupted one.
+        """
+        recipe, epoch = self.recipe, self.next_epoch
+        seed = recipe.seed * 1_000_003 + epoch
+        generator = torch.Generator().manual_seed(seed)
+        torch.manual_seed(seed)  # dropout draws from the global generator
+        x, y = _epoch_windows(self.data, recipe, np.random.default_rng([recipe.seed, epoch]))
+        inputs, targets = as_input(x, self.spec), torch.from_numpy(y)
+        steps = -(-len(x) // recipe.batch)
+        self.model.train()
+        for i, (part, labels) in enumerate(_batches(inputs, targets, recipe, generator)):
+            share = _rate(epoch * steps + i, recipe.epochs * steps, recipe.warmup)
+            loss = self._step(part, labels, share)
+            if not torch.isfinite(loss):
+                raise RunFailed(
+                    f"training: the loss is {loss.item()} in epoch {epoch + 1}, step {i + 1}; lower --lr, check data"
+                )
+        reached = score(self.model, *self.validation)
+        if self.best is None or reached.is_better_than(self.best):
+            self.best, self.best_state = reached, copy.deepcopy(self.model.state_dict())
+        self.next_epoch += 1
+        return loss.item(), reached
+
+    def _step(self, x: Tensor, labels: Tensor, share: float) -> Tensor:
+        """Update the parameters on one batch with this share of the learning rates. Return the loss.
+
+        With a loss that is not finite, the parameters are left unchanged.
+        """
+        for group, rate in zip(self.optimizer.param_groups, self.learning_rates, strict=True):
+            group["lr"] = rate * share
+        loss = _loss(self.model(x), labels, x, self.recipe, self.teacher)
+        if torch.isfinite(loss):
+            self.optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip)
+            self.optimizer.step()
+        return loss
+
+    def finish(self) -> Score:
+        """Load the parameters of the best epoch and return its validation score."""
+        self.model.load_state_dict(self.best_state)
+        self.model.eval()
+        return self.best if self.best is not None else score(self.model, *self.validation)
 
 
 def fit(
@@ -85,69 +177,49 @@ def fit(
     progress: str | None = None,
     teacher: SSMNetwork | None = None,
 ) -> Score:
-    """Train ``checkpoint.model`` in place and leave it at its best validation epoch; returns that epoch's score.
+    """Train ``checkpoint.model`` in place and leave it at its best validation epoch.
 
-    With ``resume`` the state after every epoch is kept in that file, and a run that finds it goes on from there, with
-    the result of one that was never interrupted: every epoch's randomness comes from (seed, epoch) alone.
-    ``teacher`` is the network, in evaluation mode, that ``recipe.distill`` takes logits from.
-    Raises RunFailed if the loss is no longer finite.
+    Parameters
+    ----------
+    checkpoint
+        The network to train, and its normalisation.
+    data
+        Data set; the training and the validation split are used.
+    recipe
+        Settings of this run. They may differ from the checkpoint's own, as in fine-tuning.
+    resume
+        File that the state is written to after every epoch. A run that finds it continues from there, with the result
+        of a run that was never interrupted.
+    progress
+        Label of the progress bar; None for no bar.
+    teacher
+        Network in evaluation mode from which ``recipe.distill`` takes logits.
+
+    Returns
+    -------
+    Score
+        The validation score of the best epoch.
+
+    Raises
+    ------
+    RunFailed
+        If the loss is no longer finite.
+    InputRefused
+        If the state in ``resume`` was written with other settings.
     """
-    model, spec = checkpoint.model, checkpoint.spec
-    x_val, y_val = split_windows(data, "validation", recipe.window)
-    validation = (as_input(x_val, spec), torch.from_numpy(y_val))
-    optimizer = _optimizer(model, recipe)
-    rates = [group["lr"] for group in optimizer.param_groups]
-    first, best, best_state = 0, None, copy.deepcopy(model.state_dict())
+    training = _Training(checkpoint, data, recipe, teacher)
     if resume is not None and resume.exists():
-        raw = read_torch(resume)
-        settings = {"recipe": asdict(recipe), "config": asdict(model.present_config())}
-        if {name: raw.get(name) for name in settings} != settings:
-            raise InputRefused(f"{resume}: left by a run with other settings; use another output folder or delete it")
-        model.load_state_dict(raw["model"])
-        optimizer.load_state_dict(raw["optimizer"])
-        first, best, best_state = raw["epoch"] + 1, Score(**raw["best"]), raw["best_state"]
-    bar = tqdm(range(first, recipe.epochs), initial=first, total=recipe.epochs, desc=progress, disable=progress is None)
-    for epoch in bar:
-        generator = torch.Generator().manual_seed(recipe.seed * 1_000_003 + epoch)
-        torch.manual_seed(recipe.seed * 1_000_003 + epoch)  # dropout draws from the global one
-        x, y = _epoch_windows(data, recipe, np.random.default_rng([recipe.seed, epoch]))
-        inputs, targets = as_input(x, spec), torch.from_numpy(y)
-        steps = -(-len(x) // recipe.batch)
-        model.train()
-        for i, (part, labels) in enumerate(_batches(inputs, targets, recipe, generator)):
-            share = _rate(epoch * steps + i, recipe.epochs * steps, recipe.warmup)
-            for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                group["lr"] = rate * share
-            loss = _loss(model(part), labels, part, recipe, teacher)
-            if not torch.isfinite(loss):
-                raise RunFailed(
-                    f"training: the loss is {loss.item()} in epoch {epoch + 1}, step {i + 1}; lower --lr, check data"
-                )
-            optimizer.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
-            optimizer.step()
-        reached = score(model, *validation)
-        if best is None or (reached.balanced_accuracy, -reached.loss) > (best.balanced_accuracy, -best.loss):
-            best, best_state = reached, copy.deepcopy(model.state_dict())
+        training.restore(resume)
+    epochs = range(training.next_epoch, recipe.epochs)
+    bar = tqdm(epochs, initial=epochs.start, total=recipe.epochs, desc=progress, disable=progress is None)
+    for _ in bar:
+        loss, reached = training.run_epoch()
+        assert training.best is not None
         bar.set_postfix(
-            loss=f"{loss.item():.3f}",
+            loss=f"{loss:.3f}",
             validation=f"{reached.balanced_accuracy:.3f}",
-            best=f"{best.balanced_accuracy:.3f}",
+            best=f"{training.best.balanced_accuracy:.3f}",
         )
         if resume is not None:
-            write_torch(
-                resume,
-                {
-                    "recipe": asdict(recipe),
-                    "config": asdict(model.present_config()),
-                    "epoch": epoch,
-                    "model": model.state_dict(),
-                    "optimizer": optimizer.state_dict(),
-                    "best": asdict(best),
-                    "best_state": best_state,
-                },
-            )
-    model.load_state_dict(best_state)
-    model.eval()
-    return best if best is not None else score(model, *validation)
+            training.save(resume)
+    return training.finish()

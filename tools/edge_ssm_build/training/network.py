@@ -1,8 +1,8 @@
 """S4D and S4 networks in torch, in convolution mode, as they are trained and pruned (arXiv 2206.11893, 2111.00396).
 
-Equations and names are those of ``edge_ssm.model.network``; this module differs from the engines only in how it computes:
-the whole window at once, by FFT convolution. What pruning removes is gone here too (parameters, columns, rows), except
-that the states of a layer's channels share one rectangular array, with the removed ones held at C = 0.
+Equations and names are those of ``edge_ssm.model.network``. Unlike the engines, this module computes a whole window at
+once, by FFT convolution. Pruned parameters, columns and rows are removed here too, except that the states of a layer's
+channels share one rectangular array, in which removed states have C = 0.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ Kernel = Literal["s4d", "s4"]
 
 @dataclass(frozen=True)
 class LayerShape:
-    """What pruning has left of one layer."""
+    """The channels, states, columns and rows of one layer that remain after pruning."""
 
     active: tuple[int, ...]
     """Channels with an operator, ascending."""
     pairs: tuple[int, ...]
-    """Conjugate pairs that each active channel keeps."""
+    """Number of conjugate pairs of each active channel."""
     columns: tuple[int, ...]
-    """Channels that enter the mixing, ascending; all active ones are among them."""
+    """Channels that enter the mixing, ascending. They include all active channels."""
     rows: tuple[int, ...]
     """Channels of the residual stream that the mixing adds to, ascending."""
 
 
 @dataclass(frozen=True)
 class Config:
-    """Shape and form of a network; ``layers`` is None for an unpruned one."""
+    """Shape and form of a network. ``layers`` is None for an unpruned network."""
 
     d_input: int
     d_output: int
@@ -55,12 +55,13 @@ class Config:
     dt_min: float = 1e-3
     dt_max: float = 1e-1
     kernel: Kernel = "s4d"
-    """s4: diagonal plus rank one (DPLR), bilinear."""
+    """s4d: diagonal. s4: diagonal plus rank one (DPLR), bilinear."""
     l_kernel: int = 0
-    """Samples for which s4's C is truncated (kernels.low_rank_kernel): the window. Unused by s4d."""
+    """Samples for which the C of s4 is truncated (``kernels.rank_one_kernel``): the window. Not used by s4d."""
     layers: tuple[LayerShape, ...] | None = None
 
     def shapes(self) -> tuple[LayerShape, ...]:
+        """Return the shape of every layer."""
         if self.layers is not None:
             return self.layers
         everything = tuple(range(self.d_model))
@@ -69,13 +70,13 @@ class Config:
 
 
 class SSM(nn.Module):
-    """K SSMs side by side; the other H - K channels are bypassed with a gain each."""
+    """One layer of K single-channel SSMs; each of the other H - K channels is bypassed with a gain."""
 
     active: Tensor  # (K,) int64, ascending
-    pairs: Tensor  # (K,) int64
-    fixed: Tensor  # (H,) bool: bypassed with a gain that does not train
-    gain: Tensor  # (H,), that gain: 1 for identity, 0 for a removed column
-    kept: Tensor  # (K, M) bool: states that are still there; the first ``pairs`` of each row
+    pairs: Tensor  # (K,) int64, number of conjugate pairs
+    fixed: Tensor  # (H,) bool: bypassed with a gain that is not trained
+    gain: Tensor  # (H,) that gain: 1 for the identity, 0 for a removed column
+    kept: Tensor  # (K, M) bool: states that remain, the first ``pairs`` of each row
 
     def __init__(self, config: Config, shape: LayerShape) -> None:
         super().__init__()
@@ -93,7 +94,7 @@ class SSM(nn.Module):
             self.B = nn.Parameter(torch.view_as_real(B).float().expand(k, m, 2).clone())
         else:
             A = initial_A(config.init, 2 * m)
-            # B stays 1: only the product B C matters (S4D paper, section 4.1).
+            # B is fixed at 1: only the product B C matters (S4D paper, section 4.1).
         A = A.expand(k, m)
         self.register_buffer("active", torch.tensor(shape.active, dtype=torch.int64))
         self.register_buffer("pairs", torch.tensor(shape.pairs, dtype=torch.int64))
@@ -107,24 +108,29 @@ class SSM(nn.Module):
         self.D = nn.Parameter(torch.randn(h))
 
     def full_D(self) -> Tensor:
-        """(H,): D of the active channels, the gain of the bypassed ones."""
+        """Return D of the active channels and the gain of the bypassed ones, shape (H,)."""
         return torch.where(self.fixed, self.gain, self.D)
 
     def kernel(self, length: int) -> Tensor:
-        """(K, length): the convolution kernel without D, in the parameters' precision.
+        """Return the convolution kernel without D, shape (K, length), in the parameters' precision.
 
-        It is computed in float64 whatever the parameters are. In float32 the powers of Abar and exp(dt A) - 1 of a slow
-        state lose so much that a trained network's logits are off by up to 3e-3.
+        It is always computed in float64: in float32 the powers of Abar and exp(dt A) - 1 of a slow state lose so many
+        digits that the logits of a trained network are off by up to 3e-3.
+
+        Raises
+        ------
+        UsageError
+            If an s4 kernel is longer than the window that its C is truncated to.
         """
-        wide = torch.complex128
+        double = torch.complex128
         A = torch.complex(-torch.exp(self.log_A_real.double()), self.A_imag.double())
         dt = torch.exp(self.log_dt.double())
-        C = (torch.view_as_complex(self.C) * self.kept).to(wide)
+        C = (torch.view_as_complex(self.C) * self.kept).to(double)
         if self.rank_one:
             if length > self.l_kernel:
                 raise UsageError(f"kernel s4: made for windows of up to {self.l_kernel} samples, not {length}")
             P, B = torch.view_as_complex(self.P) * self.kept, torch.view_as_complex(self.B)
-            kernel = rank_one_kernel(A, P.to(wide), B.to(wide), C, dt, self.l_kernel)[:, :length]
+            kernel = rank_one_kernel(A, P.to(double), B.to(double), C, dt, self.l_kernel)[:, :length]
         else:
             dt_A = dt[:, None] * A
             if self.discretization == "zoh":
@@ -135,7 +141,7 @@ class SSM(nn.Module):
         return kernel.to(self.D.dtype)
 
     def forward(self, u: Tensor) -> Tensor:
-        """(batch, H, T) -> (batch, H, T)."""
+        """Map (batch, H, T) to (batch, H, T)."""
         y = u * self.full_D()[:, None]
         if len(self.active) == 0:
             return y
@@ -144,12 +150,14 @@ class SSM(nn.Module):
         return result
 
     def ssm_parameters(self) -> list[nn.Parameter]:
-        """Those that train with the SSM's own learning rate and without weight decay."""
+        """Return the parameters that are trained with the SSM's own learning rate and without weight decay."""
         return [p for name, p in self.named_parameters() if name != "D"]
 
     def bypass(self, channels: list[int], gain: Tensor | None = None) -> None:
-        """Remove operators for good. Their channels pass with gain 1 for ever (S4oP), or with ``gain`` (one a channel),
-        which goes on training."""
+        """Remove the operators of these channels.
+
+        The channels then pass with a fixed gain of 1 (S4oP) or with ``gain``, one per channel, which stays trainable.
+        """
         keep = torch.tensor(
             [i for i, c in enumerate(self.active.tolist()) if c not in set(channels)], dtype=torch.int64
         )
@@ -165,12 +173,12 @@ class SSM(nn.Module):
         self.shrink()
 
     def fix(self, channels: list[int], gain: float) -> None:
-        """Pass these bypassed channels with one gain for ever."""
+        """Give these bypassed channels a fixed gain."""
         self.fixed[channels] = True
         self.gain[channels] = gain
 
     def shrink(self) -> None:
-        """Cut the shared array down to the widest channel that is left."""
+        """Shrink the shared array of states to the widest remaining channel."""
         m = int(self.pairs.max()) if len(self.pairs) else self.kept.shape[1]
         for name in ("log_A_real", "A_imag", "C", "P", "B"):
             parameter = getattr(self, name, None)
@@ -180,9 +188,9 @@ class SSM(nn.Module):
 
 
 class Mixing(nn.Module):
-    """The position-wise linear map, of the channels and onto the channels that pruning has left.
+    """Position-wise linear map from the remaining columns to the remaining rows.
 
-    A removed column's channel counts as zero; a removed row keeps its bias, a constant.
+    The channel of a removed column counts as zero; a removed row keeps its bias, a constant.
     """
 
     columns: Tensor  # (G,) int64
@@ -199,14 +207,14 @@ class Mixing(nn.Module):
         self.weight = nn.Parameter(full.weight.detach()[self.stacked_rows()][:, self.columns].clone())
 
     def stacked_rows(self) -> Tensor:
-        """Where the rows that are left stand in the full matrix: values, then gates."""
+        """Return the positions of the remaining rows in the full matrix: values, then gates."""
         return torch.cat([self.rows, self.rows + self._h()]) if self.glu else self.rows
 
     def _h(self) -> int:
         return len(self.bias) // 2 if self.glu else len(self.bias)
 
     def forward(self, g: Tensor) -> Tensor:
-        """(batch, T, H) after GELU -> (batch, T, H)."""
+        """Map (batch, T, H), after GELU, to (batch, T, H)."""
         h = g.shape[-1]
         if len(self.columns) < h:
             g = g[..., self.columns]
@@ -222,17 +230,20 @@ class Mixing(nn.Module):
 
     @torch.no_grad()
     def drop_columns(self, channels: list[int], constant: Tensor | None = None) -> None:
-        """Remove columns; what a channel gave on average, ``constant`` (after GELU, one each), goes to the bias."""
-        at = [self.columns.tolist().index(c) for c in channels]
+        """Remove columns, and add their mean contribution to the bias.
+
+        ``constant`` is the mean of each removed channel after GELU; None stands for zero.
+        """
+        removed = [self.columns.tolist().index(c) for c in channels]
         if constant is not None:
-            self.bias[self.stacked_rows()] += self.weight[:, at] @ constant.to(self.weight.dtype)
-        keep = [i for i in range(len(self.columns)) if i not in set(at)]
+            self.bias[self.stacked_rows()] += self.weight[:, removed] @ constant.to(self.weight.dtype)
+        keep = [i for i in range(len(self.columns)) if i not in set(removed)]
         self.weight = nn.Parameter(self.weight.detach()[:, keep].clone())
         self.columns = self.columns[keep]
 
     @torch.no_grad()
     def drop_rows(self, channels: list[int], constant: Tensor) -> None:
-        """Remove rows; each adds ``constant`` (one a channel) from now on."""
+        """Remove rows; from then on each adds ``constant``, one per channel."""
         h = self._h()
         if self.glu:  # value * sigmoid(0) is the constant
             self.bias[channels] = 2 * constant.to(self.bias.dtype)
@@ -246,20 +257,23 @@ class Mixing(nn.Module):
 
 
 class Signals(NamedTuple):
-    """Of one block, each (batch, T, H)."""
+    """The signals of one block, each (batch, T, H)."""
 
     v: Tensor
-    """Into the SSM."""
+    """Input of the SSM."""
     y: Tensor
-    """Out of it."""
+    """Output of the SSM."""
     g: Tensor
-    """After GELU, into the mixing."""
+    """Input of the mixing, after GELU."""
     z: Tensor
-    """Out of the mixing, onto the residual stream."""
+    """Output of the mixing, added to the residual stream."""
     out: Tensor
+    """Output of the block."""
 
 
 class Block(nn.Module):
+    """Norm, SSM, GELU, mixing and residual connection."""
+
     def __init__(self, config: Config, shape: LayerShape) -> None:
         super().__init__()
         h = config.d_model
@@ -270,7 +284,7 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def _normalise(self, u: Tensor) -> Tensor:
-        """(batch, T, H); BatchNorm1d wants the channels in the middle."""
+        """Normalise (batch, T, H); BatchNorm1d expects the channels in the middle."""
         normalised: Tensor
         if isinstance(self.norm, nn.BatchNorm1d):
             normalised = self.norm(u.transpose(1, 2)).transpose(1, 2)
@@ -279,7 +293,7 @@ class Block(nn.Module):
         return normalised
 
     def signals(self, u: Tensor) -> Signals:
-        """What a block does to its input (batch, T, H), with every signal on the way."""
+        """Return every signal of the block for its input (batch, T, H)."""
         v = self._normalise(u) if self.prenorm else u
         y = self.ssm(v.transpose(1, 2)).transpose(1, 2)
         g = F.gelu(y)
@@ -288,16 +302,20 @@ class Block(nn.Module):
         return Signals(v, y, g, z, out if self.prenorm else self._normalise(out))
 
     def forward(self, u: Tensor) -> Tensor:
-        """(batch, T, H) -> (batch, T, H)."""
+        """Map (batch, T, H) to (batch, T, H)."""
         return self.signals(u).out
 
     def shape(self) -> LayerShape:
+        """Return what remains of the layer."""
         as_tuple = [tuple(t.tolist()) for t in (self.ssm.active, self.ssm.pairs, self.mixing.columns, self.mixing.rows)]
         return LayerShape(*as_tuple)
 
 
 class SSMNetwork(nn.Module):
-    """Of normalised input: (batch, T, d_input) -> (batch, d_output), or (batch, T, d_output) without pooling."""
+    """A network that maps normalised input (batch, T, d_input) to logits (batch, d_output).
+
+    Without pooling the logits have the shape (batch, T, d_output).
+    """
 
     def __init__(self, config: Config, mixing_dtype: MixingDtype = "float32", rounding_error: float = 0.0) -> None:
         super().__init__()
@@ -306,19 +324,21 @@ class SSMNetwork(nn.Module):
         self.config = config
         self.mixing_dtype: MixingDtype = mixing_dtype
         self.rounding_error = rounding_error
-        """How the mixing weights are shipped; the weights here are what such storage leaves of them."""
+        """Largest change of a logit by storing the mixing weights as ``mixing_dtype``. The weights of this network have
+        already been rounded to that type."""
         self.encoder = nn.Linear(config.d_input, config.d_model)
         self.blocks = nn.ModuleList(Block(config, shape) for shape in config.shapes())
         self.decoder = nn.Linear(config.d_model, config.d_output)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Map normalised input (batch, T, d_input) to logits."""
         u = self.encoder(x)
         for block in self.layers():
             u = block(u)
         return self.decide(u)
 
     def decide(self, u: Tensor) -> Tensor:
-        """(batch, T, H) after the last block -> logits."""
+        """Map the output of the last block (batch, T, H) to logits."""
         if self.config.pooling == "mean":
             u = u.mean(dim=1)
         elif self.config.pooling == "last":
@@ -327,15 +347,17 @@ class SSMNetwork(nn.Module):
         return logits
 
     def layers(self) -> list[Block]:
+        """Return the blocks, first to last."""
         return cast("list[Block]", list(self.blocks))
 
     def ssms(self) -> list[SSM]:
+        """Return the SSM of every block, first to last."""
         return [block.ssm for block in self.layers()]
 
     def active(self) -> tuple[tuple[int, ...], ...]:
-        """The active channels of every layer, ascending."""
+        """Return the active channels of every layer, ascending."""
         return tuple(block.shape().active for block in self.layers())
 
     def present_config(self) -> Config:
-        """The configuration of what pruning has left: with the parameters, all that it takes to rebuild the network."""
+        """Return the configuration after pruning; with the parameters, it is enough to rebuild the network."""
         return replace(self.config, layers=tuple(block.shape() for block in self.layers()))
