@@ -50,12 +50,15 @@ def _table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
 
 
 class Results:
+    """The rows of results.json, by task and kernel."""
+
     def __init__(self, rows: Sequence[Row]) -> None:
         self.rows = rows
         self.cells = list(dict.fromkeys((row["task"], row["kernel"]) for row in rows))
         self.main = [cell for cell in self.cells if "large" not in cell[0]]
 
     def of(self, cell: tuple[str, str], method: str, rate: float) -> list[Row]:
+        """Return the rows of a (task, kernel), a method and a rate, one per seed."""
         return [
             row
             for row in self.rows
@@ -63,7 +66,7 @@ class Results:
         ]
 
     def loss(self, cell: tuple[str, str], method: str, rate: float) -> list[float]:
-        """Points lost against the unpruned network of the same seed."""
+        """Return the percentage points lost against the unpruned network of the same seed, one per seed."""
         return [100 * (row["base_accuracy"] - row["accuracy"]) for row in self.of(cell, method, rate)]
 
 
@@ -217,6 +220,7 @@ def _pictures(results: Results, folder: Path) -> None:
 
 
 def write(source: Path, folder: Path) -> None:
+    """Write README.md and the pictures into a folder, from results.json and the folder's notes.md."""
     results = Results(json.loads(source.read_text()))
     notes = (folder / "notes.md").read_text()
     methods = _table(["method", "what it is"], [[name, MEANING[name]] for name in ORDER])

@@ -123,14 +123,14 @@ def _graph_of_checkpoint(
 
 def _chunk_size(text: str | None, to: str) -> int:
     """Return the number of samples per call that --chunk stands for."""
-    from edge_ssm.formats.exported import ANY
+    from edge_ssm.formats.exported import ANY_LENGTH
 
     if text is None:
         return 1
     if to == "onnx":
         if text != "any":
             raise UsageError(f"--chunk {text!r}: an onnx graph takes any number of samples; give any")
-        return ANY
+        return ANY_LENGTH
     if not text.isdecimal() or not 2 <= int(text) <= MAX_CHUNK:
         raise UsageError(
             f"--chunk {text!r}: expected 2 to {MAX_CHUNK} samples, which a tflite graph takes one after the other"
