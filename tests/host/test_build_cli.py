@@ -37,19 +37,19 @@ def test_train_prune_export_record_and_stream(recordings, tmp_path):
     small = ["--d-model", 8, "--d-state", 4, "--epochs", 8, "--batch", 16]
     build("train", "--data", recordings, "--output", tmp_path / "t", "--window", 50, *small)
     start = tmp_path / "t" / "checkpoint.pt"
-    said = build("prune", start, "--output", tmp_path / "p", "--method", "s4op", "--rates", "0.5", "--seeds", "3")
-    assert "rate  0.5: validation" in said
+    text = build("prune", start, "--output", tmp_path / "p", "--method", "s4op", "--rates", "0.5", "--seeds", "3")
+    assert "rate  0.5: validation" in text
     compact = ["--method", "compact", "--rates", "0.25,0.5", "--mixing-dtype", "int8", "--max-accuracy-loss", 100]
-    said = build("prune", start, "--output", tmp_path / "c", *compact)
-    assert "chosen: rate " in said
+    text = build("prune", start, "--output", tmp_path / "c", *compact)
+    assert "chosen: rate " in text
     shown = build("report", tmp_path / "p", tmp_path / "c", "--output", tmp_path / "r")
     assert {Path(line).name for line in shown.splitlines()} == set(os.listdir(tmp_path / "r"))
     described = json.loads(call(RUN, "inspect", tmp_path / "c" / "rate-0.5.safetensors", "--json").stdout)
     assert {layer["mixing_dtype"] for layer in described["layers"]} == {"int8"}
     assert described["provenance"]["history"][-1]["mixing_dtype"] == "int8"
     assert sum(layer["active"] for layer in described["layers"]) == 8
-    found = build("evaluate", tmp_path / "c" / "rate-0.5.safetensors", "--data", recordings, "--engine", "cpu")
-    assert "every label equal" in found
+    evaluated = build("evaluate", tmp_path / "c" / "rate-0.5.safetensors", "--data", recordings, "--engine", "cpu")
+    assert "every label equal" in evaluated
     model = tmp_path / "m.safetensors"
     assert "every label equal" in build("export", tmp_path / "p" / "rate-0.5.pt", "--output", model)
     exported = build("evaluate", model, "--data", recordings)
@@ -57,9 +57,9 @@ def test_train_prune_export_record_and_stream(recordings, tmp_path):
     assert "every label equal" in build(
         "evaluate", model, "--data", recordings, "--engine", "cpu", "--split", "validation"
     )
-    said = build("export", start, "--output", tmp_path / "auto.safetensors", "--weights", "auto", "--error-bound", "9")
-    assert re.search(r"int8 mixing weights: largest change of a logit .* a step [0-9.]+ us here", said)
-    assert re.search(r"^chosen: (float32|float16|int8)$", said, re.MULTILINE)
+    text = build("export", start, "--output", tmp_path / "auto.safetensors", "--weights", "auto", "--error-bound", "9")
+    assert re.search(r"int8 mixing weights: largest change of a logit .* a step [0-9.]+ us here", text)
+    assert re.search(r"^chosen: (float32|float16|int8)$", text, re.MULTILINE)
     build("export", start, "--output", tmp_path / "int8.safetensors", "--weights", "int8")
     small = json.loads(call(RUN, "inspect", tmp_path / "int8.safetensors", "--json").stdout)
     assert {layer["mixing_dtype"] for layer in small["layers"]} == {"int8"}
@@ -95,14 +95,14 @@ def test_prune_writes_every_member_that_is_right(recordings, fresh, move_poles, 
         prune = ["prune", tmp_path / "start.pt", "--output", output, "--method", "compact", "--rates", "0.25,0.5"]
         prune += ["--max-accuracy-loss", 100, "--workers", 1, "--step-table", table]
         monkeypatch.setattr(sys, "argv", ["edge-ssm-build", *map(str, prune)])
-        status, said = run_command(cli, "edge-ssm-build"), capsys.readouterr()
-        return status, said, json.loads((output / "family.json").read_text())
+        status, captured = run_command(cli, "edge-ssm-build"), capsys.readouterr()
+        return status, captured, json.loads((output / "family.json").read_text())
 
-    status, said, family = prune()
-    assert status == 0, said.err
+    status, captured, family = prune()
+    assert status == 0, captured.err
     members = {m["rate"]: m for m in family["members"]}
     assert members[0]["agreement"]["cpu"]["ties"] == members[0]["test"]["windows"]
-    assert f"{members[0]['test']['windows']} ties, " in said.out
+    assert f"{members[0]['test']['windows']} ties, " in captured.out
     assert all(m["agreement"][engine]["max_error"] < 1e-4 for m in members.values() for engine in ("cpu", "reference"))
     assert all(m["agreement"]["cpu"]["bound"] == 1e-4 for m in members.values())
     assert family["chosen"] == 0.5
@@ -112,15 +112,15 @@ def test_prune_writes_every_member_that_is_right(recordings, fresh, move_poles, 
         wrong.model.decoder.weight *= 1e5
         wrong.model.decoder.bias *= 1e5
     save_checkpoint(broken, wrong)
-    status, said, family = prune()
+    status, captured, family = prune()
     assert status == 1
-    line = said.err.splitlines()[-1]
+    line = captured.err.splitlines()[-1]
     assert "edge-ssm-build: error: rate 0.5 was not written: the " in line
     assert "bound 1.0e-04" in line
     assert sorted(p.name for p in output.glob("rate-*.safetensors")) == ["rate-0.25.safetensors", "rate-0.safetensors"]
     assert [m["rate"] for m in family["members"] if m["failure"]] == [0.5]
     assert family["chosen"] == 0.25
-    assert "in place of rate 0.5, which was not written" in said.out
+    assert "in place of rate 0.5, which was not written" in captured.out
     assert (output / "chosen.safetensors").read_bytes() == (output / "rate-0.25.safetensors").read_bytes()
 
 
@@ -221,9 +221,9 @@ def test_a_training_costs_none_of_other_settings(tmp_path, recordings, capsys, m
         status()
     monkeypatch.setattr(checkpoint_module, "save_checkpoint", save_checkpoint)
     assert (tmp_path / "resume.pt").exists()
-    code, said = status("--prenorm")  # weights of the same shapes, another network
+    code, message = status("--prenorm")  # weights of the same shapes, another network
     assert code == 2
-    assert "resume.pt: left by a run with other settings" in said
+    assert "resume.pt: left by a run with other settings" in message
     assert status()[0] == 0
     assert place.exists()
 

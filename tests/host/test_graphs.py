@@ -96,7 +96,7 @@ def test_the_same_export_gives_the_same_bytes(demo_model):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["--to", "onnx", "--output", "x.tflite"], "--output x.tflite: expected a name that ends in .onnx"),
         (["--to", "onnx", "--output", "no/x.onnx"], "no/x.onnx: its folder is missing"),
@@ -107,31 +107,31 @@ def test_the_same_export_gives_the_same_bytes(demo_model):
         (["--output", "x.safetensors"], "is an artifact already; give --to onnx or tflite"),
     ],
 )
-def test_wrong_use_is_one_line(arguments, said, demo_model, tmp_path):
+def test_wrong_use_is_one_line(arguments, message, demo_model, tmp_path):
     command = [*BUILD, "export", str(demo_model), *arguments]
     done = commands.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path)
     assert done.returncode == 2
-    assert said in done.stderr
+    assert message in done.stderr
     assert len(done.stderr.splitlines()) == 1
     assert os.listdir(tmp_path) == []
 
 
 @pytest.mark.parametrize("link", [False, True])
 def test_an_export_costs_none_of_its_inputs(link, demo_model, demo_stream, tmp_path):
-    model, heard = tmp_path / "m.safetensors", tmp_path / "heard.onnx"
+    model, recording = tmp_path / "m.safetensors", tmp_path / "recording.onnx"
     model.write_bytes(demo_model.read_bytes())
-    heard.write_bytes(demo_stream.read_bytes())
-    output = heard
+    recording.write_bytes(demo_stream.read_bytes())
+    output = recording
     if link:
         output = tmp_path / "link.onnx"
         output.symlink_to(model)
-    done = build("export", model, "--to", "onnx", "--input", heard, "--output", output)
+    done = build("export", model, "--to", "onnx", "--input", recording, "--output", output)
     assert done.returncode == 2
-    lost = f"ARTIFACT {model}" if link else f"--input {heard}"
+    lost = f"ARTIFACT {model}" if link else f"--input {recording}"
     assert f"--output {output}: is {lost} too, which would be lost; name another file" in done.stderr
     assert len(done.stderr.splitlines()) == 1
     assert model.read_bytes() == demo_model.read_bytes()
-    assert heard.read_bytes() == demo_stream.read_bytes()
+    assert recording.read_bytes() == demo_stream.read_bytes()
 
 
 def test_an_artifact_is_known_by_its_content(demo_model, tmp_path):

@@ -35,7 +35,7 @@ FORMS = {
 
 
 @pytest.fixture
-def made(fresh, data, tmp_path):
+def write_checkpoint(fresh, data, tmp_path):
     """A function: form -> (our checkpoint, the file in the other layout, the arch file). Pruned where asked."""
 
     def make(form, pruned=False, epochs=2, **changes):
@@ -68,10 +68,10 @@ def read(path, arch, form="auto"):
 
 @pytest.mark.parametrize("pruned", [False, True])
 @pytest.mark.parametrize("form", sorted(FORMS))
-def test_every_form_streams_what_it_computed(made, data, tmp_path, form, pruned):
+def test_every_form_streams_what_it_computed(write_checkpoint, data, tmp_path, form, pruned):
     if pruned and not form.startswith("S4oP"):
         pytest.skip("only S4oP prunes")
-    ours, path, arch = made(form, pruned)
+    ours, path, arch = write_checkpoint(form, pruned)
     checkpoint = read(path, arch)
     network = convert.to_network(checkpoint)
     # Against torch's own forward pass on recorded windows, which knows nothing of the import.
@@ -90,9 +90,9 @@ def test_every_form_streams_what_it_computed(made, data, tmp_path, form, pruned)
 
 
 @pytest.mark.parametrize(("real", "dt"), [("softplus", "exp"), ("relu", "softplus"), ("none", "softplus")])
-def test_parameter_transforms(made, data, real, dt):
+def test_parameter_transforms(write_checkpoint, data, real, dt):
     form = "S4Block diag zoh"
-    ours, path, arch = made(form, real_transform=real, dt_transform=dt)
+    ours, path, arch = write_checkpoint(form, real_transform=real, dt_transform=dt)
     torch.save(layouts.block_stack(ours.model, real=real, dt=dt), path)
     x, _ = scoring.split_windows(data, "test", 50)
     expected = scoring.predict(ours.model, scoring.as_input(x[:3], ours.spec)).numpy()
@@ -101,8 +101,8 @@ def test_parameter_transforms(made, data, real, dt):
 
 
 @pytest.mark.parametrize("form", ["S4Block diag bilinear", "S4Block dplr"])
-def test_tied_systems_are_copied_to_every_channel(made, tmp_path, form):
-    ours, path, arch = made(form)
+def test_tied_systems_are_copied_to_every_channel(write_checkpoint, tmp_path, form):
+    ours, path, arch = write_checkpoint(form)
     torch.save(layouts.block_stack(ours.model, tied=True), path)
     network, deviations = convert.import_checkpoint(read(path, arch), path, tmp_path / "m.safetensors")
     A = network.blocks[0].ssm.A.reshape(8, -1)
@@ -110,15 +110,15 @@ def test_tied_systems_are_copied_to_every_channel(made, tmp_path, form):
     assert max(a.error for a in deviations) < 1e-4
 
 
-def test_a_step_of_its_own_for_each_state(made, tmp_path):
-    ours, path, arch = made("S4Block diag zoh")
+def test_a_step_of_its_own_for_each_state(write_checkpoint, tmp_path):
+    ours, path, arch = write_checkpoint("S4Block diag zoh")
     torch.save(layouts.block_stack(ours.model, untied_dt=True), path)
     _, deviations = convert.import_checkpoint(read(path, arch), path, tmp_path / "m.safetensors")
     assert max(a.error for a in deviations) < 1e-4
 
 
-def test_a_truncated_C_is_undone_for_streams_longer_than_it(made):
-    _, path, arch = made("S4Block dplr")
+def test_a_truncated_C_is_undone_for_streams_longer_than_it(write_checkpoint):
+    _, path, arch = write_checkpoint("S4Block dplr")
     checkpoint = read(path, arch)
     assert checkpoint.layers[0].l_kernel == 50
     network = convert.to_network(checkpoint)
@@ -144,12 +144,12 @@ def fourier(checkpoint):
             ssm.B.copy_(ssm.P)
 
 
-def test_each_channel_takes_the_form_that_float32_holds(made, tmp_path):
-    _, path, arch = made("S4Block dplr, N 64", epochs=1)
+def test_each_channel_takes_the_form_that_float32_holds(write_checkpoint, tmp_path):
+    _, path, arch = write_checkpoint("S4Block dplr, N 64", epochs=1)
     legs, deviations = convert.import_checkpoint(read(path, arch), path, tmp_path / "legs.safetensors")
     assert all(b.ssm.rank_one.all() for b in legs.blocks)
     assert max(a.error for a in deviations) < 1e-4
-    ours, path, arch = made("S4Block dplr", epochs=1)
+    ours, path, arch = write_checkpoint("S4Block dplr", epochs=1)
     fourier(ours)
     torch.save(layouts.block_stack(ours.model), path)
     network, deviations = convert.import_checkpoint(read(path, arch), path, tmp_path / "fourier.safetensors")
@@ -160,8 +160,8 @@ def test_each_channel_takes_the_form_that_float32_holds(made, tmp_path):
 @pytest.mark.parametrize("form", ["minimal S4D", "S4Block dplr, N 64"])
 @pytest.mark.parametrize("factor", [0.5, 2.0])
 @pytest.mark.slow
-def test_another_sample_rate_is_the_convolution_discretised_anew(made, form, factor):
-    _, path, arch = made(form, sample_rate_hz=50.0)
+def test_another_sample_rate_is_the_convolution_discretised_anew(write_checkpoint, form, factor):
+    _, path, arch = write_checkpoint(form, sample_rate_hz=50.0)
     network = at_sample_rate(convert.to_network(read(path, arch)), 50.0 * factor)
     assert network.window == 50 * factor
     assert max(a.error for a in verification.compare_with_convolution(network, 1000)) < 1e-4
@@ -171,8 +171,8 @@ def test_another_sample_rate_is_the_convolution_discretised_anew(made, form, fac
     assert np.abs(verification.network_outputs(network, x) - expected).max() < 1e-9
 
 
-def test_tokens(made, fresh, tmp_path):
-    _, path, arch = made("S4oP S4D")
+def test_tokens(write_checkpoint, fresh, tmp_path):
+    _, path, arch = write_checkpoint("S4oP S4D")
     content = torch.load(path)
     state = content["model_state_dict"]
     del state["embedding.bias"]
@@ -214,8 +214,8 @@ def changed(path, **changes):
         ("S4oP S4D", {"s4d_layers__0__D": torch.zeros(7)}, r"shape \(8, 8, 2\), expected \(7, any, 2\)"),
     ],
 )
-def test_what_can_not_be_read_or_streamed_is_refused_with_its_name(made, tmp_path, form, change, message):
-    _, path, arch = made(form, epochs=1)
+def test_what_can_not_be_read_or_streamed_is_refused_with_its_name(write_checkpoint, tmp_path, form, change, message):
+    _, path, arch = write_checkpoint(form, epochs=1)
     changed(path, **change)
     with pytest.raises(InputRefused, match=message) as caught:
         convert.import_checkpoint(read(path, arch), path, tmp_path / "m.safetensors")
@@ -237,8 +237,8 @@ def test_what_can_not_be_read_or_streamed_is_refused_with_its_name(made, tmp_pat
         ({"labels": ["a"]}, "ARCH labels: 1 given"),
     ],
 )
-def test_what_the_arch_must_say(made, tmp_path, change, message):
-    _, path, arch = made("S4Block diag zoh", epochs=1)
+def test_what_the_arch_must_say(write_checkpoint, tmp_path, change, message):
+    _, path, arch = write_checkpoint("S4Block diag zoh", epochs=1)
     lines = [line for line in arch.read_text().splitlines() if line.split(" = ")[0] not in change]
     lines += layouts.arch_toml(**{k: v for k, v in change.items() if v is not None}).splitlines()
     arch.write_text("\n".join(lines))
@@ -253,8 +253,8 @@ def test_a_broken_arch_is_refused(tmp_path, text):
         read_architecture(tmp_path / "a.toml")
 
 
-def test_a_pickle_with_code_is_refused_and_never_run(made, tmp_path):
-    _, path, arch = made("minimal S4D", epochs=1)
+def test_a_pickle_with_code_is_refused_and_never_run(write_checkpoint, tmp_path):
+    _, path, arch = write_checkpoint("minimal S4D", epochs=1)
 
     class Hostile:
         def __reduce__(self):
@@ -274,8 +274,8 @@ def test_a_pickle_with_code_is_refused_and_never_run(made, tmp_path):
             read(path, arch)
 
 
-def test_an_artifact_that_disagrees_is_not_written(made, tmp_path, monkeypatch):
-    _, path, arch = made("minimal S4D", epochs=1)
+def test_an_artifact_that_disagrees_is_not_written(write_checkpoint, tmp_path, monkeypatch):
+    _, path, arch = write_checkpoint("minimal S4D", epochs=1)
     checkpoint = read(path, arch)
     honest = convert.to_network
 
@@ -298,8 +298,8 @@ def call(monkeypatch, capsys, *arguments):
 
 
 @pytest.mark.slow
-def test_import_and_verify_by_hand(made, tmp_path, demo_stream, monkeypatch, capsys):
-    _, path, arch = made("S4oP S4", pruned=True)
+def test_import_and_verify_by_hand(write_checkpoint, tmp_path, demo_stream, monkeypatch, capsys):
+    _, path, arch = write_checkpoint("S4oP S4", pruned=True)
     model = tmp_path / "m.safetensors"
     arguments = [path, "--from", "s4op", "--arch", arch, "--output", model, "--input", demo_stream]
     status, out, err = call(monkeypatch, capsys, "import", *arguments)
@@ -309,7 +309,7 @@ def test_import_and_verify_by_hand(made, tmp_path, demo_stream, monkeypatch, cap
     status, out, err = call(monkeypatch, capsys, "verify", model, path, "--arch", arch, "--drift", 2000)
     assert status == 0, err
     assert out.count("  ok") == 5
-    _, other, other_arch = made("S4oP S4", pruned=True, epochs=3)
+    _, other, other_arch = write_checkpoint("S4oP S4", pruned=True, epochs=3)
     status, out, err = call(monkeypatch, capsys, "verify", model, other, "--arch", other_arch, "--drift", 0)
     assert status == 1
     assert "TOO LARGE" in out

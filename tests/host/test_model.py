@@ -141,8 +141,8 @@ def test_rounded_columns_are_steps_of_their_rows_and_stay_so():
     each = (weight / weight.abs().amax(dim=1, keepdim=True).clamp(min=1e-30) * 127).round()
     each *= weight.abs().amax(dim=1, keepdim=True) / 127
 
-    def error(found):
-        return ((inputs @ (found - weight).T) ** 2).mean()
+    def error(actual):
+        return ((inputs @ (actual - weight).T) ** 2).mean()
 
     assert error(rounded) < 0.7 * error(each)
 
@@ -212,7 +212,7 @@ BOUND = 1e-4
 
 
 @pytest.mark.parametrize(
-    ("expected", "found", "ties", "ties_differing", "labels_differing", "passes"),
+    ("expected", "actual", "ties", "ties_differing", "labels_differing", "passes"),
     [
         ([1.0, 0.0, 0.5], [1.0, 0.0, 0.5], 0, 0, 0, True),
         ([1.0, 1.0, 0.5], [1.0, 1.0 + 1e-12, 0.5], 1, 1, 0, True),  # an exact tie
@@ -228,9 +228,9 @@ BOUND = 1e-4
     ],
 )
 def test_a_tie_is_no_difference_and_a_difference_is_no_tie(
-    expected, found, ties, ties_differing, labels_differing, passes
+    expected, actual, ties, ties_differing, labels_differing, passes
 ):
-    agreement = compare_logits(np.array([expected]), np.array([found]), BOUND)
+    agreement = compare_logits(np.array([expected]), np.array([actual]), BOUND)
     assert (agreement.ties, agreement.ties_differing) == (ties, ties_differing)
     assert agreement.labels_differing == labels_differing
     assert agreement.passes() == passes

@@ -26,8 +26,8 @@ def test_a_peer_steps_the_same_network(name, shape):
     network = parts.network_of(shape)
     samples = samples_for(network, 0, 50)
     step = entries.make(name, parts.parts_of(network))
-    found = np.stack([step(sample) for sample in samples])
-    assert np.abs(found - create("reference", network).chunk(samples)).max() <= 1e-4
+    outputs = np.stack([step(sample) for sample in samples])
+    assert np.abs(outputs - create("reference", network).chunk(samples)).max() <= 1e-4
 
 
 @pytest.mark.slow

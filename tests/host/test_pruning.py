@@ -30,8 +30,8 @@ def trained(fresh, data):
 
 def measured(checkpoint, data, bypass="gain"):
     x, y = scoring.calibration_windows(checkpoint, data)
-    found = calibration.measure(checkpoint.model, x, y)
-    return [Measured(b, s, bypass, 50) for b, s in zip(checkpoint.model.layers(), found, strict=True)]
+    statistics = calibration.measure(checkpoint.model, x, y)
+    return [Measured(b, s, bypass, 50) for b, s in zip(checkpoint.model.layers(), statistics, strict=True)]
 
 
 def test_the_depth_law_by_hand():

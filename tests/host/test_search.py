@@ -52,10 +52,10 @@ def start(fresh, data):
     return checkpoint
 
 
-def family(start, data, folder, seeds=(0, 1), method="s4op", rates=RATES, said=None, **options):
-    """Search as the command does; ``said`` gets the lines that it prints. Returns the content of family.json."""
+def family(start, data, folder, seeds=(0, 1), method="s4op", rates=RATES, printed=None, **options):
+    """Search as the command does; ``printed`` gets the lines that it prints. Returns the content of family.json."""
     plan = replace(make_plan(METHODS[method], rates, start), seeds=seeds)
-    lines = [] if said is None else said
+    lines = [] if printed is None else printed
     settings = search.SearchSettings(folder, method, **options)
     result = search.search(start, data, plan, settings, on_member=lambda member: lines.append(member.summary()))
     lines += result.summary()
@@ -63,23 +63,23 @@ def family(start, data, folder, seeds=(0, 1), method="s4op", rates=RATES, said=N
     return result.content
 
 
-def timeless(found):
+def timeless(result):
     """Without what is measured anew each time."""
-    return [{k: v for k, v in m.items() if k not in ("step_us", "base_step_us")} for m in found["members"]]
+    return [{k: v for k, v in m.items() if k not in ("step_us", "base_step_us")} for m in result["members"]]
 
 
 def test_the_family_is_nested_and_its_winners_are_the_best_by_validation(start, data, tmp_path):
-    said = []
-    found = family(start, data, tmp_path, said=said)
+    printed = []
+    result = family(start, data, tmp_path, printed=printed)
     written = json.loads((tmp_path / "family.json").read_text())
-    assert written["members"] == json.loads(json.dumps(found["members"]))
+    assert written["members"] == json.loads(json.dumps(result["members"]))
     for member in written["members"]:
         assert member["failure"] is None
         assert member["agreement"]["cpu"]["max_error"] < 1e-4
         assert member["agreement"]["cpu"]["labels_differing"] == 0
-    assert [m["rate"] for m in found["members"]] == [0, *RATES]
+    assert [m["rate"] for m in result["members"]] == [0, *RATES]
     active = [set(range(8)) for _ in range(2)]
-    for member in found["members"]:
+    for member in result["members"]:
         checkpoint = load_checkpoint(tmp_path / member["checkpoint"])
         shipped = artifact.load(tmp_path / member["artifact"])
         assert [len(b.ssm.active) for b in shipped.network.blocks] == member["active"]
@@ -96,10 +96,10 @@ def test_the_family_is_nested_and_its_winners_are_the_best_by_validation(start, 
                 scores[seed] = load_checkpoint(path).history[-1]["validation"]["balanced_accuracy"]
             assert member["validation"]["balanced_accuracy"] == max(scores.values())
         assert member["step_us"] > 0
-    parameters = [m["parameters"] for m in found["members"]]
+    parameters = [m["parameters"] for m in result["members"]]
     assert parameters == sorted(parameters, reverse=True)
-    assert [line.split()[1].rstrip(":") for line in said if "step" in line] == ["0", "0.25", "0.5", "0.75"]
-    assert said[-4].startswith("  rate 0: ")
+    assert [line.split()[1].rstrip(":") for line in printed if "step" in line] == ["0", "0.25", "0.5", "0.75"]
+    assert printed[-4].startswith("  rate 0: ")
 
 
 @pytest.mark.slow
@@ -150,10 +150,10 @@ def test_processes_give_the_same_family_and_one_that_dies_is_replaced(start, dat
     until = threading.Event()
     with ThreadPoolExecutor(1) as pool, executors.local(2) as make_executor:
         killer = pool.submit(kill_one_child, os.getpid(), until)
-        found = family(start, data, tmp_path / "there", make_executor=make_executor, rates=(0.5,))
+        result = family(start, data, tmp_path / "there", make_executor=make_executor, rates=(0.5,))
         until.set()
         assert killer.result()
-    assert timeless(found) == timeless(expected)
+    assert timeless(result) == timeless(expected)
     assert sorted(p.name for p in (tmp_path / "there" / "candidates").iterdir()) == [
         "rate-0.5-seed-0.pt",
         "rate-0.5-seed-1.pt",
@@ -183,11 +183,11 @@ def test_a_dask_cluster_gives_the_same_family_though_a_worker_is_killed(start, d
         with ThreadPoolExecutor(1) as pool, executors.cluster(cluster.scheduler_address) as make_executor:
             done = pool.submit(strike)
             options = {"make_executor": make_executor, "is_remote": True}
-            found = family(start, data, tmp_path / "there", seeds=(0, 1, 2), rates=(0.5,), **options)
+            result = family(start, data, tmp_path / "there", seeds=(0, 1, 2), rates=(0.5,), **options)
             struck.append(None)
             done.result()
     assert struck[0] is not None
-    assert timeless(found) == timeless(expected)
+    assert timeless(result) == timeless(expected)
     assert len(list((tmp_path / "there" / "candidates").iterdir())) == 3
 
 
@@ -232,10 +232,10 @@ def table_of_states(path):
 @pytest.mark.slow
 def test_a_latency_target_stops_at_the_first_member_that_meets_it(start, data, tmp_path):
     table = table_of_states(tmp_path / "t.json")
-    found = family(start, data, tmp_path / "f", target=Target(latency_us=17.0), table=table)
+    result = family(start, data, tmp_path / "f", target=Target(latency_us=17.0), table=table)
     # 16 operators of 2 pairs are 32 us; half of them 16.
-    assert [m["step_us"] for m in found["members"]] == [32.0, 24.0, 16.0]
-    assert found["chosen"] == 0.5
+    assert [m["step_us"] for m in result["members"]] == [32.0, 24.0, 16.0]
+    assert result["chosen"] == 0.5
     assert (tmp_path / "f" / "chosen.safetensors").read_bytes() == (
         tmp_path / "f" / "rate-0.5.safetensors"
     ).read_bytes()
@@ -244,19 +244,19 @@ def test_a_latency_target_stops_at_the_first_member_that_meets_it(start, data, t
 @pytest.mark.slow
 def test_an_accuracy_target_takes_the_fastest_within(start, data, tmp_path):
     table = table_of_states(tmp_path / "t.json")
-    found = family(start, data, tmp_path / "all", target=Target(accuracy_loss=100.0), table=table)
-    assert found["chosen"] == 0.75
-    base = found["members"][0]["validation"]["balanced_accuracy"]
-    within = [m["rate"] for m in found["members"] if base - m["validation"]["balanced_accuracy"] <= 0]
+    result = family(start, data, tmp_path / "all", target=Target(accuracy_loss=100.0), table=table)
+    assert result["chosen"] == 0.75
+    base = result["members"][0]["validation"]["balanced_accuracy"]
+    within = [m["rate"] for m in result["members"] if base - m["validation"]["balanced_accuracy"] <= 0]
     none = family(start, data, tmp_path / "none", target=Target(accuracy_loss=0.0), table=table)
     assert none["chosen"] in within
 
 
 def test_a_size_target(start, data, tmp_path):
     sizes = {m["rate"]: m["file_bytes"] for m in family(start, data, tmp_path / "all")["members"]}
-    found = family(start, data, tmp_path / "f", target=Target(size_bytes=max(sizes[0.5], sizes[0.25]) + 400))
-    assert found["chosen"] is not None
-    chosen = next(m for m in found["members"] if m["rate"] == found["chosen"])
+    result = family(start, data, tmp_path / "f", target=Target(size_bytes=max(sizes[0.5], sizes[0.25]) + 400))
+    assert result["chosen"] is not None
+    chosen = next(m for m in result["members"] if m["rate"] == result["chosen"])
     assert (tmp_path / "f" / "chosen.safetensors").stat().st_size == chosen["file_bytes"]
 
 
@@ -314,14 +314,14 @@ def test_a_member_that_fails_costs_no_other_one(start, data, finished):
 
 
 def test_the_next_best_member_stands_in_for_a_chosen_one_that_fails(start, data, finished, tmp_path):
-    table, said = table_of_states(tmp_path / "t.json"), []
+    table, printed = table_of_states(tmp_path / "t.json"), []
     spoil(finished, 0.75)
     target = Target(accuracy_loss=100.0)
     with pytest.raises(RunFailed, match=r"^rate 0\.75 was not written: [^;]*; [^;]*family\.json lists"):
-        family(start, data, finished, seeds=(0,), target=target, table=table, said=said)
+        family(start, data, finished, seeds=(0,), target=target, table=table, printed=printed)
     assert json.loads((finished / "family.json").read_text())["chosen"] == 0.5
     assert (finished / "chosen.safetensors").read_bytes() == (finished / "rate-0.5.safetensors").read_bytes()
-    assert said[-1].endswith("chosen.safetensors, in place of rate 0.75, which was not written")
+    assert printed[-1].endswith("chosen.safetensors, in place of rate 0.75, which was not written")
 
 
 def test_a_search_goes_on_past_a_member_that_meets_the_target_and_fails(start, data, finished, tmp_path):
@@ -329,9 +329,9 @@ def test_a_search_goes_on_past_a_member_that_meets_the_target_and_fails(start, d
     spoil(finished, 0.5)
     with pytest.raises(RunFailed, match=r"^rate 0\.5 was not written"):
         family(start, data, finished, seeds=(0,), target=Target(latency_us=17.0), table=table)
-    found = json.loads((finished / "family.json").read_text())
-    assert [m["rate"] for m in found["members"]] == [0, *RATES]
-    assert found["chosen"] == 0.75
+    result = json.loads((finished / "family.json").read_text())
+    assert [m["rate"] for m in result["members"]] == [0, *RATES]
+    assert result["chosen"] == 0.75
 
 
 def test_where_every_member_fails_nothing_is_chosen(start, data, finished, tmp_path):
@@ -353,9 +353,9 @@ def test_a_rate_that_fails_ends_the_search_but_costs_none_before_it(start, data,
     (finished / "family.json").unlink()
     with pytest.raises(RunFailed, match=r"^rate 0\.5 could not be made: .*rate-0\.5-seed-0\.pt: damaged"):
         family(start, data, finished, seeds=(0,))
-    found = json.loads((finished / "family.json").read_text())
-    assert [m["rate"] for m in found["members"]] == [0, 0.25]
-    assert found["failed_rate"]["rate"] == 0.5
+    result = json.loads((finished / "family.json").read_text())
+    assert [m["rate"] for m in result["members"]] == [0, 0.25]
+    assert result["failed_rate"]["rate"] == 0.5
     damaged.write_bytes(content)
     assert family(start, data, finished, seeds=(0,))["failed_rate"] is None
 

@@ -29,7 +29,10 @@ from edge_ssm_build.training.network import SSM, Block, SSMNetwork
 
 Reduction = Callable[[SSMNetwork, list[Statistics], int, int], None]
 """Function of (model, statistics, length, total) that reduces a network in place, as ``reduce`` does."""
+Increase = tuple[float, int, int, int, int]
+"""Increase of a channel's pairs: negative gain per pair, layer, channel, pairs before, pairs after."""
 ITERATIONS = 25
+"""Iterations of the fit."""
 RIDGE = 1e-6
 """Penalty on the power of each single mode, relative to the target's. Without it two poles can meet, and their residues
 then grow without bound with opposite signs, which float32 cannot represent."""
@@ -280,7 +283,7 @@ def fit_layer(ssm: SSM, statistics: Statistics, length: int) -> tuple[dict[int, 
 def _reduce_h2(model: SSMNetwork, statistics_by_layer: list[Statistics], length: int, total: int) -> None:
     """Assign ``total`` pairs to the channels where they reduce the weighted output error most, at least one each."""
     layers = []
-    queue: list[tuple[float, int, int, int, int]] = []
+    queue: list[Increase] = []
     chosen: list[list[int]] = []
     for i, (block, statistics) in enumerate(zip(model.layers(), statistics_by_layer, strict=True)):
         ssm = block.ssm
@@ -294,14 +297,14 @@ def _reduce_h2(model: SSMNetwork, statistics_by_layer: list[Statistics], length:
             _push(queue, errors, int(ssm.pairs[k]), i, k, chosen[i][k])
     spent = sum(sum(pairs) for pairs in chosen)
     while queue:
-        _, i, k, now, then = heapq.heappop(queue)
-        if now != chosen[i][k] or spent + then - now > total:
+        _, i, k, before, after = heapq.heappop(queue)
+        if before != chosen[i][k] or spent + after - before > total:
             continue
-        spent += then - now
-        chosen[i][k] = then
-        _push(queue, layers[i][1], int(model.ssms()[i].pairs[k]), i, k, then)
+        spent += after - before
+        chosen[i][k] = after
+        _push(queue, layers[i][1], int(model.ssms()[i].pairs[k]), i, k, after)
     for ssm, (fits, _), pairs in zip(model.ssms(), layers, chosen, strict=True):
-        _install_fits(ssm, fits, pairs, length)
+        _install_fits(ssm, fits, pairs)
 
 
 def _importance(block: Block, statistics: Statistics) -> Tensor:
@@ -309,18 +312,20 @@ def _importance(block: Block, statistics: Statistics) -> Tensor:
     return statistics.slope / statistics.slope.mean().clamp_min(1e-300)
 
 
-def _push(
-    queue: list[tuple[float, int, int, int, int]], errors: dict[int, list[float]], full: int, i: int, k: int, now: int
-) -> None:
-    """Queue the increase of pairs with the largest gain per pair; an unreduced channel has no error."""
-    options = [(r, errors[r][k]) for r in errors if now < r < full] + ([(full, 0.0)] if now < full else [])
-    here = errors[now][k] if now in errors and now < full else 0.0
-    if options:
-        gain, fewer = max(((here - error) / (r - now), -r) for r, error in options)
-        heapq.heappush(queue, (-gain, i, k, now, -fewer))
+def _push(queue: list[Increase], errors: dict[int, list[float]], full: int, i: int, k: int, current: int) -> None:
+    """Queue the increase of the pairs of channel k in layer i with the largest gain per pair.
+
+    ``errors`` holds each channel's error by number of pairs; with its ``full`` number of pairs a channel has no error.
+    """
+    if current >= full:
+        return
+    options = [(pairs, errors[pairs][k]) for pairs in errors if current < pairs < full] + [(full, 0.0)]
+    error_now = errors[current][k] if current in errors else 0.0
+    gain, fewer = max(((error_now - error) / (pairs - current), -pairs) for pairs, error in options)
+    heapq.heappush(queue, (-gain, i, k, current, -fewer))
 
 
-def _install_fits(ssm: SSM, fits: dict[int, tuple[Modes, Tensor]], pairs: list[int], length: int) -> None:
+def _install_fits(ssm: SSM, fits: dict[int, tuple[Modes, Tensor]], pairs: list[int]) -> None:
     """Write the fits to the layer. Channels that keep all their pairs are unchanged, including their rank-one term."""
     changed = [k for k, n in enumerate(pairs) if n < int(ssm.pairs[k])]
     if not changed:
