@@ -23,7 +23,7 @@ from functools import cache
 from importlib import import_module
 
 EDGE_SSM = [sys.executable, "-c", "from edge_ssm.cli.app import main; main()"]
-EDGE_SSM_BUILD = [sys.executable, "-c", "from edge_ssm_build.cli import main; main()"]
+EDGE_SSM_BUILD = [sys.executable, "-c", "from edge_ssm_build.cli.app import main; main()"]
 PRELOADED = {
     "edge_ssm": (
         "edge_ssm.cli.app",
@@ -34,14 +34,15 @@ PRELOADED = {
         "edge_ssm.telemetry.top",
     ),
     "edge_ssm_build": (
-        "edge_ssm_build.cli",
+        "edge_ssm_build.cli.app",
+        "edge_ssm_build.cli.train",
         "torch",
         "tqdm",
         "onnx",
         "onnxruntime",
         "flatbuffers",
         "ai_edge_litert.interpreter",
-        "edge_ssm_build.training",
+        "edge_ssm_build.training.loop",
         "edge_ssm.engines.cpu.engine",
     ),
 }
