@@ -39,14 +39,17 @@ PRELOADED = {
         "torch",
         "tqdm",
         "onnx",
-        "onnxruntime",
         "flatbuffers",
-        "ai_edge_litert.interpreter",
+        "edge_ssm_build.cli.app",
+        "edge_ssm_build.cli.train",
+        "torch",
+        "tqdm",
         "edge_ssm_build.training.loop",
         "edge_ssm.engines.cpu.engine",
     ),
 }
-"""What each server imports. What is missing is left out: the command says so itself."""
+"""What each server imports. What is missing is left out: the command says so itself. Graph runtimes are not here: they
+have threads of their own, and wait for them for ever after a fork."""
 
 
 class _Server:
