@@ -52,7 +52,8 @@ def test_a_new_counter_needs_its_declaration_and_nothing_else(tmp_path):
     path = package / "runtime" / "counters.py"
     before, after = path.read_text().split("    labelled: int = counter(")
     path.write_text(f"{before}{NEW}    labelled: int = counter({after}")
-    environment = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{Path(__file__).parent}"}
+    paths = [str(tmp_path), str(Path(__file__).parent)]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
     done = subprocess.run(
         [sys.executable, "-c", LOOK], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=120
     )
