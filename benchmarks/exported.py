@@ -31,7 +31,7 @@ import numpy as np
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
-from networks import random_network, samples_for
+from support.networks import random_network, samples_for
 
 from edge_ssm import load
 from edge_ssm.engines.registry import EngineOptions, create

@@ -32,8 +32,8 @@ from edge_ssm_build.training.loop import fit
 from edge_ssm_build.training.network import Config
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "tests" / "host"))
-import layouts
+sys.path.insert(0, str(ROOT / "tests"))
+from support import layouts
 
 WINDOW = 100
 DIAGONAL, BILINEAR = {"init": "legs"}, {"init": "legs", "discretization": "bilinear"}

@@ -14,7 +14,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT / "tests")]
-from networks import random_network, samples_for
+from support.networks import random_network, samples_for
 
 from edge_ssm.engines import selection
 from edge_ssm.engines.registry import create

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
+from support import ROOT
 
 settings.register_profile(
     "edge", derandomize=True, deadline=None, max_examples=40, suppress_health_check=[HealthCheck.too_slow]
@@ -17,8 +18,6 @@ settings.load_profile("edge")
 # A shell starts what it runs in the background with Ctrl-C ignored, and so would be the commands that tests interrupt.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
-
-ROOT = Path(__file__).parent.parent
 
 
 def pytest_configure(config):

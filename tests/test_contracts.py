@@ -8,8 +8,8 @@ from collections import defaultdict
 from functools import cache
 
 import pytest
-from networks import random_network
 from support import ROOT, commands
+from support.networks import random_network
 
 PACKAGES = {"edge_ssm": ROOT / "edge_ssm", "edge_ssm_build": ROOT / "tools" / "edge_ssm_build"}
 LINES = 400

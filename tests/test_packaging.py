@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from support import ROOT
 
 try:
     import tomllib
 except ModuleNotFoundError:
     import tomli as tomllib
 
-ROOT = Path(__file__).parent.parent
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PROJECT = PYPROJECT["project"]
 EXTRAS = PROJECT["optional-dependencies"]

@@ -18,7 +18,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent.parent
 sys.path[:0] = [str(ROOT / "tests")]
-import emulated_board
+from support import emulated_board
 
 
 def main() -> None:

@@ -37,7 +37,7 @@ import numpy as np
 
 ROOT = Path(__file__).parent.parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-from mosquitto import Broker, free_port
+from support.mosquitto import Broker, free_port
 
 from edge_ssm.engines.registry import create
 from edge_ssm.formats import artifact

@@ -2,7 +2,7 @@
 
 A new reader of untrusted bytes is entered by ``@register("its-name", ...)`` on a function that builds its callable; a
 codec of ``edge_ssm.io.codecs.registry.FORMATS`` is entered by itself. Seeds lie in tests/corpus/NAME/, and
-tests/test_fuzz.py runs them through every target.
+tests/campaigns/test_fuzz.py runs them through every target.
 
 Callables are deterministic and keep nothing between inputs, so that a finding can be repeated from its bytes alone.
 """

@@ -23,7 +23,7 @@ from edge_ssm.service import snapshot as service_snapshot
 from edge_ssm_build.export import signing
 
 sys.path.insert(0, str(ROOT / "tests"))
-from networks import random_network
+from support.networks import random_network
 
 SMALL = {"h": 2, "pairs": 1, "layers": 1, "d_input": 1, "d_output": 2, "window": 4}
 

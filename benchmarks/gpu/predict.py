@@ -18,7 +18,7 @@ from typing import Any
 ROOT = Path(__file__).parent.parent.parent
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "benchmarks")]
 from floor import read_bytes
-from networks import random_network
+from support.networks import random_network
 
 from edge_ssm.engines.cuda import layout as cuda_layout
 from edge_ssm.engines.cuda.engine import make_plan

@@ -28,7 +28,7 @@ import numpy as np
 ROOT = Path(__file__).parent.parent.parent
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "benchmarks")]
 from floor import read_bytes
-from networks import random_network, samples_for
+from support.networks import random_network, samples_for
 
 from edge_ssm.engines.cuda.driver import Device
 from edge_ssm.engines.cuda.engine import THREADS, CudaEngine

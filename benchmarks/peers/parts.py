@@ -11,7 +11,7 @@ import numpy as np
 
 ROOT = Path(__file__).parent.parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
-from networks import random_network
+from support.networks import random_network
 
 from edge_ssm.model.discretize import step_parameters
 from edge_ssm.model.network import Array, LinearEncoder, Network

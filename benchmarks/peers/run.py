@@ -46,7 +46,7 @@ def steps_of(shape: str) -> dict[str, Any]:
     """Entry -> (its step, its largest error, steps that a call stands for); the floor makes no error."""
     sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "tests")]
     from floor import PASSES, read_bytes, reader
-    from networks import samples_for
+    from support.networks import samples_for
 
     from edge_ssm.engines.registry import create
     from peers import entries
