@@ -86,7 +86,7 @@ def step_ratio() -> float:
 def main() -> None:
     """Measure every format, write the JSON file and the table, and exit with 1 if a logit is off."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "imports.json")
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "imports.json", help="JSON file to write")
     arguments = parser.parse_args()
     prepare_process()
     data, rows = datasets.load("watch"), []

@@ -31,7 +31,7 @@ ROOT = Path(__file__).parent.parent
 def main() -> None:
     """Stream the test split with each engine, write the JSON file, and exit with 1 if an engine disagrees."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "parity.json")
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "parity.json", help="JSON file to write")
     arguments = parser.parse_args()
     model = ROOT / "examples" / "demo.safetensors"
     network = load(model).network

@@ -26,9 +26,9 @@ from edge_ssm_build.training.scoring import split_windows
 def main() -> None:
     """Stream the test split at both rates, print the accuracies, and write the JSON file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path)
-    parser.add_argument("--data", default="watch")
-    parser.add_argument("--output", type=Path)
+    parser.add_argument("model", type=Path, help="artifact that states a sample rate")
+    parser.add_argument("--data", default="watch", help="data set with the same channels (default: watch)")
+    parser.add_argument("--output", type=Path, help="JSON file to write (default: none)")
     arguments = parser.parse_args()
     network = load(arguments.model).network
     rate = network.input.sample_rate_hz
