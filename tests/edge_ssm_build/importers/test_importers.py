@@ -85,7 +85,7 @@ def test_every_form_streams_what_it_computed(write_checkpoint, data, tmp_path, f
     assert {a.engine for a in deviations} == {"reference", "cpu"}
     assert max(a.error for a in deviations) < 1e-4
     loaded = artifact.load(tmp_path / "m.safetensors")
-    assert loaded.provenance["imported"]["form"] == checkpoint.form
+    assert loaded.provenance["imported"]["form"] == checkpoint.format_name
     assert [len(b.ssm.active) for b in loaded.network.blocks] == [len(a) for a in ours.model.active()]
 
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @click.command("import")
 @click.argument("checkpoint")
-@click.option("--from", "form", default="auto", show_default=True, help=FORMAT_HELP)
+@click.option("--from", "format_name", default="auto", show_default=True, help=FORMAT_HELP)
 @click.option(
     "--arch",
     required=True,
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 )
 @click.option("--output", required=True, metavar="FILE", help="Artifact to write, *.safetensors.")
 @click.option("--input", "recording", metavar="FILE", help="Recording to compare on, in addition to random input.")
-def import_(checkpoint: str, form: str, arch: str, output: str, recording: str | None) -> None:
+def import_(checkpoint: str, format_name: str, arch: str, output: str, recording: str | None) -> None:
     """Convert a CHECKPOINT of state-spaces or S4oP to an artifact, if its stream agrees with its convolution."""
     require_torch()
     from edge_ssm_build.importers.checkpoints import read_architecture, read_checkpoint
@@ -35,19 +35,19 @@ def import_(checkpoint: str, form: str, arch: str, output: str, recording: str |
 
     inputs = {f"CHECKPOINT {checkpoint}": checkpoint, f"--arch {arch}": arch, f"--input {recording}": recording}
     check_output(output, ".safetensors", inputs)
-    imported = read_checkpoint(Path(checkpoint), form, read_architecture(Path(arch)))
+    imported = read_checkpoint(Path(checkpoint), format_name, read_architecture(Path(arch)))
     recording_path = None if recording is None else Path(recording)
     network, deviations = import_checkpoint(imported, Path(checkpoint), Path(output), recording_path)
     for d in deviations:
         click.echo(f"{d.engine}: {d.steps} samples, largest error of a logit {d.error:.1e}")
     active = [len(block.ssm.active) for block in network.blocks]
-    click.echo(f"{output}: {imported.form}, {len(active)} layers, {network.d_model} channels, active {active}")
+    click.echo(f"{output}: {imported.format_name}, {len(active)} layers, {network.d_model} channels, active {active}")
 
 
 @click.command()
 @click.argument("model")
 @click.argument("checkpoint", required=False)
-@click.option("--from", "form", default="auto", show_default=True, help=FORMAT_HELP)
+@click.option("--from", "format_name", default="auto", show_default=True, help=FORMAT_HELP)
 @click.option("--arch", metavar="FILE", help="ARCH.toml of CHECKPOINT. Required with CHECKPOINT.")
 @click.option(
     "--steps",
@@ -63,7 +63,7 @@ def import_(checkpoint: str, form: str, arch: str, output: str, recording: str |
     show_default=True,
     help="Number of samples of one long stream to compare with float64; 0 for none.",
 )
-def verify(model: str, checkpoint: str | None, form: str, arch: str | None, steps: int, drift: int) -> None:
+def verify(model: str, checkpoint: str | None, format_name: str, arch: str | None, steps: int, drift: int) -> None:
     """Compare the stream of MODEL, on each engine, with its convolution and, over a long stream, with float64.
 
     With CHECKPOINT, also compare it with the checkpoint's own convolution. The exit status is 1 if an output is off by
@@ -73,7 +73,7 @@ def verify(model: str, checkpoint: str | None, form: str, arch: str | None, step
     if (checkpoint is None) != (arch is None):
         raise UsageError("verify: a CHECKPOINT and its --arch go together")
     network = artifact.load(model).network
-    results = _compare(network, checkpoint, form, arch, steps) + _compare_drift(network, drift)
+    results = _compare(network, checkpoint, format_name, arch, steps) + _compare_drift(network, drift)
     for expectation, d in results:
         mark = "ok" if d.error <= network.tolerance else "TOO LARGE"
         click.echo(f"{d.engine:<11} {d.steps:>8} samples against {expectation}: largest error {d.error:.1e}  {mark}")
@@ -82,7 +82,7 @@ def verify(model: str, checkpoint: str | None, form: str, arch: str | None, step
 
 
 def _compare(
-    network: Network, checkpoint: str | None, form: str, arch: str | None, steps: int
+    network: Network, checkpoint: str | None, format_name: str, arch: str | None, steps: int
 ) -> list[tuple[str, Deviation]]:
     """Return the deviations from the network's convolution and from the checkpoint's, each with its description."""
     from edge_ssm_build.importers import verification
@@ -90,7 +90,7 @@ def _compare(
 
     results = [("its convolution", d) for d in verification.compare_with_convolution(network, steps)]
     if checkpoint is not None and arch is not None:
-        imported = read_checkpoint(Path(checkpoint), form, read_architecture(Path(arch)))
+        imported = read_checkpoint(Path(checkpoint), format_name, read_architecture(Path(arch)))
         samples = verification.random_samples(network, steps)
         deviations = verification.compare_with_checkpoint(network, imported, samples)
         results += [("the checkpoint", d) for d in deviations]

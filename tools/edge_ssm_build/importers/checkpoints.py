@@ -89,35 +89,47 @@ def read_architecture(path: Path) -> Architecture:
 class Layer:
     """One block with the checkpoint's own parameters, all float64: K active channels of M conjugate pairs."""
 
-    active: Array  # (K,) int64
-    A: Array  # (K, M) complex
-    B: Array  # (K, M) complex
-    C: Array  # (K, M) complex; truncated to ``l_kernel`` samples if that is not 0
-    P: Array | None  # (K, M) complex; None for a diagonal layer
-    dt: Array  # (K, 1), or (K, M) if each state has its own
+    active: Array
+    """Shape (K,), int64: active channels, ascending."""
+    A: Array
+    """Shape (K, M), complex; the same for B, C and P."""
+    B: Array
+    C: Array
+    """Truncated to ``l_kernel`` samples (S4 paper, appendix C.3) if that is not 0."""
+    P: Array | None
+    """None for a diagonal layer."""
+    dt: Array
+    """Shape (K, 1), or (K, M) if each state has its own step."""
     l_kernel: int
-    D: Array  # (K,)
-    weight: Array  # (2H, H) or (H, H)
+    D: Array
+    """Shape (K,)."""
+    weight: Array
+    """Weight of the mixing, shape (2H, H) with a gate (GLU), else (H, H)."""
     bias: Array
-    norm_weight: Array  # (H,)
-    norm_bias: Array  # (H,)
-    running: tuple[Array, Array] | None  # running mean and variance of BatchNorm
+    norm_weight: Array
+    """Shape (H,); the same for ``norm_bias``."""
+    norm_bias: Array
+    running: tuple[Array, Array] | None
+    """Running mean and variance of BatchNorm, each (H,); None for LayerNorm."""
 
 
 @dataclass(frozen=True)
 class ImportedCheckpoint:
     """A checkpoint of another project."""
 
-    form: str
-    """Name of the format."""
-    encoder: tuple[Array, Array] | None  # weight (H, d_input), bias (H,)
-    embedding: Array | None  # (V, H)
+    format_name: str
+    encoder: tuple[Array, Array] | None
+    """Weight (H, d_input) and bias (H,); None for a network of tokens."""
+    embedding: Array | None
+    """Shape (V, H): embedding of V tokens; None if there is an encoder."""
     layers: tuple[Layer, ...]
     decoder: tuple[Array, Array]
+    """Weight (d_output, H) and bias (d_output,)."""
     discretization: Literal["zoh", "bilinear"]
     prenorm: bool
     pooling: Literal["mean", "last"]
     window: int
+    """Samples per window."""
     arch: Architecture
 
     @property
@@ -199,22 +211,22 @@ def _tensors(path: Path) -> tuple[dict[str, torch.Tensor], list[list[int]] | Non
 def recognise(tensors: Mapping[str, torch.Tensor], path: Path) -> str:
     """Return the name of the format that the keys belong to. Raise InputRefused if there is none."""
     names = "\n".join(tensors)
-    for name, form in FORMATS.items():
-        if re.search(form.pattern, names, re.MULTILINE):
+    for name, checkpoint_format in FORMATS.items():
+        if re.search(checkpoint_format.pattern, names, re.MULTILINE):
             return name
     raise InputRefused(
         f"{path}: not recognised as {', '.join(FORMATS)}; its keys begin with {', '.join(list(tensors)[:4])}"
     )
 
 
-def read_checkpoint(path: Path, form: str, arch: Architecture) -> ImportedCheckpoint:
+def read_checkpoint(path: Path, format_name: str, arch: Architecture) -> ImportedCheckpoint:
     """Read a checkpoint of another project.
 
     Parameters
     ----------
     path
         File that ``torch.save`` wrote.
-    form
+    format_name
         Name of the format, one of FORMATS, or "auto".
     arch
         What the keys cannot express.
@@ -231,9 +243,9 @@ def read_checkpoint(path: Path, form: str, arch: Architecture) -> ImportedCheckp
         matches = [name for name in tensors if re.search(pattern, f".{name}")]
         if matches:
             raise InputRefused(f"{path}: {matches[0]} belongs to {part}, which edge-ssm cannot stream")
-    name = recognise(tensors, path) if form == "auto" else form
+    name = recognise(tensors, path) if format_name == "auto" else format_name
     if name not in FORMATS:
-        raise UsageError(f"--from {form!r}: unknown, expected auto, {', '.join(FORMATS)}")
+        raise UsageError(f"--from {format_name!r}: unknown, expected auto, {', '.join(FORMATS)}")
     return _Reader(path, _Keys(path, tensors), name, arch, active).checkpoint()
 
 
@@ -251,8 +263,10 @@ _TRANSFORMS: dict[str, Callable[[Array], Array]] = {
 class _Reader:
     """Reads the tensors of one checkpoint."""
 
-    def __init__(self, path: Path, keys: _Keys, form: str, arch: Architecture, active: list[list[int]] | None) -> None:
-        self.path, self.keys, self.form, self.arch, self.active = path, keys, form, arch, active
+    def __init__(
+        self, path: Path, keys: _Keys, format_name: str, arch: Architecture, active: list[list[int]] | None
+    ) -> None:
+        self.path, self.keys, self.format_name, self.arch, self.active = path, keys, format_name, arch, active
 
     def _check_stated(self, name: str, actual: Any) -> None:
         """Raise UsageError if ARCH.toml states another value."""
@@ -270,10 +284,10 @@ class _Reader:
 
     def checkpoint(self) -> ImportedCheckpoint:
         """Read every tensor and check that none is left."""
-        keys, form = self.keys, FORMATS[self.form]
-        decoder = keys.take(f"{form.decoder}.weight", (None, None)), keys.take(f"{form.decoder}.bias", (None,))
+        keys, names = self.keys, FORMATS[self.format_name]
+        decoder = keys.take(f"{names.decoder}.weight", (None, None)), keys.take(f"{names.decoder}.bias", (None,))
         h = decoder[0].shape[1]
-        encoder, embedding = self._encoder(form.encoder, h)
+        encoder, embedding = self._encoder(names.encoder, h)
         stack, count = self._stack()
         is_rank_one = any(name.endswith(".kernel.P") for name in keys.unread)
         is_block = any(name.endswith(".kernel.inv_dt") for name in keys.unread)
@@ -291,14 +305,14 @@ class _Reader:
         ):
             self._check_stated(name, actual)
         return ImportedCheckpoint(
-            form=self.form,
+            format_name=self.format_name,
             encoder=encoder,
             embedding=embedding,
             layers=layers,
             decoder=decoder,
             discretization=discretization,
             prenorm=self._stated("prenorm"),
-            pooling=self._stated("pooling", form.pooling),
+            pooling=self._stated("pooling", names.pooling),
             window=self._stated("window"),
             arch=self.arch,
         )

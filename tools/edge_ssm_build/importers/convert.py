@@ -162,7 +162,7 @@ def import_checkpoint(
         )
     provenance = {
         "tool": f"edge-ssm-build {edge_ssm.__version__}",
-        "imported": {"form": checkpoint.form, "sha256": hashlib.sha256(source.read_bytes()).hexdigest()},
+        "imported": {"form": checkpoint.format_name, "sha256": hashlib.sha256(source.read_bytes()).hexdigest()},
         "verified": [{"engine": a.engine, "samples": a.steps, "error": a.error} for a in deviations],
     }
     artifact.save(output, network, provenance)

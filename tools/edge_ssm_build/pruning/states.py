@@ -42,9 +42,12 @@ then grow without bound with opposite signs, which float32 cannot represent."""
 class Modes:
     """Discrete poles and residues of K channels with M pairs each."""
 
-    p: Tensor  # (K, M) complex128, logarithm of the pole, Re p < 0
-    c: Tensor  # (K, M) complex128
-    d: Tensor  # (K,) float64, added to the K[0] of the modes
+    p: Tensor
+    """Logarithm of the pole, shape (K, M), complex128, Re p < 0."""
+    c: Tensor
+    """Residue, shape (K, M), complex128."""
+    d: Tensor
+    """Term that is added to the K[0] of the modes, shape (K,), float64."""
 
 
 def impulse_response(modes: Modes, length: int) -> Tensor:
