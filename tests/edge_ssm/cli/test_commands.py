@@ -223,7 +223,7 @@ def test_wrong_use_is_one_line_and_status_2(folder, tmp_path):
     known = "auto, cpu, cpu-float32, cuda, cuda-persistent, onnx, tflite, reference"
     one_line(stream(folder, "--engine", "warp"), 2, f"engine 'warp': unknown, expected {known}")
     one_line(stream(folder, "--hop", "11"), 2, "hop: 11 samples, expected 1 to the window's 10")
-    one_line(stream(folder, "--input", tmp_path / "none.csv"), 2, "none.csv: can't be read")
+    one_line(stream(folder, "--input", tmp_path / "none.csv"), 2, "none.csv: cannot be read")
     one_line(stream(folder, "--input", tmp_path), 2, "it is a directory")
     one_line(stream(folder, "--output", tmp_path / "no" / "x"), 2, "cannot be written")
     one_line(stream(folder, "--scale", "x"), 2, "--scale 'x': expected numbers")

@@ -280,7 +280,7 @@ def test_a_target_that_nothing_meets_says_how_near_it_came(start, data, tmp_path
 
 
 def spoil(folder, rate, seed=0):
-    """A finished candidate gets logits so large that float32 can't hold them to 1e-4; its labels stay as they are."""
+    """A finished candidate gets logits so large that float32 cannot hold them to 1e-4; its labels stay as they are."""
     path = folder / "candidates" / f"rate-{rate:g}-seed-{seed}.pt"
     checkpoint = load_checkpoint(path)
     with torch.no_grad():
