@@ -23,7 +23,8 @@ import torch
 from edge_ssm.engines.registry import create
 from edge_ssm.profiler import step_table
 from edge_ssm_build.data import datasets
-from edge_ssm_build.importers.checkpoints import read_architecture, read_checkpoint
+from edge_ssm_build.importers.architecture import read_architecture
+from edge_ssm_build.importers.checkpoints import read_checkpoint
 from edge_ssm_build.importers.convert import to_network
 from edge_ssm_build.importers.verification import compare_with_checkpoint, random_samples
 from edge_ssm_build.pruning.executors import prepare_process

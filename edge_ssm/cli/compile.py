@@ -6,13 +6,13 @@ from pathlib import Path
 
 import click
 
+from edge_ssm import outputs
 from edge_ssm.cli import signals
 from edge_ssm.cli.options import NotEmpty
 from edge_ssm.engines.cpu import cache as kernel_cache
 from edge_ssm.engines.cpu import kernel_file
 from edge_ssm.engines.cuda import cache as cuda_cache
 from edge_ssm.errors import UsageError
-from edge_ssm.profiler import report
 
 TARGETS = ("host", *kernel_file.TARGETS, *cuda_cache.TARGETS)
 
@@ -62,7 +62,7 @@ def _compile_for_gpu(target: str, output: str | None) -> None:
 
 def _compile_for_cpu(target: str, output: str | None, assembly: str | None) -> None:
     places = {name: Path(text) for name, text in (("--output", output), ("--assembly", assembly)) if text is not None}
-    report.check_places(places, {})
+    outputs.check_places(places, {})
     for option, magic, content in (
         ("--output", kernel_file.MAGIC, "kernel"),
         ("--assembly", kernel_cache.LISTING, "assembly"),

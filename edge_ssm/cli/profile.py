@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from edge_ssm import log
+from edge_ssm import log, outputs
 from edge_ssm.cli import signals
 from edge_ssm.cli.options import Finite, NotEmpty, OptionWithAliases, explicit_parameters
 from edge_ssm.errors import RunFailed, UsageError
@@ -139,7 +139,7 @@ def _refuse_others(context: click.Context, option: str, reason: str, others: set
 def _measure_step_table(path: str, engine: str) -> None:
     if engine == "all" or "," in engine:
         raise UsageError(f"--step-table: takes one engine, not {engine!r}")
-    report.check_places({"--step-table": Path(path)}, {})
+    outputs.check_places({"--step-table": Path(path)}, {})
     table = profiler_step_table.tabulate(engine)
     profiler_step_table.save_table(Path(path), table)
     click.echo(f"{sanitize(path)}: {len(table.rows)} networks measured on {table.machine}, engine {table.engine}")
@@ -154,13 +154,13 @@ def _measure(models: tuple[str, ...], engines: str, options: Mapping[str, Any], 
     inputs = {f"MODEL {model}": Path(model) for model in models}
     if request.recording is not None:
         inputs["--input"] = Path(request.recording)
-    report.check_places(places, inputs)
+    outputs.check_places(places, inputs)
     measured = profiler_run.measure(request)
     failures = []
     for flag, place in places.items():  # Before anything is printed: a reader that leaves must not cost the report.
         content = report.as_json(measured) if flag == "--json" else report_html.render(measured).encode()
         try:
-            report.write(place, content)
+            outputs.write(place, content)
         except RunFailed as error:
             failures.append(str(error))
     click.echo(report.render(measured))

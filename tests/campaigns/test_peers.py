@@ -17,6 +17,7 @@ from peers import entries, parts
 from support.networks import samples_for
 
 
+@pytest.mark.filterwarnings("ignore")  # PyTorch warns of TorchScript, which is one of the peers.
 @pytest.mark.parametrize("shape", ["tiny", "tiny-50"])
 @pytest.mark.parametrize("name", entries.REQUIRES)
 def test_a_peer_steps_the_same_network(name, shape):

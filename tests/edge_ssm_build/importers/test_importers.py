@@ -18,7 +18,8 @@ from support import layouts
 
 from edge_ssm_build.cli.app import cli
 from edge_ssm_build.importers import convert, verification
-from edge_ssm_build.importers.checkpoints import read_architecture, read_checkpoint
+from edge_ssm_build.importers.architecture import read_architecture
+from edge_ssm_build.importers.checkpoints import read_checkpoint
 from edge_ssm_build.training import loop, scoring
 
 S4 = {"kernel": "s4", "init": "legs", "discretization": "bilinear", "l_kernel": 50}

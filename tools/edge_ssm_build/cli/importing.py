@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 def import_(checkpoint: str, format_name: str, arch: str, output: str, recording: str | None) -> None:
     """Convert a CHECKPOINT of state-spaces or S4oP to an artifact, if its stream agrees with its convolution."""
     require_torch()
-    from edge_ssm_build.importers.checkpoints import read_architecture, read_checkpoint
+    from edge_ssm_build.importers.architecture import read_architecture
+    from edge_ssm_build.importers.checkpoints import read_checkpoint
     from edge_ssm_build.importers.convert import import_checkpoint
 
     inputs = {f"CHECKPOINT {checkpoint}": checkpoint, f"--arch {arch}": arch, f"--input {recording}": recording}
@@ -86,7 +87,8 @@ def _compare(
 ) -> list[tuple[str, Deviation]]:
     """Return the deviations from the network's convolution and from the checkpoint's, each with its description."""
     from edge_ssm_build.importers import verification
-    from edge_ssm_build.importers.checkpoints import read_architecture, read_checkpoint
+    from edge_ssm_build.importers.architecture import read_architecture
+    from edge_ssm_build.importers.checkpoints import read_checkpoint
 
     results = [("its convolution", d) for d in verification.compare_with_convolution(network, steps)]
     if checkpoint is not None and arch is not None:

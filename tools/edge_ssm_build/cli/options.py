@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from edge_ssm import outputs
 from edge_ssm.errors import UsageError
 from edge_ssm.formats import loading
 from edge_ssm_build.data.datasets import BUILTIN
@@ -66,12 +67,11 @@ def check_output(output: str, ending: str, inputs: Mapping[str, str | None]) -> 
     InputRefused
         If the path cannot be written or would overwrite one of ``inputs`` (description -> path or None).
     """
-    from edge_ssm.profiler import report
 
     if Path(output).suffix != ending:
         raise UsageError(f"--output {output}: expected a name that ends in {ending}")
     paths = {name: Path(path) for name, path in inputs.items() if path is not None}
-    report.check_places({"--output": Path(output)}, paths)
+    outputs.check_places({"--output": Path(output)}, paths)
 
 
 def make_folder(path: str) -> Path:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from edge_ssm import files
+from edge_ssm import files, outputs
 from edge_ssm.cli.options import Finite
 from edge_ssm.errors import UsageError
 from edge_ssm.formats import artifact
@@ -268,10 +268,9 @@ def _dataset_for(model: str, network: Network, name: str | None, default: str | 
 )
 def record(name: str, output: str, split: Any, window: int, windows_each: int | None, decimals: int | None) -> None:
     """Write a split as a CSV stream with a label column, for edge-ssm run."""
-    from edge_ssm.profiler import report
     from edge_ssm_build.data import recording
 
     inputs = {} if name in datasets.BUILTIN else {f"--data {name}": Path(name)}
-    report.check_places({"--output": Path(output)}, inputs)
+    outputs.check_places({"--output": Path(output)}, inputs)
     samples = recording.record(datasets.load(name), split, Path(output), window, windows_each, decimals)
     click.echo(f"{output}: {samples} samples, {Path(output).stat().st_size:,} bytes")

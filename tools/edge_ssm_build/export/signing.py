@@ -18,10 +18,9 @@ from cryptography.hazmat.primitives.serialization import (
     load_pem_private_key,
 )
 
-from edge_ssm import files
+from edge_ssm import files, outputs
 from edge_ssm.errors import RunFailed, SignatureRefused, UsageError
 from edge_ssm.formats import loading, signatures
-from edge_ssm.profiler import report
 
 
 def _write_new(path: Path, content: bytes, mode: int) -> None:
@@ -133,7 +132,7 @@ def sign(model: Path, keys: Sequence[Path]) -> tuple[Path, list[str]]:
         raise UsageError(f"--key: {len(keys)} given, expected 1 to {signatures.MAX_SIGNATURES}")
     private = [load_private_key(key) for key in keys]
     target = signatures.signature_path(model)
-    report.check_places({"signature": target}, {"MODEL": model} | {f"--key {key}": key for key in keys})
+    outputs.check_places({"signature": target}, {"MODEL": model} | {f"--key {key}": key for key in keys})
     content = envelope(msgspec.json.encode(statement(model)), private)
     try:
         files.write(target, content)

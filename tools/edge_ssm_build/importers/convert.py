@@ -26,15 +26,9 @@ from edge_ssm.model.network import (
 )
 from edge_ssm.model.validation import check
 from edge_ssm_build.export.convert import untruncated_C
-from edge_ssm_build.importers.checkpoints import ImportedCheckpoint, Layer
+from edge_ssm_build.importers.architecture import ImportedCheckpoint, Layer
 from edge_ssm_build.importers.diagonalization import diagonalize
-from edge_ssm_build.importers.verification import (
-    BOUND,
-    STEPS,
-    Deviation,
-    compare_with_checkpoint,
-    read_samples,
-)
+from edge_ssm_build.importers.verification import BOUND, STEPS, Deviation, compare_with_checkpoint, read_samples
 
 EPS = 1e-5
 """Epsilon of LayerNorm and BatchNorm in all formats: torch's default."""

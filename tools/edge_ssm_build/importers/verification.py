@@ -23,7 +23,7 @@ from edge_ssm.io.codecs import registry as codecs
 from edge_ssm.model.input_range import input_range
 from edge_ssm.model.network import ENGINE_ERROR, SSM, Array, Block, Network, TokenEncoder
 from edge_ssm_build.export.convert import state_slices, truncated_C
-from edge_ssm_build.importers.checkpoints import ImportedCheckpoint, Layer
+from edge_ssm_build.importers.architecture import ImportedCheckpoint, Layer
 from edge_ssm_build.training.kernels import rank_one_kernel
 
 BOUND = ENGINE_ERROR

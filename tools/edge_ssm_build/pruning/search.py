@@ -16,9 +16,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from edge_ssm import files
+from edge_ssm import files, outputs
 from edge_ssm.errors import RunFailed, UsageError
-from edge_ssm.profiler import report
 from edge_ssm.profiler.step_table import StepTable
 from edge_ssm_build.data import datasets
 from edge_ssm_build.data.datasets import Dataset
@@ -36,12 +35,7 @@ from edge_ssm_build.pruning.family import (
 )
 from edge_ssm_build.pruning.plan import Plan
 from edge_ssm_build.pruning.target import Target, choose_member, describe_miss, is_last_rate, replaced_member
-from edge_ssm_build.training.checkpoint import (
-    Checkpoint,
-    dump_checkpoint,
-    load_checkpoint,
-    parse_checkpoint,
-)
+from edge_ssm_build.training.checkpoint import Checkpoint, dump_checkpoint, load_checkpoint, parse_checkpoint
 from edge_ssm_build.training.scoring import as_input, score, split_windows
 
 FAMILY_VERSION = 2
@@ -302,7 +296,7 @@ def check_outputs(output: Path, plan: Plan, inputs: Mapping[str, Path]) -> None:
     endings = ("pt", "safetensors")
     names = [f"rate-{rate:g}.{ending}" for rate in (0.0, *plan.rates) for ending in endings]
     for name in (*names, "chosen.safetensors", "family.json", "plan.json"):
-        report.check_places({"--output": output / name}, inputs)
+        outputs.check_places({"--output": output / name}, inputs)
 
 
 def _claim(path: Path, content: dict[str, Any]) -> None:
