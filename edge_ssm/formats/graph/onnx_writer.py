@@ -119,7 +119,10 @@ class OnnxWriter:
 
     def layer_norm(self, x: Value, name: str, norm: Norm) -> Value:
         """Return the LayerNorm of x, shape (1, H)."""
-        weights = self.constant(f"{name}.weight", norm.weight), self.constant(f"{name}.bias", norm.bias)
+        bias = self.constant(f"{name}.bias", norm.bias)
+        if x.shape[-1] == 1:  # ONNX Runtime 1.23 refuses to normalise a single element; the result is the bias.
+            return self.add(self.sub(x, x), bias)
+        weights = self.constant(f"{name}.weight", norm.weight), bias
         return self.node("LayerNormalization", [x, *weights], x.shape, axis=-1, epsilon=norm.eps)
 
     def lookup(self, token: Value, name: str, rows: Array) -> Value:

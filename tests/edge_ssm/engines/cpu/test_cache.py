@@ -72,7 +72,7 @@ def test_the_device_needs_no_numba_where_a_kernel_was_copied(generic, tmp_path):
     done = run(hidden + CHECK, EDGE_SSM_CACHE=str(tmp_path))
     assert "no compiled kernel for this processor in" in done.stderr
     assert "edge-ssm compile --target" in done.stderr
-    auto = hidden + "sys.path.insert(0, 'tests')\nfrom networks import random_network\n"
+    auto = hidden + "sys.path.insert(0, 'tests')\nfrom support.networks import random_network\n"
     auto += "from edge_ssm.engines.registry import create\nprint(create('auto', random_network()).name)"
     assert run(auto, EDGE_SSM_CACHE=str(tmp_path)).stdout.split() == ["reference"]
 
@@ -220,8 +220,8 @@ def test_all_targets_are_named():
 
 
 def test_compiling_for_another_target_says_that_it_needs_numba():
-    hidden = "import importlib.util as u; find = u.find_spec\n"
-    hidden += "u.find_spec = lambda name: None if name == 'numba' else find(name)\n"
+    hidden = "from edge_ssm.engines.cpu import cache; find = cache.find_spec\n"
+    hidden += "cache.find_spec = lambda name: None if name == 'numba' else find(name)\n"
     done = edge_ssm("--target", "x86_64-v3", before=hidden)
     assert done.returncode == 1
     said = "--target x86_64-v3: compiling needs numba, which is missing; pip install numba"
