@@ -318,6 +318,7 @@ def test_chunks_that_can_not_be_are_refused(folder, options, text):
     assert len(done.stderr.splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_a_kernel_is_compiled_for_another_processor(tmp_path):
     done = run("compile", "--target", "aarch64-generic", "--output", tmp_path / "k", "--assembly", tmp_path / "s")
     assert b"kernel for aarch64-generic" in done.stdout
@@ -342,6 +343,7 @@ def test_recorded_labels_can_not_write_to_the_terminal(folder):
     assert b"\x1b" not in done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_a_read_only_home_only_costs_the_compile_cache(folder, tmp_path):
     package = tmp_path / "copy"
     shutil.copytree(

@@ -33,6 +33,7 @@ sys.addaudithook(on)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -69,6 +70,7 @@ def test_the_exit_status_is_right_without_standard_error():
         assert subprocess.run([*COMMAND, "fly"], stderr=full, timeout=60).returncode == 2
 
 
+@pytest.mark.slow
 def test_a_report_is_kept_if_its_text_cannot_be_shown(tmp_path):
     with open("/dev/full", "wb") as full:
         command = [*COMMAND, "profile", str(DEMO), *SHORT, "--json", str(tmp_path / "r.json")]
@@ -134,6 +136,7 @@ def test_a_signal_while_a_kernel_is_compiled_leaves_no_folder_behind(tmp_path):
     assert list((tmp_path / "t").iterdir()) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("command", "said"),
     [

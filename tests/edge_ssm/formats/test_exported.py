@@ -177,6 +177,7 @@ def test_a_file_runs_as_its_artifact_does(kind, demo_model, demo_stream, tmp_pat
     assert [d["label"] for d in found] == [d["label"] for d in expected]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_inspect_and_profile_accept_a_file(kind, tmp_path):
     path = tmp_path / f"m.{kind}"
@@ -451,6 +452,7 @@ def resealed(model, claims=None):
     return content[:place] + hashlib.sha256(content).hexdigest().encode() + content[place + 64 :]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("claims", [{}, {"max_error": 1e9}])
 @pytest.mark.parametrize("weights", ["float32", "float16", "int8"])
 def test_a_graph_that_was_exchanged_is_refused(demo_files, demo_stream, tmp_path, weights, claims):
@@ -504,6 +506,7 @@ def test_a_graph_that_never_ends_is_refused_and_the_command_ends(demo_files, dem
     assert (done.returncode, done.stdout, done.stderr) == (2, "", said)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["onnx", "tflite"])
 def test_an_exported_file_is_recognised_by_its_content_and_can_be_signed(demo_files, demo_stream, tmp_path, kind):
     pytest.importorskip("cryptography")

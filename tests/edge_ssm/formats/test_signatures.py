@@ -468,6 +468,7 @@ def error_line(done):
     return line
 
 
+@pytest.mark.slow
 def test_keygen_sign_and_verify(tmp_path):
     model = tmp_path / "m.safetensors"
     digest = artifact.save(model, random_network(), {})

@@ -243,6 +243,7 @@ def test_a_machine_that_changes_makes_the_run_invalid(monkeypatch):
     assert len(machine.changes(first, hotter)) == 2
 
 
+@pytest.mark.slow
 def test_an_invalid_run_has_exit_status_1(tmp_path):
     code = (
         "from edge_ssm.hardware import machine\n"
@@ -259,6 +260,7 @@ def test_an_invalid_run_has_exit_status_1(tmp_path):
     assert json.loads((tmp_path / "r.json").read_text())["valid"] is False
 
 
+@pytest.mark.slow
 def test_sweeps_and_all_engines_are_rounds_of_one_run(tmp_path):
     done = profile(DEMO, *QUICK, "--sweep", "chunk,lanes", "--engine", "cpu", "--json", tmp_path / "r.json")
     assert done.returncode == 0, done.stderr
@@ -276,6 +278,7 @@ def test_sweeps_and_all_engines_are_rounds_of_one_run(tmp_path):
     assert len(found["notes"]) == len(set(found["notes"]))
 
 
+@pytest.mark.slow
 def test_a_family_is_several_models(tmp_path):
     other = tmp_path / "other.safetensors"
     other.write_bytes(DEMO.read_bytes())
@@ -303,7 +306,7 @@ def test_a_family_is_several_models(tmp_path):
         ([DEMO, "--profile", "pi"], 2, "profile 'pi': unknown; edge-ssm boards list"),
         ([DEMO, "--engine", "gpu"], 2, "engine 'gpu': unknown"),
         ([DEMO, "--input", "none.csv"], 2, "none.csv: cannot be read"),
-        ([DEMO, "--input", "/dev/null"], 2, "/dev/null: no sample"),
+        ([DEMO, "--input", "/dev/null"], 2, "/dev/null: not a regular file"),
         ([DEMO, "--rounds", "1"], 2, "--rounds"),
         ([DEMO, "--step-table", "t.json"], 2, "--step-table: measures networks of its own"),
         ([DEMO, "--json", "/nowhere/r.json"], 2, "/nowhere/r.json: its folder is missing"),
@@ -365,6 +368,7 @@ def test_an_output_that_is_an_input_or_another_output_is_refused_before_minutes_
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hard", "link", "m.safetensors", "pipe", "r.csv"]
 
 
+@pytest.mark.slow
 def test_outputs_go_through_links_and_to_standard_output(tmp_path):
     (tmp_path / "link").symlink_to("far.json")
     with open(tmp_path / "out", "wb") as out:

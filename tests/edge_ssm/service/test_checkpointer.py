@@ -90,6 +90,7 @@ def test_numbers_of_a_table_are_known_after_a_restart(small, tmp_path):
     assert "10 repeated" in said
 
 
+@pytest.mark.slow
 def test_a_dead_reader_s_decisions_are_made_again_where_state_is_kept(small, tmp_path):
     common = [small / "m.safetensors", "--input", small / "s.csv", "--state", tmp_path / "state", "--queue", "4096"]
     assert start(*common, "--output", "tcp://127.0.0.1:1").wait(60) == 1

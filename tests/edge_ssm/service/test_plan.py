@@ -159,7 +159,7 @@ def executed(path):
 
     service_run.open_source = open_source
     try:
-        service_run.run(merge(settings_file.read(path), {}), lambda line: None, path)
+        service_run.run(merge(settings_file.read(path), {}), path)
     except SourceOpened:
         return None
     except EdgeSSMError as error:

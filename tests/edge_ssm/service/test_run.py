@@ -59,6 +59,7 @@ def test_wrong_use_is_one_line(small, arguments, problem):
     assert problem in line
 
 
+@pytest.mark.slow
 def test_what_no_reader_took_stands_in_the_account_and_is_a_failure(small, tmp_path):
     run = start(small / "m.safetensors", "--input", small / "s.csv", "--output", "tcp://127.0.0.1:1", "--queue", "4096")
     _, said = run.communicate(timeout=60)
@@ -67,6 +68,7 @@ def test_what_no_reader_took_stands_in_the_account_and_is_a_failure(small, tmp_p
     assert "Connection refused; 2000 decisions and events were not delivered" in said.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_a_dead_reader_is_told_of_once(small, tmp_path):
     with (tmp_path / "log").open("wb") as log:
         run = commands.Process(
@@ -133,7 +135,7 @@ def test_two_runs_share_neither_state_nor_output(small, tmp_path, monkeypatch):
     until(lambda: list((tmp_path / "run").glob("*.status")))
     for option, place, problem in (
         ("--state", "state", "another run keeps its snapshots there"),
-        ("--output", "out", "another run writes it"),
+        ("--output", "out", "another run is writing it"),
     ):
         second = start(small / "m.safetensors", "--input", small / "s.csv", option, tmp_path / place)
         _, said = second.communicate(timeout=60)

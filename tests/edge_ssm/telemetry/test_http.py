@@ -419,6 +419,7 @@ while True:
 """
 
 
+@pytest.mark.slow
 def test_a_flood_of_requests_does_not_stop_the_loop():
     """The pipeline keeps its rate while clients send as many requests as they can; they get what the limit allows."""
     with demo(hz=500, hop=50, engine="cpu") as run, serving(run) as server:
@@ -441,6 +442,7 @@ def test_a_flood_of_requests_does_not_stop_the_loop():
                 client.wait()
 
 
+@pytest.mark.slow
 def test_responses_do_not_leak_memory(run):
     with serving(run, prometheus=True) as server, pytest.MonkeyPatch.context() as patch:
         patch.setattr(telemetry_http, "PER_SECOND", 5000)

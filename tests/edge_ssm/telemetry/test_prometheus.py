@@ -191,6 +191,7 @@ def test_the_dashboard_uses_only_metrics_that_exist():
     assert own - queried == set(), "metrics that no panel shows"
 
 
+@pytest.mark.slow
 def test_a_real_prometheus_scrapes_and_answers_the_dashboard(tmp_path):
     prometheus = shutil.which("prometheus")
     if prometheus is None:

@@ -30,6 +30,7 @@ def build(*arguments):
     return commands.run([*BUILD, *map(str, arguments)], capture_output=True, text=True, timeout=300)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("weights", ["float32", "float16", "int8"])
 def test_an_artifact_is_exported_and_its_error_said(kind, weights, demo_model, demo_stream, tmp_path):
@@ -61,6 +62,7 @@ def test_a_checkpoint_is_exported(kind, fresh, tmp_path):
     assert model.artifact.provenance["history"][-1]["stage"] == "round"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_artifact_s_own_weights_are_the_default(kind, tmp_path):
     for dtype in ("float32", "float16"):
@@ -76,6 +78,7 @@ def test_the_artifact_s_own_weights_are_the_default(kind, tmp_path):
     assert graph.measured.max_error <= 1e-4
 
 
+@pytest.mark.slow
 def test_a_chunk_is_in_the_file(tmp_path):
     network = random_network(window=20)
     artifact.save(tmp_path / "m.safetensors", network, {})
@@ -90,6 +93,7 @@ def test_a_chunk_is_in_the_file(tmp_path):
         assert np.array_equal(found, create(kind, network).chunk(samples))
 
 
+@pytest.mark.slow
 def test_the_same_export_gives_the_same_bytes(demo_model):
     for kind in KINDS:
         assert graphs.export_graph(demo_model, kind).content == graphs.export_graph(demo_model, kind).content

@@ -68,6 +68,7 @@ def timeless(result):
     return [{k: v for k, v in m.items() if k not in ("step_us", "base_step_us")} for m in result["members"]]
 
 
+@pytest.mark.slow
 def test_the_family_is_nested_and_its_winners_are_the_best_by_validation(start, data, tmp_path):
     printed = []
     result = family(start, data, tmp_path, printed=printed)
@@ -191,6 +192,7 @@ def test_a_dask_cluster_gives_the_same_family_though_a_worker_is_killed(start, d
     assert len(list((tmp_path / "there" / "candidates").iterdir())) == 3
 
 
+@pytest.mark.slow
 def test_no_scheduler_is_one_clear_line():
     pytest.importorskip("distributed")
     with pytest.raises(UsageError, match="no Dask scheduler answers"), executors.cluster("tcp://127.0.0.1:1"):
@@ -203,6 +205,7 @@ def test_jobs_that_kill_every_worker_end_the_run():
         list(executors.run_all(make_executor, jobs.broken, ["a"]))
 
 
+@pytest.mark.slow
 def test_the_first_job_that_fails_ends_the_run():
     with executors.local(2) as make_executor, pytest.raises(RunFailed, match="no good"):
         list(executors.run_all(make_executor, jobs.refuses, ["a", "b", "c"]))
@@ -252,6 +255,7 @@ def test_an_accuracy_target_takes_the_fastest_within(start, data, tmp_path):
     assert none["chosen"] in within
 
 
+@pytest.mark.slow
 def test_a_size_target(start, data, tmp_path):
     sizes = {m["rate"]: m["file_bytes"] for m in family(start, data, tmp_path / "all")["members"]}
     result = family(start, data, tmp_path / "f", target=Target(size_bytes=max(sizes[0.5], sizes[0.25]) + 400))
@@ -268,6 +272,7 @@ def test_a_target_must_be_finite(bad):
         Target(accuracy_loss=bad)
 
 
+@pytest.mark.slow
 def test_a_target_that_nothing_meets_says_how_near_it_came(start, data, tmp_path):
     table = table_of_states(tmp_path / "t.json")
     with pytest.raises(RunFailed, match=r"no member meets it; the smallest, rate 0.75, has step 8.00 us"):
@@ -296,6 +301,7 @@ def finished(start, data, tmp_path):
     return tmp_path / "f"
 
 
+@pytest.mark.slow
 def test_a_member_that_fails_costs_no_other_one(start, data, finished):
     spoil(finished, 0.5)
     with pytest.raises(
@@ -313,6 +319,7 @@ def test_a_member_that_fails_costs_no_other_one(start, data, finished):
         assert shipped.provenance["scores"]["test"] == members[rate]["test"]
 
 
+@pytest.mark.slow
 def test_the_next_best_member_stands_in_for_a_chosen_one_that_fails(start, data, finished, tmp_path):
     table, printed = table_of_states(tmp_path / "t.json"), []
     spoil(finished, 0.75)
@@ -324,6 +331,7 @@ def test_the_next_best_member_stands_in_for_a_chosen_one_that_fails(start, data,
     assert printed[-1].endswith("chosen.safetensors, in place of rate 0.75, which was not written")
 
 
+@pytest.mark.slow
 def test_a_search_goes_on_past_a_member_that_meets_the_target_and_fails(start, data, finished, tmp_path):
     table = table_of_states(tmp_path / "t.json")
     spoil(finished, 0.5)
@@ -334,6 +342,7 @@ def test_a_search_goes_on_past_a_member_that_meets_the_target_and_fails(start, d
     assert result["chosen"] == 0.75
 
 
+@pytest.mark.slow
 def test_where_every_member_fails_nothing_is_chosen(start, data, finished, tmp_path):
     table = table_of_states(tmp_path / "t.json")
     family(start, data, finished, seeds=(0,), target=Target(accuracy_loss=100.0), table=table)
@@ -346,6 +355,7 @@ def test_where_every_member_fails_nothing_is_chosen(start, data, finished, tmp_p
     assert [p.name for p in finished.glob("*.safetensors")] == ["rate-0.safetensors"]
 
 
+@pytest.mark.slow
 def test_a_rate_that_fails_ends_the_search_but_costs_none_before_it(start, data, finished):
     damaged = finished / "candidates" / "rate-0.5-seed-0.pt"
     content = damaged.read_bytes()
@@ -392,6 +402,7 @@ def test_the_report_holds_every_member_and_is_self_contained(start, data, tmp_pa
     assert {p: p.read_bytes() for p in written} == before
 
 
+@pytest.mark.slow
 def test_the_report_names_a_member_that_failed(start, data, finished, tmp_path):
     pytest.importorskip("matplotlib")
     spoil(finished, 0.5)

@@ -77,6 +77,7 @@ def test_the_device_needs_no_numba_where_a_kernel_was_copied(generic, tmp_path):
     assert run(auto, EDGE_SSM_CACHE=str(tmp_path)).stdout.split() == ["reference"]
 
 
+@pytest.mark.slow
 def test_a_damaged_or_stale_image_is_compiled_anew(content, tmp_path):
     (tmp_path / "torn.kernel").write_bytes(content[:-100])
     (tmp_path / "empty.kernel").write_bytes(b"")
@@ -169,6 +170,7 @@ def test_the_other_processor_s_code_is_vectors_and_stands_alone(tmp_path):
             kernel_cache.read(path)
 
 
+@pytest.mark.slow
 def test_what_can_not_be_compiled_or_kept_says_so(tmp_path, monkeypatch):
     with pytest.raises(UsageError, match="--target 'z80': unknown, expected host, aarch64-cortex-a78ae"):
         kernel_cache.compile_and_keep("z80", tmp_path / "x", None)
@@ -256,6 +258,7 @@ def test_where_kernels_are_kept(monkeypatch):
     assert kernel_cache.folders() == [Path("/own"), Path("/root's")]
 
 
+@pytest.mark.slow
 def test_a_kernel_of_the_second_folder_is_found(monkeypatch, tmp_path):
     monkeypatch.setenv("EDGE_SSM_CACHE", str(tmp_path / "second"))
     kernel_cache.build()

@@ -198,6 +198,7 @@ def profiled(command, jtop=False, timeout=180):
     return emulated_board.enter(["bash", "-c", script], jtop, timeout)
 
 
+@pytest.mark.slow
 @needs_board
 def test_a_profile_beside_an_ina3221(tmp_path):
     page = tmp_path / "page.html"

@@ -184,6 +184,7 @@ def test_killed_it_goes_on_in_the_open_window(wrist, manager, rows, labels):
     assert len(wrist.events("resumed")) == 1
 
 
+@pytest.mark.slow
 @booted
 def test_frozen_it_is_killed_by_the_watchdog_and_goes_on(wrist, manager, rows, labels):
     time.sleep(0.5)
@@ -253,6 +254,7 @@ def connect(manager, where, rows):
     manager.run("/opt/edge-ssm/bin/python", "-c", CONNECT, where, stdin="".join(rows))
 
 
+@pytest.mark.slow
 @booted
 @pytest.mark.parametrize(
     ("name", "source", "where"),
@@ -326,6 +328,7 @@ class Watched:
         return max(longest, time.monotonic() - last)
 
 
+@pytest.mark.slow
 def test_a_loop_that_waits_for_its_reader_feeds_the_watchdog_and_ends(demo_model, demo_stream, tmp_path):
     """Its queue is full and sink.overflow is wait: that is not stuck. SIGTERM ends it all the same."""
     sink = ["--output", f"unix://{tmp_path}/none", "--queue=2", "--overflow=wait"]
@@ -337,6 +340,7 @@ def test_a_loop_that_waits_for_its_reader_feeds_the_watchdog_and_ends(demo_model
         assert "ended by signal" in told
 
 
+@pytest.mark.slow
 def test_a_loop_that_fills_a_long_gap_feeds_the_watchdog(demo_model, rows, tmp_path):
     (tmp_path / "jump.csv").write_text("".join([*rows[:300], f"400000,{rows[300].partition(',')[2]}"]))
     arguments = ["--input", tmp_path / "jump.csv", "--max-gap", "1000000", "--engine", "cpu"]
