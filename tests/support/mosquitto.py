@@ -22,6 +22,8 @@ class Broker:
         if self.program is None:
             pytest.skip("mosquitto is not installed")
         self.port = port or free_port()
+        self.awaited_subscriptions = 0
+        """Subscriptions that a test has waited for."""
         self._process = None
         self._log = folder / "mosquitto.log"
         self._configuration = folder / "mosquitto.conf"

@@ -43,14 +43,18 @@ def listen(broker, *args, topic="s/+/x", **options):
 
 
 def ready(broker, source, stop, note="connected"):
-    before = broker.subscriptions()
+    """Wait until a new source receives what is published; each one subscribes once."""
     assert source.read(stop, 10) == Discontinuity(note, True)
-    subscribed(broker, before)
+    subscribed(broker, broker.awaited_subscriptions)
 
 
 def subscribed(broker, before):
-    """Wait for a subscription after the first ``before`` ones; the source says "connected" when it asks for one."""
+    """Wait for a subscription after the first ``before`` ones; the source says "connected" when it asks for one.
+
+    ``before`` must have been counted before the source began to connect, which it does when it is made.
+    """
     until(lambda: broker.subscriptions() > before)
+    broker.awaited_subscriptions = before + 1
 
 
 def take(source, stop, count, seconds=10):

@@ -16,6 +16,9 @@ from support.waiting import until
 
 from edge_ssm.service.systemd import install
 
+# One manager serves the file's tests in turn: they run together, or not at all.
+pytestmark = pytest.mark.slow
+
 WINDOW = 200
 COMMAND = [sys.executable, "-c", "from edge_ssm.cli.app import main; main()"]
 UNIT = "edge-ssm@wrist"
@@ -184,7 +187,6 @@ def test_killed_it_goes_on_in_the_open_window(wrist, manager, rows, labels):
     assert len(wrist.events("resumed")) == 1
 
 
-@pytest.mark.slow
 @booted
 def test_frozen_it_is_killed_by_the_watchdog_and_goes_on(wrist, manager, rows, labels):
     time.sleep(0.5)
@@ -254,7 +256,6 @@ def connect(manager, where, rows):
     manager.run("/opt/edge-ssm/bin/python", "-c", CONNECT, where, stdin="".join(rows))
 
 
-@pytest.mark.slow
 @booted
 @pytest.mark.parametrize(
     ("name", "source", "where"),
@@ -328,7 +329,6 @@ class Watched:
         return max(longest, time.monotonic() - last)
 
 
-@pytest.mark.slow
 def test_a_loop_that_waits_for_its_reader_feeds_the_watchdog_and_ends(demo_model, demo_stream, tmp_path):
     """Its queue is full and sink.overflow is wait: that is not stuck. SIGTERM ends it all the same."""
     sink = ["--output", f"unix://{tmp_path}/none", "--queue=2", "--overflow=wait"]
@@ -340,7 +340,6 @@ def test_a_loop_that_waits_for_its_reader_feeds_the_watchdog_and_ends(demo_model
         assert "ended by signal" in told
 
 
-@pytest.mark.slow
 def test_a_loop_that_fills_a_long_gap_feeds_the_watchdog(demo_model, rows, tmp_path):
     (tmp_path / "jump.csv").write_text("".join([*rows[:300], f"400000,{rows[300].partition(',')[2]}"]))
     arguments = ["--input", tmp_path / "jump.csv", "--max-gap", "1000000", "--engine", "cpu"]
