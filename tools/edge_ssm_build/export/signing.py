@@ -69,7 +69,7 @@ def load_private_key(path: Path) -> Ed25519PrivateKey:
     except (ValueError, UnsupportedAlgorithm):
         raise SignatureRefused(f"{path}: no private key in PEM; {expected}") from None
     if not isinstance(key, Ed25519PrivateKey):
-        raise SignatureRefused(f"{path}: a key of another kind ({type(key).__name__}); {expected}")
+        raise SignatureRefused(f"{path}: a key of another kind ({type(key).__name__.lstrip("_")}); {expected}")
     return key
 
 
