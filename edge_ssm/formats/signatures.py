@@ -158,7 +158,8 @@ def parse_key(content: bytes) -> Key:
     except (ValueError, UnsupportedAlgorithm):
         raise SignatureRefused(f"not a public key in PEM; {expected}") from None
     if not isinstance(public, Ed25519PublicKey):
-        raise SignatureRefused(f"a key of another kind ({type(public).__name__}); {expected}")
+        kind = type(public).__name__.lstrip("_")  # private in old versions of cryptography
+        raise SignatureRefused(f"a key of another kind ({kind}); {expected}")
     return Key(key_id(public), public)
 
 

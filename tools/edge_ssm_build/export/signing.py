@@ -69,7 +69,8 @@ def load_private_key(path: Path) -> Ed25519PrivateKey:
     except (ValueError, UnsupportedAlgorithm):
         raise SignatureRefused(f"{path}: no private key in PEM; {expected}") from None
     if not isinstance(key, Ed25519PrivateKey):
-        raise SignatureRefused(f"{path}: a key of another kind ({type(key).__name__.lstrip("_")}); {expected}")
+        kind = type(key).__name__.lstrip("_")  # private in old versions of cryptography
+        raise SignatureRefused(f"{path}: a key of another kind ({kind}); {expected}")
     return key
 
 
