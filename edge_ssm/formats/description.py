@@ -156,7 +156,7 @@ def _span(values: list[int]) -> str:
 
 
 def _outline(value: Any, name: str = "") -> list[str]:
-    """A JSON value as indented lines, one scalar a line. It is a stranger's: no control characters come through."""
+    """Return a JSON value as indented lines, one for each scalar, without the control characters it may contain."""
     name = sanitize(name, None)
     if isinstance(value, dict) or (isinstance(value, list) and any(isinstance(item, dict) for item in value)):
         items = value.items() if isinstance(value, dict) else enumerate(value)

@@ -67,7 +67,6 @@ def check_output(output: str, ending: str, inputs: Mapping[str, str | None]) -> 
     InputRefused
         If the path cannot be written or would overwrite one of ``inputs`` (description -> path or None).
     """
-
     if Path(output).suffix != ending:
         raise UsageError(f"--output {output}: expected a name that ends in {ending}")
     paths = {name: Path(path) for name, path in inputs.items() if path is not None}
