@@ -37,14 +37,14 @@ def run(context: click.Context, /, config: str | None, stream: bool, **options: 
     _check_standard_streams(settings)
     log.configure()
     outcome = service_run.run(settings, config)
-    account, network = outcome.account, outcome.network
+    counters, network = outcome.counters, outcome.network
     with suppress(OSError):  # The decisions matter, and they are written.
-        click.echo(summary(account, network, outcome.engine, outcome.chunk), err=True)
+        click.echo(summary(counters, network, outcome.engine, outcome.chunk), err=True)
     if outcome.failure:
         raise RunFailed(outcome.failure)
-    if account.malformed and not account.samples:
+    if counters.malformed and not counters.samples:
         raise EdgeSSMError(
-            f"{outcome.source}: no valid sample among {account.malformed} rows; expected {outcome.format} with "
+            f"{outcome.source}: no valid sample among {counters.malformed} rows; expected {outcome.format} with "
             f"{len(network.input.channels)} channels ({', '.join(network.input.channels)})"
         )
 

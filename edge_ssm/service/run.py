@@ -47,7 +47,7 @@ LONGEST_SKIP = 1 << 40
 class Outcome:
     """What became of a run."""
 
-    account: Counters
+    counters: Counters
     network: Network
     """The network that ran last."""
     engine: str
@@ -125,7 +125,7 @@ def execute(plan: RunPlan, shutdown: ShutdownSignal, stack: ExitStack) -> Outcom
     publishing.close()
     undelivered = _undelivered(counters, sink)
     return Outcome(
-        account=counters,
+        counters=counters,
         network=pipeline.engine.network,
         engine=_engine_in_words(pipeline, supervisor),
         chunk=chunk,
@@ -352,16 +352,16 @@ def _drive(driver: Driver, counters: Counters, notifier: Notifier, checkpointer:
     return failure
 
 
-def _undelivered(account: Counters, sink: Sink | None) -> str:
+def _undelivered(counters: Counters, sink: Sink | None) -> str:
     """Count what the sink dropped. Return a description if decisions were lost against the user's wish, or "".
 
     Who stops a run while its reader is gone knows that the rest is not delivered.
     """
     if sink is None:
         return ""
-    account.dropped.update({f"output_{reason}": n for reason, n in sink.dropped.items()})
+    counters.dropped.update({f"output_{reason}": n for reason, n in sink.dropped.items()})
     unsent = sink.dropped["unsent"]
-    if not unsent or account.ended_by == "signal":
+    if not unsent or counters.ended_by == "signal":
         return ""
     return f"{sink.problem or sink.name}; {unsent} decisions and events were not delivered"
 
