@@ -24,7 +24,7 @@ from edge_ssm.engines.cpu import cache as kernel_cache
 from edge_ssm.engines.registry import ENGINES, GPU_NODES
 from edge_ssm.hardware.boards import board_name, profiles_of
 
-OLDEST, NEWEST = (3, 10), (3, 12)
+OLDEST, NEWEST = (3, 10), (3, 14)
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def _first_package(label: str, names: tuple[str, ...], add: str) -> Finding:
 def _python() -> Finding:
     running = platform.python_version()
     ok = OLDEST <= sys.version_info[:2] <= NEWEST
-    return Finding("python", ok, f"{running} on {platform.machine()}", "" if ok else "use Python 3.10, 3.11 or 3.12")
+    return Finding("python", ok, f"{running} on {platform.machine()}", "" if ok else "use Python 3.10 to 3.14")
 
 
 def _board() -> Finding:
