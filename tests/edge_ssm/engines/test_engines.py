@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from support import convolution
 from support.networks import networks, random_network, samples_for
 
+from edge_ssm import create_engine
 from edge_ssm.engines import registry
-from edge_ssm.engines.registry import ENGINES, available, create
+from edge_ssm.engines.registry import ENGINES, EngineOptions, available, create
 from edge_ssm.errors import EngineUnavailable, NetworkError, SampleError, SnapshotError, UsageError
 from edge_ssm.model.cost import cost
 from edge_ssm.model.discretize import GAP_STEPS, gap_power, step_parameters
@@ -327,6 +328,14 @@ def test_the_registry_names_what_it_has():
     assert create("auto", random_network()).name == "cpu"
     with pytest.raises(UsageError, match="engine 'gpu9': unknown, expected auto"):
         create("gpu9", random_network())
+
+
+def test_lanes_are_an_option_with_a_shorthand():
+    network = random_network()
+    assert create_engine("reference", network).lanes == 1
+    assert create_engine("reference", network, lanes=4).lanes == 4
+    assert create_engine("cpu", network, EngineOptions(lanes=3)).lanes == 3
+    assert create_engine("cpu", network, EngineOptions(lanes=3), lanes=2).lanes == 2
 
 
 def test_importing_the_package_imports_neither_numba_nor_torch():
