@@ -17,15 +17,15 @@ MAX_VALUES = 64
 
 def encode(publisher: StatusPublisher, stuck_after_s: float, since: float = 0.0) -> bytes:
     """Return the document as JSON, with the history after ``since`` (seconds since the epoch)."""
-    status = publisher.status()
-    latency = publisher.latency()
+    decisions, events = publisher.decisions(), publisher.events()  # before the status, which then counts them all
+    status, latency = publisher.status(), publisher.latency()
     return msgspec.json.encode(
         {
             "status": shorten(msgspec.structs.asdict(status)),
             "unhealthy": health.why_unhealthy(status, stuck_after_s),
             "unready": health.why_unready(status),
-            "decisions": [_decision(decision) for decision in publisher.decisions()],
-            "events": [(time, shorten(text)) for time, text in publisher.events()],
+            "decisions": [_decision(decision) for decision in decisions],
+            "events": [(time, shorten(text)) for time, text in events],
             "history": [
                 (p.time, p.samples_per_s, p.power_w, p.temperature_c, p.step_p99_us)
                 for p in publisher.history()
