@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import re
-import stat
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from edge_ssm.errors import UsageError
+from edge_ssm import files
+from edge_ssm.errors import InputRefused, UsageError
 from edge_ssm.service.declaration import Setting, sections
 from edge_ssm.service.settings import SETTINGS
 
@@ -25,13 +24,7 @@ MAX_BYTES = 1 << 20
 
 def read(path: str) -> dict[str, Any]:
     """Return the values of a configuration file by the names of the settings. Raise UsageError if it is not valid."""
-    try:
-        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
-            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                raise UsageError(f"{path}: not a regular file; expected a configuration")
-            content = file.read(MAX_BYTES + 1)
-    except OSError as error:
-        raise UsageError(f"{path}: cannot be read ({error.strerror})") from None
+    content = files.read_regular_file(path, MAX_BYTES, error=UsageError, remedy="expected a configuration file")
     return parse(content, path)
 
 
@@ -69,8 +62,8 @@ def locate(path: str, name: str) -> str:
     """Return ``path, line n: section.key`` of a setting; the section's line if the file does not have the key."""
     section, _, key = SETTINGS[name].key.partition(".")
     try:
-        file = _Lines(path, Path(path).read_bytes()[:MAX_BYTES])
-    except OSError:
+        file = _Lines(path, files.read_regular_file(path, MAX_BYTES))
+    except InputRefused:
         return f"{path}: {section}.{key}"
     place = file.line(section, key)
     return f"{place if place != path else file.line(section)}: {section}.{key}"
