@@ -192,3 +192,8 @@ def _state_tensors(network: Network, graph: Graph) -> list[StateTensor]:
             shape = len(state.channels), state.pairs
             tensors.append(StateTensor((state.re, state.im), shape, i, indices, cells))
     return tensors
+
+
+def error_line(error: Exception) -> str:
+    """Return the text of a runtime's error as one line of at most 200 characters."""
+    return " ".join(str(error).split())[:200]

@@ -18,7 +18,7 @@ import numpy as np
 import onnxruntime as ort
 
 from edge_ssm.engines.entries import GPU_NODES
-from edge_ssm.engines.graph.engine import ExportedEngine
+from edge_ssm.engines.graph.engine import ExportedEngine, error_line
 from edge_ssm.errors import ArtifactError, RunFailed
 from edge_ssm.formats.containers import GraphKind
 from edge_ssm.formats.exported import ANY_LENGTH
@@ -77,7 +77,7 @@ class OnnxEngine(ExportedEngine):
             with contextlib.redirect_stdout(io.StringIO()):
                 return ort.InferenceSession(self.graph.content, options, providers=list(preferred))
         except Exception as error:  # its exceptions have no common base
-            raise ArtifactError(f"onnx graph: ONNX Runtime refuses it ({_line(error)}); export it again") from None
+            raise ArtifactError(f"onnx graph: ONNX Runtime refuses it ({error_line(error)}); export it again") from None
 
     def _zeros(self) -> dict[str, Any]:
         return {
@@ -118,7 +118,7 @@ class OnnxEngine(ExportedEngine):
         try:
             self._session.run_with_iobinding(binding)
         except Exception as error:  # its exceptions have no common base
-            raise RunFailed(f"engine onnx: ONNX Runtime failed in a step ({_line(error)})") from None
+            raise RunFailed(f"engine onnx: ONNX Runtime failed in a step ({error_line(error)})") from None
 
     def _read(self, lane: int) -> list[tuple[Array, Array]]:
         state = self._lanes[lane].sets[self._lanes[lane].current]
@@ -162,7 +162,3 @@ def _shapes(tensors: Sequence[Any]) -> dict[str, tuple[int, ...]]:
         for tensor in tensors
         if tensor.type == "tensor(float)"
     }
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]

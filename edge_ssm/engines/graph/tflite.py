@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from edge_ssm.engines.graph.engine import ExportedEngine
+from edge_ssm.engines.graph.engine import ExportedEngine, error_line
 from edge_ssm.errors import ArtifactError, RunFailed
 from edge_ssm.formats.containers import GraphKind
 from edge_ssm.model.network import Array
@@ -54,7 +54,9 @@ class TfliteEngine(ExportedEngine):
                 self._interpreter.tensor(detail["index"])()[...] = 0
             self._interpreter.invoke()  # so that it allocates all its memory now
         except (ValueError, RuntimeError, SystemError) as error:
-            raise ArtifactError(f"tflite graph: the runtime refuses it ({_line(error)}); export it again") from None
+            raise ArtifactError(
+                f"tflite graph: the runtime refuses it ({error_line(error)}); export it again"
+            ) from None
         self.where = f"{Interpreter.__module__.partition('.')[0]}, {threads} thread{'s' if threads > 1 else ''}"
         names = [name for tensor in self._tensors for name in tensor.names]
         self._input, self._output = self._view(inputs["input"])[0], self._view(outputs["output"])[0]
@@ -105,7 +107,7 @@ class TfliteEngine(ExportedEngine):
                     np.copyto(old, new)
                 outputs[t] = self._output
         except (ValueError, RuntimeError) as error:
-            raise RunFailed(f"engine tflite: the runtime failed in a step ({_line(error)})") from None
+            raise RunFailed(f"engine tflite: the runtime failed in a step ({error_line(error)})") from None
 
     def _advance_chunks(self, z: Array, outputs: Array) -> int:
         """Step as many samples as fill whole chunks, and return their number."""
@@ -156,7 +158,3 @@ def _shapes(details: dict[str, Any]) -> dict[str, tuple[int, ...]]:
         for name, detail in details.items()
         if detail["dtype"] == np.float32
     }
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
