@@ -7,6 +7,8 @@ import pytest
 from packaging.requirements import Requirement
 from support import ROOT
 
+from edge_ssm.cli import doctor
+
 try:
     import tomllib
 except ModuleNotFoundError:
@@ -50,6 +52,12 @@ def test_a_dependency_has_one_lower_bound_in_all_extras():
 
 def test_no_upper_bound_locks_out_a_newer_python():
     assert re.fullmatch(r">=3\.\d+", PROJECT["requires-python"])
+
+
+def test_doctor_accepts_each_python_that_the_classifiers_name():
+    named = re.findall(r"Python :: (3\.\d+)", "\n".join(PROJECT["classifiers"]))
+    versions = [tuple(map(int, version.split("."))) for version in named]
+    assert (min(versions), max(versions)) == (doctor.OLDEST, doctor.NEWEST)
 
 
 def test_ci_runs_each_python_that_the_classifiers_name():
